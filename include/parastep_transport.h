@@ -1,0 +1,79 @@
+/* parastep_transport.h - how the leader and one follower exchange: what the core asks of a link.
+ *
+ * A link joins the leader and one follower, point to point; losing it loses that follower alone.
+ * Each end holds room for the points and outputs of its slots, so that guesses are written where they
+ * are sent from and outputs are read where they arrive.  The protocol is strict: the leader posts one
+ * message, the follower sends exactly one reply, then the next message may come.
+ */
+#ifndef PARASTEP_TRANSPORT_H
+#define PARASTEP_TRANSPORT_H
+
+#include "parastep.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { PS_MAGIC = 0x50535431, PS_WIRE_VERSION = 1 };
+
+typedef enum ps_kind {
+  PS_MSG_WORK = 1,   /* leader: evaluate count steps at the points */
+  PS_MSG_DONE = 2,   /* leader: the run is over */
+  PS_MSG_OUTPUT = 3, /* follower: outputs of all steps of the work */
+  PS_MSG_FAILED = 4, /* follower: text says why it cannot */
+} ps_kind;
+
+enum { PS_FLAG_MOVED = 1 }; /* reply: points were edited, they come back beside the outputs */
+
+/* The same size for every message of a run, followed on the wire by the payload. */
+typedef struct ps_header {
+  uint32_t magic, version;
+  uint64_t run; /* one number a run: messages of an aborted run are told apart */
+  uint32_t kind, flags;
+  int32_t round, count;
+  int32_t step[PS_SLOTS_MAX];
+  uint32_t dtype;   /* of the payload: layout.x in WORK, the outputs' own in OUTPUT */
+  uint32_t reserved;
+  uint64_t bytes;   /* payload bytes of one slot */
+  int64_t began_ns; /* OUTPUT: when the evaluation began, on the follower's clock */
+  int64_t ended_ns; /* OUTPUT: when it ended, on the same clock */
+  char text[160];   /* FAILED */
+} ps_header;
+
+typedef struct ps_link_ops {
+  const char *transport;
+
+  /* Memory of slot on this end; constant for the link's life, owned by it. */
+  void *(*point)(ps_link *link, int slot);
+  void *(*output)(ps_link *link, int slot);
+
+  /* Leader.  post never waits for the follower; PS_LOST where it is known to be gone.  collect waits
+   * for the reply: PS_DEADLINE, PS_LOST or PS_INTERRUPTED where none came. */
+  ps_status (*post)(ps_link *link, const ps_header *message);
+  ps_status (*collect)(ps_link *link, const ps_wait *wait, ps_header *reply);
+
+  /* Follower.  take waits for the next message; reply gives PS_ABANDONED where the leader went on. */
+  ps_status (*take)(ps_link *link, const ps_wait *wait, ps_header *message);
+  ps_status (*reply)(ps_link *link, const ps_header *reply);
+
+  /* This end lets go; the other learns of it.  Memory lives until both have. */
+  void (*close)(ps_link *link);
+} ps_link_ops;
+
+struct ps_link { /* transports put this first in their own struct */
+  const ps_link_ops *ops;
+  int slots;
+};
+
+/* Ranks are threads of one process: messages are pointers, nothing is copied.  Writes the leader end
+ * and the follower end of a link with room for slots evaluations of layout. */
+PS_API ps_status ps_threads_open(const ps_layout *layout, int slots, ps_link **leader_end,
+                                 ps_link **follower_end);
+
+/* Comma-separated names of the transports of this build. */
+PS_API const char *ps_transports(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
