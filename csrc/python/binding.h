@@ -1,0 +1,150 @@
+/* binding.h - what the files of the CPython binding share: module state, tensors, types.
+ *
+ * csrc/python turns Python calls into calls of the C API and back; it holds no maths.  module.c makes
+ * the module and its exceptions, program_type.c and run_type.c wrap the core's objects, convert.c takes
+ * the caller's tensors in, tensor.c hands ours out.  Every function here is called under the GIL
+ * unless its comment says more, and reports failure as CPython does: NULL or -1 with an exception set.
+ */
+#ifndef PSB_BINDING_H
+#define PSB_BINDING_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "parastep.h"
+
+/* NumPy's function table is the one global of the binding.  tensor.c defines PSB_IMPORT_NUMPY and
+ * fills it in psb_tensor_add_types; every other file only refers to it. */
+#define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
+#define NPY_TARGET_VERSION NPY_1_22_API_VERSION
+#define PY_ARRAY_UNIQUE_SYMBOL psb_numpy_table
+#ifndef PSB_IMPORT_NUMPY
+#define NO_IMPORT_ARRAY
+#endif
+#include <numpy/arrayobject.h>
+
+#if PY_VERSION_HEX >= 0x030D0000
+#define PSB_BEGIN_LOCKED(object) Py_BEGIN_CRITICAL_SECTION(object)
+#define PSB_END_LOCKED() Py_END_CRITICAL_SECTION()
+#else /* before 3.13 the GIL is the lock */
+#define PSB_BEGIN_LOCKED(object) {
+#define PSB_END_LOCKED() }
+#endif
+
+/* ---- module state ---------------------------------------------------------------------------- */
+
+enum { PSB_STATUS_COUNT = 16 }; /* PS_OK and the errors; -status indexes psb_state.errors */
+
+typedef struct psb_state {
+  /* exceptions, module.c */
+  PyObject *error;                    /* parastep.Error */
+  PyObject *errors[PSB_STATUS_COUNT]; /* its subclass for a status; NULL at PS_OK */
+
+  /* types of ours */
+  PyTypeObject *tensor_type;   /* tensor.c */
+  PyTypeObject *program_type;  /* program_type.c */
+  PyTypeObject *leader_type;   /* run_type.c */
+  PyTypeObject *follower_type; /* run_type.c */
+
+  /* names that convert.c and tensor.c look up, made once by psb_tensor_add_types */
+  struct psb_names {
+    PyObject *dlpack;            /* "__dlpack__" */
+    PyObject *exchange_api;      /* "__dlpack_c_exchange_api__" */
+    PyObject *exchange_api_old;  /* "__c_dlpack_exchange_api__", torch-c-dlpack-ext */
+    PyObject *is_neg;            /* "is_neg" */
+    PyObject *requires_grad;     /* "requires_grad" */
+    PyObject *array_namespace;   /* "__array_namespace__" */
+    PyObject *from_dlpack;       /* "from_dlpack" */
+    PyObject *max_version;       /* ("max_version",), keyword names of a vectorcall */
+    PyObject *version;           /* (1, 3), the newest DLPack version that convert.c reads */
+  } names;
+} psb_state;
+
+/* ---- exceptions (module.c) ------------------------------------------------------------------- */
+
+/* Raises the exception of a status with a text that says what, value and what to do.  The format is
+ * that of PyUnicode_FromFormat.  Returns NULL. */
+PyObject *psb_raise(psb_state *st, ps_status status, const char *format, ...);
+
+/* ---- tensors in (convert.c) ------------------------------------------------------------------ */
+
+enum { PSB_DIMS_MAX = 8 };
+
+enum psb_view_flags {
+  PSB_READ = 0,
+  /* The caller's own memory is written: read-only or non-contiguous tensors are an error, never a
+   * copy. */
+  PSB_WRITABLE = 1,
+};
+
+/* A caller's tensor in host memory, C-contiguous and aligned to its element.  All pointers are
+ * borrowed until psb_view_release; the memory stays valid while the GIL is released. */
+typedef struct psb_view {
+  void *data; /* (count) of dtype; may be NULL where count is 0 */
+  ps_dtype dtype;
+  int ndim;
+  int64_t shape[PSB_DIMS_MAX];
+  size_t count;    /* elements; 1 for a tensor without dimensions, 0 for an empty one */
+  size_t bytes;    /* count times the size of an element */
+  int device_type; /* of DLPack: 1 CPU, 3 or 11 pinned by CUDA or ROCm; anything else is refused */
+  int device_id;
+  bool readonly; /* the caller does not want its memory written; also true of a temporary copy */
+  bool copied;   /* data is a temporary copy: the input had strides, swapped bytes or odd alignment */
+
+  /* What release gives back; at most one of managed and buffer is in use. */
+  PyObject *owner;                /* strong reference that keeps data alive, or NULL */
+  void *managed;                  /* managed tensor whose deleter is called once, or NULL */
+  void (*delete_managed)(void *managed);
+  Py_buffer buffer;               /* buffer.obj is NULL when there is none */
+  void *temporary;                /* memory of the copy, or NULL */
+} psb_view;
+
+/* Takes in NumPy arrays, our Tensor, DLPack capsules, producers of DLPack (C exchange API or
+ * __dlpack__) and buffers of format f, d, e.  name is the argument as errors call it ("x", "m_out").
+ * An empty tensor is taken in with count 0; shapes are the caller's to check.  On failure the view is
+ * zeroed and nothing is held. */
+int psb_view_from(psb_state *st, PyObject *obj, const char *name, int flags, psb_view *view);
+
+/* Gives back what the view holds and zeroes it; a zeroed view is fine.  An exception that is set
+ * stays set. */
+void psb_view_release(psb_view *view);
+
+/* ---- tensors out (tensor.c) ------------------------------------------------------------------ */
+
+/* Makes the Tensor type, adds it to the module, interns the names and loads NumPy's table. */
+int psb_tensor_add_types(PyObject *module, psb_state *st);
+/* The tensor part of the module's m_traverse and m_clear. */
+int psb_tensor_traverse(psb_state *st, visitproc visit, void *arg);
+void psb_tensor_clear(psb_state *st);
+
+/* "float32", "float16", "bfloat16", "float64"; "none" for anything else. */
+const char *psb_dtype_name(ps_dtype dtype);
+
+/* A fresh Tensor that owns its memory, (shape) of dtype, filled from data unless that is NULL.  Up to
+ * PSB_DIMS_MAX dimensions. */
+PyObject *psb_tensor_new(psb_state *st, ps_dtype dtype, int ndim, const int64_t *shape,
+                         const void *data);
+
+/* As psb_tensor_new, but of the kind of `like`: a NumPy array for a NumPy array, a tensor of like's
+ * own library where that takes DLPack in, else our Tensor.  writable, unless NULL, receives the
+ * memory of the new tensor, borrowed while the tensor lives; write to it only before Python code has
+ * seen the tensor or where both sides expect it. */
+PyObject *psb_tensor_like(psb_state *st, PyObject *like, ps_dtype dtype, int ndim,
+                          const int64_t *shape, const void *data, void **writable);
+
+/* The memory of a Tensor of ours, borrowed while it lives; obj must be one. */
+void *psb_tensor_data(PyObject *obj);
+
+/* _roundtrip, _like and _view: private functions through which tests reach the above.  Part of the
+ * module's method table, ends with a zeroed entry. */
+extern PyMethodDef psb_tensor_methods[];
+
+/* ---- programs (program_type.c) --------------------------------------------------------------- */
+
+/* ---- runs (run_type.c) ----------------------------------------------------------------------- */
+
+#endif
