@@ -1,0 +1,124 @@
+"""The tiny pipelines are fit to be hosts: repeatable, finite, and sensitive to all inputs."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+diffusers = pytest.importorskip("diffusers")
+
+import tiny  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=list(tiny.CASES), scope="module")
+def host(request: pytest.FixtureRequest) -> tuple[tiny.Case, Any]:
+    """Return a case and its pipeline, built once for all tests of this file."""
+    case = tiny.CASES[request.param]
+    return case, case.build()
+
+
+def rms(x: torch.Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def test_builds_are_equal(host: tuple[tiny.Case, Any]) -> None:
+    case, pipe = host
+    again = case.build()
+    for name, part in pipe.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        assert not any(module.training for module in part.modules()), name
+        other = getattr(again, name).state_dict()
+        assert all(torch.equal(value, other[key]) for key, value in part.state_dict().items())
+
+
+def test_calls_repeat_and_depend(host: tuple[tiny.Case, Any]) -> None:
+    case, pipe = host
+    with tiny.count_forwards(*tiny.denoisers(pipe)) as count:
+        first = tiny.run(pipe, case.kwargs())
+    assert count.own == count.everywhere >= case.steps * case.share
+    assert first.isfinite().all()
+    assert torch.equal(first, tiny.run(pipe, case.kwargs()))
+    for change in ({"seed": 1}, {"cond": 1}):
+        other = tiny.run(pipe, case.kwargs(**change))
+        assert other.shape == first.shape
+        assert rms(other - first) > 0.03 * rms(first), change
+
+
+def test_batch_items_differ(host: tuple[tiny.Case, Any]) -> None:
+    case, pipe = host
+    pair = tiny.run(pipe, case.kwargs(steps=4, batch=2))
+    assert pair.shape[0] == 2
+    assert rms(pair[0] - pair[1]) > 0.03 * rms(pair)
+
+
+def test_decodes(host: tuple[tiny.Case, Any]) -> None:
+    case, pipe = host
+    if case.decoded is None:
+        pytest.skip("no decoder")
+    with tiny.count_forwards(tiny.decoder(pipe)) as count:
+        latents = tiny.run(pipe, case.kwargs(steps=4))
+        assert count.own == 0
+        pixels = tiny.run(pipe, case.kwargs(steps=4, decode=True))
+    assert count.own > 0
+    assert pixels.shape != latents.shape
+    assert pixels.float().std() > 0.01
+
+
+def test_output_depends_on_time(host: tuple[tiny.Case, Any]) -> None:
+    case, pipe = host
+    model = tiny.denoisers(pipe)[0]
+    calls: list[tuple[tuple, dict]] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    tiny.run(pipe, case.kwargs(steps=4))
+    handle.remove()
+    (args, kwargs), (last_args, last_kwargs) = calls[0], calls[-1]
+    if "timestep" in kwargs:
+        late = (args, kwargs | {"timestep": last_kwargs["timestep"]})
+    else:
+        late = ((args[0], last_args[1], *args[2:]), kwargs)
+    with torch.no_grad():
+        early_out = tiny.leaf(model(*args, **kwargs))
+        late_out = tiny.leaf(model(*late[0], **late[1]))
+    assert rms(late_out - early_out) > 0.01 * rms(early_out)
+    assert 0.1 < rms(early_out) < 3.0
+
+
+def test_count_sees_copies_and_threads_but_no_skipped_forward() -> None:
+    case = tiny.CASES["sd"]
+    pipe = case.build()
+    twin = copy.deepcopy(pipe)
+    with tiny.count_forwards(pipe.unet) as count:
+        thread = threading.Thread(target=tiny.run, args=(twin, case.kwargs(steps=2)))
+        thread.start()
+        thread.join()
+        assert (count.own, count.everywhere) == (0, 2)
+        tiny.run(pipe, case.kwargs(steps=3))
+        assert (count.own, count.everywhere) == (3, 5)
+        forward, answers = pipe.unet.forward, []
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            if not answers:
+                answers.append(forward(*args, **kwargs))
+            return answers[0]
+
+        pipe.unet.forward = once
+        tiny.run(pipe, case.kwargs(steps=3))
+        assert (count.own, count.everywhere) == (4, 6)
+
+
+def test_other_scheduler_and_dtype() -> None:
+    case = tiny.CASES["sd"]
+    pipe = case.build(scheduler=diffusers.DPMSolverMultistepScheduler, dtype=torch.bfloat16)
+    assert type(pipe.scheduler) is diffusers.DPMSolverMultistepScheduler
+    out = tiny.run(pipe, case.kwargs(steps=4, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16 and out.isfinite().all()
