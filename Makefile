@@ -1,0 +1,249 @@
+# Builds, tests and checks parastep.  `make help` lists the targets; each makes what it needs first.
+#
+# Everything goes into .venv, build and out, but for the extension itself, which an editable install
+# keeps beside the Python files.  Flags of all C compilations are in compile_flags.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+CC = gcc
+AR = ar
+CFLAGS ?=
+# Versions of everything that `make venv` installs; empty for whatever is newest.
+CONSTRAINTS ?= tests/constraints.txt
+TORCH ?= torch==2.13.0
+# Seconds after which one test counts as hung; sanitizers slow tests down by up to ten times.
+TEST_LIMIT ?= 60
+SANITIZED_LIMIT ?= 300
+PYTEST_ARGS ?=
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.DEFAULT_GOAL := help
+
+PY := $(VENV)/bin/python
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' parastep/_version.py)
+
+CORE_SRC := $(sort $(foreach layer,core backend transport platform,$(wildcard csrc/$(layer)/*.c)))
+BINDING_SRC := $(sort $(wildcard csrc/python/*.c))
+TEST_SRC := tests/c/runner.c $(sort $(wildcard tests/c/test_*.c))
+PROGRAM_SRC := $(sort $(wildcard workflows/c/*.c))
+HEADERS := $(sort $(wildcard include/*.h csrc/*/*.h tests/c/*.h))
+PY_TESTS := $(wildcard tests/python/test_*.py tests/hosts/test_*.py tests/gpu/test_*.py)
+
+# ---- environment ---------------------------------------------------------------------------------
+
+# torch comes first and alone: a build of it that is there already, be it for the CPU, satisfies
+# everything that follows, which would otherwise bring the newest one with several GB of CUDA.
+TORCH_STAMP := $(VENV)/.stamp-torch
+VENV_STAMP := $(VENV)/.stamp-packages
+EDITABLE_STAMP := $(VENV)/.stamp-editable
+CONSTRAIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+$(TORCH_STAMP):
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet $(CONSTRAIN) $(TORCH)
+	@touch $@
+
+$(VENV_STAMP): $(TORCH_STAMP) tests/requirements.txt $(CONSTRAINTS)
+	$(PY) -m pip install --quiet $(CONSTRAIN) -r tests/requirements.txt
+	@touch $@
+
+.PHONY: venv
+venv: $(VENV_STAMP) ## Make .venv with torch, the hosts and the tools
+
+# ---- extension -----------------------------------------------------------------------------------
+
+BUILD_INPUTS := setup.py pyproject.toml compile_flags.txt parastep/_version.py $(CORE_SRC) \
+  $(BINDING_SRC) $(wildcard include/*.h csrc/*/*.h)
+
+$(EDITABLE_STAMP): $(VENV_STAMP) $(BUILD_INPUTS)
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+.PHONY: build
+build: $(EDITABLE_STAMP) ## Build the extension and install the package into .venv, editable
+
+# ---- C library, tests and programs, in three builds ----------------------------------------------
+
+ASAN := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+TSAN := -O1 -g -fno-omit-frame-pointer -fsanitize=thread
+
+# $(1) is the folder of a build, $(2) its own flags.
+define c_build
+$(1)/obj/%.o: %.c compile_flags.txt Makefile parastep/_version.py
+	@mkdir -p $$(@D)
+	@echo "cc $$@"
+	@$$(CC) @compile_flags.txt $(2) $$(CFLAGS) -fPIC -DPARASTEP_VERSION='"$$(VERSION)"' -MMD -MP \
+	  -c $$< -o $$@
+
+$(1)/libparastep.a: $(CORE_SRC:%.c=$(1)/obj/%.o)
+	@rm -f $$@
+	@echo "ar $$@"
+	@$$(AR) rcs $$@ $$^
+
+$(1)/tests: $(TEST_SRC:%.c=$(1)/obj/%.o) $(1)/libparastep.a
+	@echo "ld $$@"
+	@$$(CC) $(2) $$(CFLAGS) -pthread $$^ -ldl -lm -o $$@
+
+$(1)/programs/%: $(1)/obj/workflows/c/%.o $(1)/libparastep.a
+	@mkdir -p $$(@D)
+	@echo "ld $$@"
+	@$$(CC) $(2) $$(CFLAGS) -pthread $$^ -ldl -lm -o $$@
+
+-include $$(wildcard $(1)/obj/*/*.d $(1)/obj/*/*/*.d)
+endef
+$(eval $(call c_build,build/c,-O3 -g))
+$(eval $(call c_build,build/c-asan,$(ASAN)))
+$(eval $(call c_build,build/c-tsan,$(TSAN)))
+.SECONDARY:
+
+programs = $(PROGRAM_SRC:workflows/c/%.c=$(1)/programs/%)
+
+# Runs the programs of workflows/c, then the C tests of the build in $(1), under the command in $(2).
+define run_c
+	@status=0; \
+	for program in $(call programs,$(1)); do \
+	  if $(2) timeout $(SANITIZED_LIMIT) $$program > $$program.log 2>&1; then \
+	    echo "ok $$program"; \
+	  else \
+	    status=1; echo "not ok $$program"; cat $$program.log; \
+	  fi; \
+	done; \
+	$(if $(filter-out tests/c/runner.c,$(TEST_SRC)),$(2) $(1)/tests --limit $(3) || status=1;) \
+	exit $$status
+endef
+
+.PHONY: lib
+lib: build/c/libparastep.a ## Build the C library alone, build/c/libparastep.a
+
+# ---- tests ---------------------------------------------------------------------------------------
+
+.PHONY: test test-c test-py
+test: ## Run the C tests, then the Python tests, whatever the C tests say
+	@status=0; \
+	$(MAKE) --no-print-directory test-c || status=1; \
+	$(MAKE) --no-print-directory test-py || status=1; \
+	exit $$status
+
+test-c: build/c/tests $(call programs,build/c) ## Run the C tests and the programs of workflows/c
+	$(call run_c,build/c,,$(TEST_LIMIT))
+
+# A test that hangs in C cannot be interrupted, only ended with its process.  Tests make their own
+# models, so none of them has a reason to ask a hub.
+PYTEST := HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(VENV)/bin/pytest --timeout-method=thread
+
+test-py: $(EDITABLE_STAMP) ## Run the Python tests (PYTEST_ARGS="-k name" for some of them)
+	$(if $(PY_TESTS),$(PYTEST) --timeout=300 $(PYTEST_ARGS))
+
+# ---- demo and benches ----------------------------------------------------------------------------
+
+.PHONY: demo bench
+demo: $(EDITABLE_STAMP) ## Write out/demo.png
+	@mkdir -p out
+	$(PY) -m parastep.demo
+
+bench: $(EDITABLE_STAMP) ## Run tests/bench/*.py, except those whose name begins with _
+	@mkdir -p out
+	@set -e; for bench in $(filter-out tests/bench/_%,$(sort $(wildcard tests/bench/*.py))); do \
+	  echo "== $$bench"; $(PY) $$bench; \
+	done
+
+# ---- lint ----------------------------------------------------------------------------------------
+
+C_FILES := $(CORE_SRC) $(BINDING_SRC) $(TEST_SRC) $(PROGRAM_SRC)
+CUDA_FILES := $(sort $(wildcard csrc/backend/*.cu csrc/backend/*.cuh))
+
+.PHONY: lint lint-format lint-tidy lint-py format
+lint: ## clang-format, clang-tidy, ruff and mypy
+	@status=0; \
+	for target in lint-format lint-tidy lint-py; do \
+	  $(MAKE) --no-print-directory $$target || status=1; \
+	done; \
+	exit $$status
+
+lint-format: $(VENV_STAMP)
+	@$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES) $(HEADERS) $(CUDA_FILES)
+
+# clang-tidy reads compile_flags.txt by itself; Python and NumPy are system headers to it.  A file
+# that passed is not looked at again before it or a header changes.
+lint-tidy: $(VENV_STAMP)
+	@$(MAKE) --no-print-directory --keep-going -j2 $(C_FILES:%.c=build/tidy/%.ok)
+
+build/tidy/%.ok: %.c $(HEADERS) .clang-tidy compile_flags.txt | $(VENV_STAMP)
+	@mkdir -p $(@D)
+	@echo "clang-tidy $<"
+	@$(VENV)/bin/clang-tidy --quiet $< --extra-arg=-DPARASTEP_VERSION='"$(VERSION)"' \
+	  $$($(PY) -c 'import numpy, sysconfig; print(*("--extra-arg=-isystem" + path for path in \
+	    (sysconfig.get_path("include"), numpy.get_include())))') 2> $@.log \
+	  || { grep -v 'warnings\? generated\|^Suppressed' $@.log; exit 1; }
+	@touch $@
+
+lint-py: $(VENV_STAMP)
+	@status=0; \
+	$(VENV)/bin/ruff check . || status=1; \
+	$(VENV)/bin/mypy || status=1; \
+	exit $$status
+
+format: $(VENV_STAMP) ## Format the C files, and let ruff fix what it can
+	$(VENV)/bin/clang-format -i $(C_FILES) $(HEADERS) $(CUDA_FILES)
+	$(VENV)/bin/ruff check --fix .
+
+# ---- sanitizers ----------------------------------------------------------------------------------
+
+.PHONY: sanitize sanitize-quick sanitize-asan sanitize-tsan sanitize-sweep sanitize-py
+sanitize: ## All sanitizers: C tests, allocation failures, Python tests
+	@status=0; \
+	for target in sanitize-asan sanitize-tsan sanitize-sweep sanitize-py; do \
+	  $(MAKE) --no-print-directory $$target || status=1; \
+	done; \
+	exit $$status
+
+sanitize-quick: ## The two that CI runs: C tests under ASan and UBSan, and under TSan
+	@status=0; \
+	for target in sanitize-asan sanitize-tsan; do \
+	  $(MAKE) --no-print-directory $$target || status=1; \
+	done; \
+	exit $$status
+
+sanitize-asan: build/c-asan/tests $(call programs,build/c-asan)
+	$(call run_c,build/c-asan,,$(SANITIZED_LIMIT))
+
+# TSan needs the usual memory layout, which some kernels randomise too widely for it.
+TSAN_RUN = $(shell setarch -R true 2> /dev/null && echo setarch -R)
+
+sanitize-tsan: build/c-tsan/tests $(call programs,build/c-tsan)
+	$(call run_c,build/c-tsan,$(TSAN_RUN),$(SANITIZED_LIMIT))
+
+sanitize-sweep: build/c-asan/tests
+	build/c-asan/tests --sweep --limit $(SANITIZED_LIMIT)
+
+# An instrumented copy of the package, ahead of the installed one.  Python itself is not instrumented,
+# so the runtime is preloaded, with libstdc++ because it wraps the exceptions of torch.  Python's own
+# allocator would hide errors; leaks are looked for apart, as CPython leaves much behind at exit.
+PY_ASAN := build/py-asan
+PRELOAD = $(shell $(CC) -print-file-name=libasan.so) $(shell $(CC) -print-file-name=libstdc++.so)
+SANITIZED_ENV = PYTHONPATH=$(CURDIR)/$(PY_ASAN)/lib PYTHONSAFEPATH=1 PYTHONMALLOC=malloc \
+  LD_PRELOAD="$(PRELOAD)" UBSAN_OPTIONS=print_stacktrace=1 \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
+
+sanitize-py: $(EDITABLE_STAMP)
+	PARASTEP_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-base $(PY_ASAN) \
+	  --build-temp $(PY_ASAN)/obj --build-lib $(PY_ASAN)/lib
+	$(SANITIZED_ENV) $(PY) -c 'import parastep._core as c; assert "$(PY_ASAN)" in c.__file__'
+	$(if $(wildcard tests/python/test_*.py),$(SANITIZED_ENV) $(PYTEST) --timeout=900 -p no:cacheprovider \
+	  $(PYTEST_ARGS) tests/python)
+
+# ---- the rest ------------------------------------------------------------------------------------
+
+.PHONY: clean distclean help
+clean: ## Remove what was built, but not .venv
+	rm -rf build out *.egg-info parastep/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -f $(EDITABLE_STAMP)
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## Remove .venv too
+	rm -rf $(VENV)
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' Makefile
