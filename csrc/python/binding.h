@@ -1,9 +1,10 @@
 /* binding.h - what the files of the CPython binding share: module state, tensors, types.
  *
- * csrc/python turns Python calls into calls of the C API and back; it holds no maths.  module.c makes
- * the module and its exceptions, program_type.c and run_type.c wrap the core's objects, convert.c takes
- * the caller's tensors in, tensor.c hands ours out.  Every function here is called under the GIL
- * unless its comment says more, and reports failure as CPython does: NULL or -1 with an exception set.
+ * csrc/python turns Python calls into calls of the C API and back; it holds no maths.  module.c
+ * makes the module and its exceptions, program_type.c and run_type.c wrap the core's objects,
+ * convert.c takes the caller's tensors in, tensor.c hands ours out.  Every function here is called
+ * under the GIL unless its comment says more, and reports failure as CPython does: NULL or -1 with
+ * an exception set.
  */
 #ifndef PSB_BINDING_H
 #define PSB_BINDING_H
@@ -19,8 +20,8 @@
 
 /* NumPy's function table is the one global of the binding.  tensor.c defines PSB_IMPORT_NUMPY and
  * fills it in psb_tensor_add_types; every other file only refers to it. */
-#define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
-#define NPY_TARGET_VERSION NPY_1_22_API_VERSION
+#define NPY_NO_DEPRECATED_API  NPY_1_22_API_VERSION
+#define NPY_TARGET_VERSION     NPY_1_22_API_VERSION
 #define PY_ARRAY_UNIQUE_SYMBOL psb_numpy_table
 #ifndef PSB_IMPORT_NUMPY
 #define NO_IMPORT_ARRAY
@@ -29,10 +30,10 @@
 
 #if PY_VERSION_HEX >= 0x030D0000
 #define PSB_BEGIN_LOCKED(object) Py_BEGIN_CRITICAL_SECTION(object)
-#define PSB_END_LOCKED() Py_END_CRITICAL_SECTION()
+#define PSB_END_LOCKED()         Py_END_CRITICAL_SECTION()
 #else /* before 3.13 the GIL is the lock */
 #define PSB_BEGIN_LOCKED(object) {
-#define PSB_END_LOCKED() }
+#define PSB_END_LOCKED()         }
 #endif
 
 /* ---- module state ---------------------------------------------------------------------------- */
@@ -52,23 +53,34 @@ typedef struct psb_state {
 
   /* names that convert.c and tensor.c look up, made once by psb_tensor_add_types */
   struct psb_names {
-    PyObject *dlpack;            /* "__dlpack__" */
-    PyObject *exchange_api;      /* "__dlpack_c_exchange_api__" */
-    PyObject *exchange_api_old;  /* "__c_dlpack_exchange_api__", torch-c-dlpack-ext */
-    PyObject *is_neg;            /* "is_neg" */
-    PyObject *requires_grad;     /* "requires_grad" */
-    PyObject *array_namespace;   /* "__array_namespace__" */
-    PyObject *from_dlpack;       /* "from_dlpack" */
-    PyObject *max_version;       /* ("max_version",), keyword names of a vectorcall */
-    PyObject *version;           /* (1, 3), the newest DLPack version that convert.c reads */
+    PyObject *dlpack;           /* "__dlpack__" */
+    PyObject *exchange_api;     /* "__dlpack_c_exchange_api__" */
+    PyObject *exchange_api_old; /* "__c_dlpack_exchange_api__", torch-c-dlpack-ext */
+    PyObject *is_neg;           /* "is_neg" */
+    PyObject *requires_grad;    /* "requires_grad" */
+    PyObject *detach;           /* "detach" */
+    PyObject *array_namespace;  /* "__array_namespace__" */
+    PyObject *module;           /* "__module__" */
+    PyObject *from_dlpack;      /* "from_dlpack" */
+    PyObject *max_version;      /* ("max_version",), keyword names of a vectorcall */
+    PyObject *version;          /* (1, 3), the newest DLPack version that convert.c reads */
   } names;
 } psb_state;
+
+/* The state of the module that made one of our types; NULL with an exception for a foreign type. */
+static inline psb_state *psb_state_of(PyTypeObject *type)
+{
+  return PyType_GetModuleState(type);
+}
 
 /* ---- exceptions (module.c) ------------------------------------------------------------------- */
 
 /* Raises the exception of a status with a text that says what, value and what to do.  The format is
  * that of PyUnicode_FromFormat.  Returns NULL. */
 PyObject *psb_raise(psb_state *st, ps_status status, const char *format, ...);
+
+/* The same with the core's own words, ps_last_error(), unless an exception is set already. */
+PyObject *psb_raise_last(psb_state *st, ps_status status);
 
 /* ---- tensors in (convert.c) ------------------------------------------------------------------ */
 
@@ -93,20 +105,20 @@ typedef struct psb_view {
   int device_type; /* of DLPack: 1 CPU, 3 or 11 pinned by CUDA or ROCm; anything else is refused */
   int device_id;
   bool readonly; /* the caller does not want its memory written; also true of a temporary copy */
-  bool copied;   /* data is a temporary copy: the input had strides, swapped bytes or odd alignment */
+  bool copied; /* data is a temporary copy: the input had strides, swapped bytes or odd alignment */
 
   /* What release gives back; at most one of managed and buffer is in use. */
-  PyObject *owner;                /* strong reference that keeps data alive, or NULL */
-  void *managed;                  /* managed tensor whose deleter is called once, or NULL */
+  PyObject *owner; /* strong reference that keeps data alive, or NULL */
+  void *managed;   /* managed tensor whose deleter is called once, or NULL */
   void (*delete_managed)(void *managed);
-  Py_buffer buffer;               /* buffer.obj is NULL when there is none */
-  void *temporary;                /* memory of the copy, or NULL */
+  Py_buffer buffer; /* buffer.obj is NULL when there is none */
+  void *temporary;  /* memory of the copy, or NULL */
 } psb_view;
 
 /* Takes in NumPy arrays, our Tensor, DLPack capsules, producers of DLPack (C exchange API or
- * __dlpack__) and buffers of format f, d, e.  name is the argument as errors call it ("x", "m_out").
- * An empty tensor is taken in with count 0; shapes are the caller's to check.  On failure the view is
- * zeroed and nothing is held. */
+ * __dlpack__) and buffers of format f, d, e.  name is the argument as errors call it ("x",
+ * "m_out").  An empty tensor is taken in with count 0; shapes are the caller's to check.  On failure
+ * the view is zeroed and nothing is held. */
 int psb_view_from(psb_state *st, PyObject *obj, const char *name, int flags, psb_view *view);
 
 /* Gives back what the view holds and zeroes it; a zeroed view is fine.  An exception that is set
@@ -124,15 +136,15 @@ void psb_tensor_clear(psb_state *st);
 /* "float32", "float16", "bfloat16", "float64"; "none" for anything else. */
 const char *psb_dtype_name(ps_dtype dtype);
 
-/* A fresh Tensor that owns its memory, (shape) of dtype, filled from data unless that is NULL.  Up to
- * PSB_DIMS_MAX dimensions. */
+/* A fresh Tensor that owns its memory, (shape) of dtype, filled from data unless that is NULL.  Up
+ * to PSB_DIMS_MAX dimensions. */
 PyObject *psb_tensor_new(psb_state *st, ps_dtype dtype, int ndim, const int64_t *shape,
                          const void *data);
 
 /* As psb_tensor_new, but of the kind of `like`: a NumPy array for a NumPy array, a tensor of like's
  * own library where that takes DLPack in, else our Tensor.  writable, unless NULL, receives the
- * memory of the new tensor, borrowed while the tensor lives; write to it only before Python code has
- * seen the tensor or where both sides expect it. */
+ * memory of the new tensor, borrowed while the tensor lives; write to it only before Python code
+ * has seen the tensor or where both sides expect it. */
 PyObject *psb_tensor_like(psb_state *st, PyObject *like, ps_dtype dtype, int ndim,
                           const int64_t *shape, const void *data, void **writable);
 
@@ -145,6 +157,13 @@ extern PyMethodDef psb_tensor_methods[];
 
 /* ---- programs (program_type.c) --------------------------------------------------------------- */
 
+int psb_program_add_types(PyObject *module, psb_state *st);
+
+/* The core's program of a Program object, borrowed; NULL with TypeError for anything else. */
+ps_program *psb_program_of(psb_state *st, PyObject *obj);
+
 /* ---- runs (run_type.c) ----------------------------------------------------------------------- */
+
+int psb_run_add_types(PyObject *module, psb_state *st);
 
 #endif
