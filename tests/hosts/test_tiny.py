@@ -93,6 +93,39 @@ def test_output_depends_on_time(host: tuple[tiny.Case, Any]) -> None:
     assert 0.1 < rms(early_out) < 3.0
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("sd_controlnet", {"image": tiny.picture("other", 0, 1, 3, 32, 32)}),
+        ("sd_ip_adapter", {"ip_adapter_image": tiny.picture("other", 0, 1, 3, 32, 32)}),
+        ("sd_inpaint9", {"image": tiny.picture("other", 0, 1, 3, 32, 32)}),
+        ("svd", {"image": tiny.picture("other", 0, 1, 3, 32, 32)}),
+        ("sd3_slg", {"skip_guidance_layers": None}),
+        ("flux_cfg", {"true_cfg_scale": 1.5}),
+        ("hunyuanvideo", {"guidance_scale": 3.0}),
+    ],
+)
+def test_argument_matters(name: str, change: dict[str, Any]) -> None:
+    case = tiny.CASES[name]
+    pipe = case.build()
+    plain = tiny.run(pipe, case.kwargs(steps=4))
+    other = tiny.run(pipe, case.kwargs(steps=4, **change))
+    assert rms(other - plain) > 0.01 * rms(plain)
+
+
+def test_lora_matters_and_unloads() -> None:
+    case = tiny.CASES["sd_lora"]
+    pipe = case.build()
+    with_lora = tiny.run(pipe, case.kwargs(steps=4))
+    tiny.add_lora(pipe, "second", seed=1)
+    pipe.set_adapters(["second"])
+    assert not torch.equal(with_lora, tiny.run(pipe, case.kwargs(steps=4)))
+    pipe.unload_lora_weights()
+    plain = tiny.run(tiny.CASES["sd"].build(), case.kwargs(steps=4))
+    assert torch.equal(plain, tiny.run(pipe, case.kwargs(steps=4)))
+    assert rms(with_lora - plain) > 0.01 * rms(plain)
+
+
 def test_count_sees_copies_and_threads_but_no_skipped_forward() -> None:
     case = tiny.CASES["sd"]
     pipe = case.build()

@@ -295,6 +295,13 @@ def clip_vision() -> Any:
     return net(transformers.CLIPVisionModelWithProjection, config)
 
 
+def clip_processor() -> Any:
+    """Return the image processor of the encoder above."""
+    return transformers.CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+
+
 def image_vae(**config: Any) -> Any:
     """Return an image VAE with 4 latent channels that halves height and width."""
     return net(
@@ -400,9 +407,7 @@ def svd() -> Any:
             sigma_min=0.002,
             sigma_max=700.0,
         ),
-        feature_extractor=transformers.CLIPImageProcessor(
-            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-        ),
+        feature_extractor=clip_processor(),
     )
 
 
@@ -762,3 +767,690 @@ def _sdxl_parts() -> Kwargs:
 def sdxl() -> Any:
     """SDXL: two text encoders, pooled embeddings and sizes as added conditions."""
     return diffusers.StableDiffusionXLPipeline(**_sdxl_parts())
+
+
+# Stable Diffusion with an image, a mask, a ControlNet, an IP-adapter, a LoRA
+
+
+def _img2img_args(batch: int, cond: int) -> Kwargs:
+    args = _sd_args(batch, cond) | {
+        "image": picture("img2img", cond, batch, 3, 32, 32),
+        "strength": 0.75,
+    }
+    del args["height"], args["width"]
+    return args
+
+
+@case("sd_img2img", _img2img_args, steps=16, share=0.75, decoded="pt")
+def sd_img2img() -> Any:
+    """The loop begins at a quarter of the timesteps, from an encoded picture with noise."""
+    return diffusers.StableDiffusionImg2ImgPipeline(**_sd_parts())
+
+
+@case("sdxl_img2img", _img2img_args, steps=16, share=0.75, decoded="pt")
+def sdxl_img2img() -> Any:
+    """As `sd_img2img`, with noise levels found by `begin_index`."""
+    return diffusers.StableDiffusionXLImg2ImgPipeline(**_sdxl_parts())
+
+
+def _inpaint_args(batch: int, cond: int) -> Kwargs:
+    mask = torch.zeros(batch, 1, 32, 32)
+    mask[..., 8:28, 4:20] = 1.0
+    return _sd_args(batch, cond) | {
+        "image": picture("inpaint", cond, batch, 3, 32, 32),
+        "mask_image": mask,
+        "strength": 1.0,
+    }
+
+
+@case("sd_inpaint", _inpaint_args, decoded="pt")
+def sd_inpaint() -> Any:
+    """Four input channels: after every step the latents outside the mask are replaced."""
+    return diffusers.StableDiffusionInpaintPipeline(**_sd_parts())
+
+
+@case("sd_inpaint9", _inpaint_args, decoded="pt")
+def sd_inpaint9() -> Any:
+    """Nine input channels: mask and masked picture are inputs, the latents stay the loop's own."""
+    parts = _sd_parts() | {"unet": sd_unet(in_channels=9)}
+    return diffusers.StableDiffusionInpaintPipeline(**parts)
+
+
+def _controlnet_args(batch: int, cond: int) -> Kwargs:
+    return _sd_args(batch, cond) | {"image": picture("control", cond, batch, 3, 32, 32)}
+
+
+@case("sd_controlnet", _controlnet_args, decoded="pt")
+def sd_controlnet() -> Any:
+    """A ControlNet runs before the UNet in every step."""
+    controlnet = net(
+        diffusers.ControlNetModel,
+        gains={**_UNET_GAINS, "controlnet_down": 0.3, "controlnet_cond": 2.0},
+        **_UNET,
+        attention_head_dim=8,
+        conditioning_embedding_out_channels=(8, 16),
+    )
+    return diffusers.StableDiffusionControlNetPipeline(**_sd_parts(), controlnet=controlnet)
+
+
+def _ip_adapter_args(batch: int, cond: int) -> Kwargs:
+    return _sd_args(batch, cond) | {"ip_adapter_image": picture("ip", cond, batch, 3, 32, 32)}
+
+
+def add_ip_adapter(pipe: Any, scale: float = 1.0) -> None:
+    """Load an IP-adapter with random weights into a pipe whose UNet has not got one."""
+    unet = pipe.unet
+    width, tokens = unet.config.cross_attention_dim, 4
+    sides = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    hidden = [unet.get_submodule(name.removesuffix(".processor")).inner_dim for name in sides]
+    layers = {}
+    for i, size in enumerate(hidden):
+        for side in ("k", "v"):
+            weight = tensor(f"ip{i}{side}", 0, size, width) * (2.0 if side == "k" else 4.0)
+            layers[f"{2 * i + 1}.to_{side}_ip.weight"] = weight / width**0.5
+    projection = {
+        "proj.weight": tensor("ip-proj", 0, tokens * width, 32) / 32**0.5,
+        "proj.bias": torch.zeros(tokens * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    state = {"image_proj": projection, "ip_adapter": layers}
+    pipe.load_ip_adapter(state, subfolder="", weight_name="", image_encoder_folder=None)
+    pipe.set_ip_adapter_scale(scale)
+
+
+@case("sd_ip_adapter", _ip_adapter_args, decoded="pt")
+def sd_ip_adapter() -> Any:
+    """A picture as a second prompt, through an image encoder and attention processors."""
+    parts = _sd_parts() | {
+        "image_encoder": clip_vision(),
+        "feature_extractor": clip_processor(),
+    }
+    pipe = diffusers.StableDiffusionPipeline(**parts)
+    add_ip_adapter(pipe)
+    return pipe
+
+
+def lora_state(module: nn.Module, prefix: str, seed: int = 0, rank: int = 4) -> Kwargs:
+    """Return random LoRA weights for every attention projection of the module."""
+    state = {}
+    for path, layer in module.named_modules():
+        name = path.removesuffix(".base_layer")
+        if isinstance(layer, nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
+            key = f"{prefix}.{name}"
+            down = tensor(key, seed, rank, layer.in_features) / layer.in_features**0.5
+            up = tensor(key + "-up", seed, layer.out_features, rank) / rank**0.5
+            state[f"{key}.lora_A.weight"], state[f"{key}.lora_B.weight"] = down, up
+    return state
+
+
+def add_lora(pipe: Any, name: str = "tiny", seed: int = 0) -> None:
+    """Load a LoRA with random weights for the pipe's denoiser under the adapter's name."""
+    part = "unet" if hasattr(pipe, "unet") else "transformer"
+    pipe.load_lora_weights(lora_state(getattr(pipe, part), part, seed), adapter_name=name)
+
+
+@case("sd_lora", _sd_args, decoded="pt")
+def sd_lora() -> Any:
+    """Stable Diffusion with a LoRA loaded."""
+    pipe = sd()
+    add_lora(pipe)
+    return pipe
+
+
+# Video transformers
+
+
+def _text_args(name: str, batch: int, cond: int, *, mask: bool = False, length: int = 8) -> Kwargs:
+    args: Kwargs = {}
+    for side, number in (("", cond), ("negative_", 0)):
+        args[f"{side}prompt_embeds"] = tensor(side + name, number, batch, length, 32)
+        if mask:
+            ones = torch.ones(batch, length, dtype=torch.long)
+            args[f"{side}prompt_attention_mask"] = ones
+    return args
+
+
+def _wan_args(batch: int, cond: int) -> Kwargs:
+    return _text_args("wan", batch, cond) | {
+        "height": 32,
+        "width": 32,
+        "num_frames": 5,
+        "guidance_scale": 4.0,
+    }
+
+
+def _wan(transformers_: int = 1, **config: Any) -> Any:
+    models = [
+        net(
+            diffusers.WanTransformer3DModel,
+            gains=_DIT_GAINS | {"proj_out": 1.0 + 0.2 * i},
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=64,
+            ffn_dim=32,
+            num_layers=2,
+            rope_max_seq_len=32,
+        )
+        for i in range(transformers_)
+    ]
+    return diffusers.WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=net(
+            diffusers.AutoencoderKLWan,
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=models[0],
+        transformer_2=models[1] if transformers_ == 2 else None,
+        **config,
+    )
+
+
+@case("wan", _wan_args, decoded="pt")
+def wan() -> Any:
+    """Wan 2.1: two calls a step, latents in fp32."""
+    return _wan()
+
+
+@case("wan22", _wan_args, decoded="pt")
+def wan22() -> Any:
+    """Wan 2.2 A14B: a second transformer below the boundary."""
+    return _wan(2, boundary_ratio=0.875)
+
+
+@case("wan22_5b", _wan_args, decoded="pt")
+def wan22_5b() -> Any:
+    """Wan 2.2 5B: a timestep for every token."""
+    return _wan(expand_timesteps=True)
+
+
+def _hunyuanvideo_args(batch: int, cond: int) -> Kwargs:
+    args = _text_args("hunyuan", batch, cond, mask=True)
+    return {key: value for key, value in args.items() if "negative" not in key} | {
+        "pooled_prompt_embeds": tensor("hunyuanp", cond, batch, 8),
+        "height": 32,
+        "width": 32,
+        "num_frames": 5,
+    }
+
+
+def _hunyuanvideo_cfg_args(batch: int, cond: int) -> Kwargs:
+    args = _hunyuanvideo_args(batch, cond) | _text_args("hunyuan", batch, cond, mask=True)
+    negative = tensor("hunyuanp-", 0, batch, 8)
+    return args | {"negative_pooled_prompt_embeds": negative, "true_cfg_scale": 3.0}
+
+
+@case("hunyuanvideo", _hunyuanvideo_args)
+def hunyuanvideo() -> Any:
+    """One call a step, guidance as an input; latents are cast to the model's dtype."""
+    return diffusers.HunyuanVideoPipeline(
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        vae=None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        transformer=net(
+            diffusers.HunyuanVideoTransformer3DModel,
+            gains=_DIT_GAINS,
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=10,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            patch_size=1,
+            patch_size_t=1,
+            guidance_embeds=True,
+            text_embed_dim=32,
+            pooled_projection_dim=8,
+            rope_axes_dim=(2, 4, 4),
+        ),
+    )
+
+
+case("hunyuanvideo_cfg", _hunyuanvideo_cfg_args)(hunyuanvideo)
+
+
+def _ltx_args(batch: int, cond: int) -> Kwargs:
+    return _text_args("ltx", batch, cond, mask=True) | {
+        "height": 32,
+        "width": 32,
+        "num_frames": 9,
+        "guidance_scale": 3.0,
+    }
+
+
+def _ltx_i2v_args(batch: int, cond: int) -> Kwargs:
+    return _ltx_args(batch, cond) | {"image": picture("ltx", cond, batch, 3, 32, 32)}
+
+
+def _ltx_condition_args(batch: int, cond: int) -> Kwargs:
+    return _ltx_args(batch, cond) | {
+        "image": [picture("ltx", cond, batch, 3, 32, 32)],
+        "frame_index": [0],
+        "strength": [1.0],
+    }
+
+
+def _ltx_parts() -> Kwargs:
+    return {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
+        "vae": net(
+            diffusers.AutoencoderKLLTXVideo,
+            latent_channels=8,
+            block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1, 1),
+            spatio_temporal_scaling=(True, True, False, False),
+            decoder_spatio_temporal_scaling=(True, True, False, False),
+            patch_size=1,
+            patch_size_t=1,
+        ),
+        "text_encoder": None,
+        "tokenizer": None,
+        "transformer": net(
+            diffusers.LTXVideoTransformer3DModel,
+            gains=_DIT_GAINS,
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            cross_attention_dim=32,
+            num_layers=1,
+            caption_channels=32,
+        ),
+    }
+
+
+@case("ltx", _ltx_args, decoded="pt")
+def ltx() -> Any:
+    """Packed latents in fp32, guidance in one batch."""
+    return diffusers.LTXPipeline(**_ltx_parts())
+
+
+@case("ltx_i2v", _ltx_i2v_args, decoded="pt")
+def ltx_i2v() -> Any:
+    """The first frame is kept: step gets the other frames only."""
+    return diffusers.LTXImageToVideoPipeline(**_ltx_parts())
+
+
+@case("ltx_condition", _ltx_condition_args, decoded="pt")
+def ltx_condition() -> Any:
+    """A timestep for every token, and noise added to the condition's latents in every step."""
+    return diffusers.LTXConditionPipeline(**_ltx_parts())
+
+
+def _mochi_args(batch: int, cond: int) -> Kwargs:
+    args = _text_args("mochi", batch, cond, mask=True)
+    return args | {"height": 32, "width": 32, "num_frames": 7, "guidance_scale": 2.5}
+
+
+@case("mochi", _mochi_args)
+def mochi() -> Any:
+    """Guidance and step in fp32, time running backwards."""
+    return diffusers.MochiPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=net(
+            diffusers.MochiTransformer3DModel,
+            gains=_DIT_GAINS,
+            patch_size=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            pooled_projection_dim=16,
+            in_channels=12,
+            text_embed_dim=32,
+            time_embed_dim=16,
+            max_sequence_length=16,
+        ),
+    )
+
+
+def _allegro_args(batch: int, cond: int) -> Kwargs:
+    return _text_args("allegro", batch, cond, mask=True) | {
+        "negative_prompt": None,
+        "height": 32,
+        "width": 32,
+        "num_frames": 8,
+        "guidance_scale": 4.0,
+        "clean_caption": False,
+    }
+
+
+@case("allegro", _allegro_args)
+def allegro() -> Any:
+    """Any diffusion scheduler on a video transformer, one call a step."""
+    return diffusers.AllegroPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=diffusers.EulerAncestralDiscreteScheduler(**_SD_NOISE),
+        transformer=net(
+            diffusers.AllegroTransformer3DModel,
+            gains=_DIT_GAINS,
+            num_attention_heads=2,
+            attention_head_dim=24,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            cross_attention_dim=48,
+            caption_channels=32,
+            sample_width=4,
+            sample_height=4,
+            sample_frames=2,
+        ),
+    )
+
+
+def _animatediff_args(batch: int, cond: int) -> Kwargs:
+    return _sd_args(batch, cond) | {"num_frames": 3}
+
+
+@case("animatediff", _animatediff_args, decoded="pt")
+def animatediff() -> Any:
+    """A UNet with motion modules, frames in one batch."""
+    adapter = net(
+        diffusers.MotionAdapter,
+        block_out_channels=(16, 32),
+        motion_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=8,
+        motion_max_seq_length=4,
+    )
+    parts = _sd_parts()
+    del parts["safety_checker"], parts["requires_safety_checker"]
+    return diffusers.AnimateDiffPipeline(**parts, motion_adapter=adapter)
+
+
+# Image transformers
+
+
+def _qwenimage_args(batch: int, cond: int) -> Kwargs:
+    args = _text_args("qwen", batch, cond, mask=True)
+    args = {key.replace("attention_mask", "embeds_mask"): args[key] for key in args}
+    return args | {"height": 64, "width": 64, "true_cfg_scale": 3.0}
+
+
+@case("qwenimage", _qwenimage_args)
+def qwenimage() -> Any:
+    """Two calls a step, the guided output rescaled to the norm of the conditional one."""
+    return diffusers.QwenImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift_terminal=0.02, time_shift_type="exponential"
+        ),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=net(
+            diffusers.QwenImageTransformer2DModel,
+            gains=_DIT_GAINS,
+            patch_size=2,
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 6, 6),
+        ),
+    )
+
+
+def _pixart_args(batch: int, cond: int) -> Kwargs:
+    return _text_args("pixart", batch, cond, mask=True) | {
+        "negative_prompt": None,
+        "height": 32,
+        "width": 32,
+        "guidance_scale": 4.5,
+        "clean_caption": False,
+        "use_resolution_binning": False,
+    }
+
+
+@case("pixart", _pixart_args, decoded="pt")
+def pixart() -> Any:
+    """A learned variance that the pipeline drops; DPM-Solver++; no interrupt."""
+    return diffusers.PixArtAlphaPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=image_vae(),
+        scheduler=diffusers.DPMSolverMultistepScheduler(**_SD_NOISE),
+        transformer=net(
+            diffusers.PixArtTransformer2DModel,
+            gains=_DIT_GAINS,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=1,
+            cross_attention_dim=32,
+            caption_channels=32,
+            sample_size=16,
+            patch_size=2,
+            norm_num_groups=8,
+        ),
+    )
+
+
+def _sana_args(batch: int, cond: int) -> Kwargs:
+    return _text_args("sana", batch, cond, mask=True) | {
+        "negative_prompt": None,
+        "height": 32,
+        "width": 32,
+        "guidance_scale": 4.5,
+        "use_resolution_binning": False,
+    }
+
+
+@case("sana", _sana_args, decoded="pt")
+def sana() -> Any:
+    """Linear attention; a flow model under DPM-Solver++."""
+    return diffusers.SanaPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=net(
+            diffusers.AutoencoderDC,
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=("ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            encoder_qkv_multiscales=((), (5,)),
+            decoder_qkv_multiscales=((), (5,)),
+            upsample_block_type="interpolate",
+            downsample_block_type="stride_conv",
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
+        ),
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=net(
+            diffusers.SanaTransformer2DModel,
+            gains=_DIT_GAINS,
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            num_cross_attention_heads=4,
+            cross_attention_head_dim=8,
+            cross_attention_dim=32,
+            caption_channels=32,
+            sample_size=16,
+        ),
+    )
+
+
+def _lumina2_args(batch: int, cond: int) -> Kwargs:
+    args = _text_args("lumina", batch, cond, mask=True)
+    return args | {"height": 64, "width": 64, "guidance_scale": 4.0}
+
+
+@case("lumina2", _lumina2_args)
+def lumina2() -> Any:
+    """Two calls a step, rescaled guidance, outputs negated before step."""
+    return diffusers.Lumina2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=net(
+            diffusers.Lumina2Transformer2DModel,
+            gains=_DIT_GAINS,
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            hidden_size=24,
+            num_layers=2,
+            num_refiner_layers=1,
+            num_attention_heads=3,
+            num_kv_heads=1,
+            multiple_of=16,
+            scaling_factor=1.0,
+            axes_dim_rope=(4, 2, 2),
+            axes_lens=(128, 128, 128),
+            cap_feat_dim=32,
+        ),
+    )
+
+
+# Kandinsky 2.2, Stable Audio
+
+
+def _kandinsky_args(batch: int, cond: int) -> Kwargs:
+    return {
+        "image_embeds": tensor("kandinsky", cond, batch, 32),
+        "negative_image_embeds": tensor("kandinsky-", 0, batch, 32),
+        "height": 32,
+        "width": 32,
+        "guidance_scale": 4.0,
+    }
+
+
+def _kandinsky(scheduler: Any) -> Any:
+    return diffusers.KandinskyV22Pipeline(
+        scheduler=scheduler,
+        movq=net(
+            diffusers.VQModel,
+            block_out_channels=(32, 32),
+            down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+            up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+            latent_channels=4,
+            norm_num_groups=8,
+            norm_type="spatial",
+            num_vq_embeddings=12,
+            vq_embed_dim=4,
+        ),
+        unet=net(
+            diffusers.UNet2DConditionModel,
+            gains=_UNET_GAINS,
+            in_channels=4,
+            out_channels=8,
+            addition_embed_type="image",
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            encoder_hid_dim=32,
+            encoder_hid_dim_type="image_proj",
+            cross_attention_dim=32,
+            attention_head_dim=4,
+            resnet_time_scale_shift="scale_shift",
+        ),
+    )
+
+
+@case("kandinsky", _kandinsky_args, decoded="pt")
+def kandinsky() -> Any:
+    """Image embeddings as the prompt; DDIM, so that the variance is dropped before step."""
+    return _kandinsky(_sd_scheduler())
+
+
+@case("kandinsky_ddpm", _kandinsky_args, decoded="pt")
+def kandinsky_ddpm() -> Any:
+    """As `kandinsky` with DDPM: step gets 2C channels for latents of C, and draws noise."""
+    scheduler = diffusers.DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, variance_type="learned_range", clip_sample=False
+    )
+    return _kandinsky(scheduler)
+
+
+def _stable_audio_args(batch: int, cond: int) -> Kwargs:
+    return _text_args("audio", batch, cond) | {
+        "audio_end_in_s": 2.0,
+        "guidance_scale": 4.0,
+    }
+
+
+@case("stable_audio", _stable_audio_args, decoded="pt")
+def stable_audio() -> Any:
+    """Long one-dimensional latents; no callback on steps, no interrupt."""
+    t5 = transformers.T5Config(
+        vocab_size=64, d_model=32, d_ff=37, d_kv=8, num_heads=4, num_layers=1
+    )
+    return diffusers.StableAudioPipeline(
+        vae=net(
+            diffusers.AutoencoderOobleck,
+            encoder_hidden_size=6,
+            downsampling_ratios=[1, 2],
+            channel_multiples=[2, 4],
+            decoder_channels=3,
+            decoder_input_channels=4,
+            audio_channels=2,
+            sampling_rate=16,
+        ),
+        text_encoder=net(transformers.T5EncoderModel, t5),
+        projection_model=net(
+            diffusers.StableAudioProjectionModel,
+            text_encoder_dim=32,
+            conditioning_dim=32,
+            min_value=0,
+            max_value=32,
+        ),
+        tokenizer=None,
+        transformer=net(
+            diffusers.StableAudioDiTModel,
+            gains=_DIT_GAINS,
+            sample_size=32,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            num_key_value_attention_heads=2,
+            cross_attention_dim=32,
+            cross_attention_input_dim=32,
+            time_proj_dim=16,
+            global_states_input_dim=64,
+        ),
+        scheduler=diffusers.EDMDPMSolverMultistepScheduler(
+            prediction_type="v_prediction", sigma_data=1.0, sigma_min=0.3, sigma_max=500.0
+        ),
+    )
