@@ -172,7 +172,8 @@ typedef struct ps_options {
   int warmup;          /* PS_PAPER: steps evaluated one by one first, at least 1 */
   int64_t deadline_ns; /* for a follower's reply, from the leader's own submit; 0 = the default rule */
   int raise_on_loss;   /* a lost follower ends the run with an error instead of a report line */
-  ps_wait wait;        /* the leader's own limit and check; its deadline_ns is for the whole run */
+  int (*check)(void *ctx); /* called between the slices of the leader's waits, see ps_wait */
+  void *check_ctx;
 } ps_options;
 
 PS_API void ps_options_init(ps_options *options); /* verified, .02, order 1, warm-up 5, default rule */
@@ -248,11 +249,13 @@ PS_API ps_status ps_follower_create(const ps_layout *layout, ps_link *link, ps_f
 /* Waits for the next work; work->count is 0 when the run is over. */
 PS_API ps_status ps_follower_next(ps_follower *follower, const ps_wait *wait, ps_work *work);
 
-/* Outputs are in work->output, written as m_dtype.  PS_ABANDONED where the leader went on. */
-PS_API ps_status ps_follower_submit(ps_follower *follower, ps_dtype m_dtype, int64_t began_ns);
+/* Outputs are in work->output, written as m_dtype.  moved: not 0 where a point was edited.  began_ns:
+ * when the evaluation began, 0 = when next returned.  PS_ABANDONED where the leader went on. */
+PS_API ps_status ps_follower_submit(ps_follower *follower, ps_dtype m_dtype, int moved,
+                                    int64_t began_ns);
 
-/* In place of submit: this rank cannot evaluate; the leader goes on without it.  Also fine with no
- * work at hand: the next message is answered so. */
+/* In place of submit: this rank cannot evaluate; the leader goes on without it.  With no work at hand
+ * it waits for the next message and answers that. */
 PS_API ps_status ps_follower_fail(ps_follower *follower, const char *why);
 PS_API void ps_follower_destroy(ps_follower *follower); /* NULL is fine */
 
@@ -261,19 +264,21 @@ PS_API void ps_follower_destroy(ps_follower *follower); /* NULL is fine */
 /* Writes m_j (layout.m) for the latent x (layout.x); a value other than 0 is a failure. */
 typedef int (*ps_denoiser)(void *ctx, int rank, int step, const void *x, void *m);
 
-/* Runs the program from x (in place) to its end.  noise: (steps, items, size) or NULL. */
+/* Runs the program from x (in place) to its end and finishes the run.  noise: (steps, items, size) of
+ * layout.x or NULL.  Outputs are layout.m, x's dtype where that is open. */
 PS_API ps_status ps_sample(ps_leader *leader, ps_denoiser denoiser, void *ctx, const void *noise,
                            void *x);
-/* Serves one follower until the run is over. */
+/* Serves one follower until the run is over; outputs are of dtype. */
 PS_API ps_status ps_serve(ps_follower *follower, int rank, ps_denoiser denoiser, void *ctx,
-                          const ps_wait *wait);
+                          const ps_wait *wait, ps_dtype dtype);
 
 /* ---- report ---------------------------------------------------------------------------------- */
 
 typedef struct ps_record { /* one evaluation */
   int rank, step, round;
   int accepted;               /* its output became an answer */
-  int64_t begin_ns, end_ns;   /* since the run began; a follower's begin is when its work was sent */
+  int64_t begin_ns, end_ns;   /* since the run began; where a follower's clock is not the leader's,
+                                 begin is when its work was sent */
 } ps_record;
 
 typedef struct ps_failure {

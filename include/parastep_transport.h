@@ -63,6 +63,7 @@ typedef struct ps_link_ops {
 struct ps_link { /* transports put this first in their own struct */
   const ps_link_ops *ops;
   int slots;
+  int same_clock; /* both ends read one monotonic clock: began_ns and ended_ns are comparable */
 };
 
 /* Ranks are threads of one process: messages are pointers, nothing is copied.  Writes the leader end

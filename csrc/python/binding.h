@@ -116,9 +116,9 @@ typedef struct psb_view {
 } psb_view;
 
 /* Takes in NumPy arrays, our Tensor, DLPack capsules, producers of DLPack (C exchange API or
- * __dlpack__) and buffers of format f, d, e.  name is the argument as errors call it ("x",
- * "m_out").  An empty tensor is taken in with count 0; shapes are the caller's to check.  On failure
- * the view is zeroed and nothing is held. */
+ * __dlpack__) and buffers of format f, d, e.  name is what errors call the argument ("x", "m_out").
+ * An empty tensor is taken in with count 0; shapes are the caller's to check.  On failure the view
+ * is zeroed and nothing is held. */
 int psb_view_from(psb_state *st, PyObject *obj, const char *name, int flags, psb_view *view);
 
 /* Gives back what the view holds and zeroes it; a zeroed view is fine.  An exception that is set
