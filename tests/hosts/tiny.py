@@ -492,18 +492,79 @@ def _audioldm2_args(batch: int, cond: int) -> Kwargs:
     }
 
 
-@case("audioldm2", _audioldm2_args, decoded="pt")
-def audioldm2() -> Any:
-    """A UNet with two text streams; its pipeline has neither step callback nor interrupt."""
-    t5 = transformers.T5Config(
-        vocab_size=64, d_model=32, d_ff=37, d_kv=8, num_heads=4, num_layers=1
+def _audioldm2_text_args(batch: int, cond: int) -> Kwargs:
+    return {
+        "prompt": words(batch, cond),
+        "negative_prompt": ["grey"] * batch,
+        "max_new_tokens": 4,
+        "audio_length_in_s": 0.008,
+        "guidance_scale": 3.5,
+    }
+
+
+def _t5() -> Any:
+    sizes = {"d_model": 32, "d_ff": 37, "d_kv": 8, "num_heads": 4, "num_layers": 1}
+    return net(transformers.T5EncoderModel, transformers.T5Config(vocab_size=64, **sizes))
+
+
+def _audioldm2_text_parts() -> Kwargs:
+    """Return what turns a prompt into embeddings: CLAP, T5, a projection, and GPT-2 with them."""
+    letters = list(string.ascii_lowercase)
+    byte_space = "\u0120"  # how byte-level tokenizers write a space
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    roberta = transformers.RobertaTokenizer(
+        vocab={token: i for i, token in enumerate([*specials, byte_space, *letters])},
+        merges=[],
+        model_max_length=24,
     )
+    t5 = transformers.T5Tokenizer(
+        vocab=[(t, 0.0) for t in ("<pad>", "</s>", "<unk>")] + [(t, -2.0) for t in ["▁", *letters]],
+        extra_ids=0,
+        model_max_length=24,
+    )
+    clap = transformers.ClapConfig(
+        text_config={
+            "vocab_size": len(roberta),
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 37,
+            "max_position_embeddings": 32,
+            "projection_dim": 16,
+        },
+        audio_config={
+            "spec_size": 8,
+            "window_size": 4,
+            "num_mel_bins": 8,
+            "patch_embeds_hidden_size": 8,
+            "hidden_size": 16,
+            "depths": [1, 1],
+            "num_attention_heads": [1, 1],
+            "num_hidden_layers": 2,
+            "projection_dim": 16,
+        },
+        projection_dim=16,
+    )
+    return {
+        "text_encoder": net(transformers.ClapModel, clap, gains={"text_": 4.0}),
+        "tokenizer": roberta,
+        "tokenizer_2": t5,
+        "projection_model": net(
+            diffusers.AudioLDM2ProjectionModel,
+            text_encoder_dim=16,
+            text_encoder_1_dim=32,
+            langauge_model_dim=16,
+        ),
+    }
+
+
+def _audioldm2(**parts: Any) -> Any:
     gpt = transformers.GPT2Config(
         vocab_size=64,
         n_embd=16,
         n_head=2,
         n_layer=1,
-        n_positions=32,
+        n_positions=64,
         bos_token_id=0,
         eos_token_id=1,
     )
@@ -520,12 +581,8 @@ def audioldm2() -> Any:
     )
     return diffusers.AudioLDM2Pipeline(
         vae=image_vae(in_channels=1, out_channels=1),
-        text_encoder=None,
-        text_encoder_2=net(transformers.T5EncoderModel, t5),
-        projection_model=None,
+        text_encoder_2=_t5(),
         language_model=net(transformers.GPT2LMHeadModel, gpt),
-        tokenizer=None,
-        tokenizer_2=None,
         feature_extractor=None,
         unet=net(
             diffusers.AudioLDM2UNet2DConditionModel,
@@ -542,7 +599,20 @@ def audioldm2() -> Any:
             **_SD_NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1
         ),
         vocoder=net(transformers.SpeechT5HifiGan, vocoder),
+        **parts,
     )
+
+
+@case("audioldm2", _audioldm2_args, decoded="pt")
+def audioldm2() -> Any:
+    """A UNet with two text streams; its pipeline has neither step callback nor interrupt."""
+    return _audioldm2(text_encoder=None, tokenizer=None, tokenizer_2=None, projection_model=None)
+
+
+@case("audioldm2_text", _audioldm2_text_args, decoded="pt")
+def audioldm2_text() -> Any:
+    """As `audioldm2`, from a prompt: CLAP, T5 and a language model called once a new token."""
+    return _audioldm2(**_audioldm2_text_parts())
 
 
 # Flow models: Stable Diffusion 3, Flux
@@ -920,7 +990,7 @@ def _wan_args(batch: int, cond: int) -> Kwargs:
     }
 
 
-def _wan(transformers_: int = 1, **config: Any) -> Any:
+def _wan(experts: int = 1, **config: Any) -> Any:
     models = [
         net(
             diffusers.WanTransformer3DModel,
@@ -936,7 +1006,7 @@ def _wan(transformers_: int = 1, **config: Any) -> Any:
             num_layers=2,
             rope_max_seq_len=32,
         )
-        for i in range(transformers_)
+        for i in range(experts)
     ]
     return diffusers.WanPipeline(
         tokenizer=None,
@@ -955,7 +1025,7 @@ def _wan(transformers_: int = 1, **config: Any) -> Any:
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
         transformer=models[0],
-        transformer_2=models[1] if transformers_ == 2 else None,
+        transformer_2=models[1] if experts == 2 else None,
         **config,
     )
 
@@ -1033,6 +1103,8 @@ def _ltx_args(batch: int, cond: int) -> Kwargs:
         "width": 32,
         "num_frames": 9,
         "guidance_scale": 3.0,
+        "decode_timestep": 0.05,
+        "decode_noise_scale": 0.025,
     }
 
 
@@ -1048,7 +1120,7 @@ def _ltx_condition_args(batch: int, cond: int) -> Kwargs:
     }
 
 
-def _ltx_parts() -> Kwargs:
+def _ltx_parts(**vae: Any) -> Kwargs:
     return {
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
         "vae": net(
@@ -1062,6 +1134,7 @@ def _ltx_parts() -> Kwargs:
             decoder_spatio_temporal_scaling=(True, True, False, False),
             patch_size=1,
             patch_size_t=1,
+            **vae,
         ),
         "text_encoder": None,
         "tokenizer": None,
@@ -1081,8 +1154,8 @@ def _ltx_parts() -> Kwargs:
 
 @case("ltx", _ltx_args, decoded="pt")
 def ltx() -> Any:
-    """Packed latents in fp32, guidance in one batch."""
-    return diffusers.LTXPipeline(**_ltx_parts())
+    """Packed latents in fp32, guidance in one batch; decoding draws noise after the loop."""
+    return diffusers.LTXPipeline(**_ltx_parts(timestep_conditioning=True))
 
 
 @case("ltx_i2v", _ltx_i2v_args, decoded="pt")
@@ -1412,9 +1485,6 @@ def _stable_audio_args(batch: int, cond: int) -> Kwargs:
 @case("stable_audio", _stable_audio_args, decoded="pt")
 def stable_audio() -> Any:
     """Long one-dimensional latents; no callback on steps, no interrupt."""
-    t5 = transformers.T5Config(
-        vocab_size=64, d_model=32, d_ff=37, d_kv=8, num_heads=4, num_layers=1
-    )
     return diffusers.StableAudioPipeline(
         vae=net(
             diffusers.AutoencoderOobleck,
@@ -1426,7 +1496,7 @@ def stable_audio() -> Any:
             audio_channels=2,
             sampling_rate=16,
         ),
-        text_encoder=net(transformers.T5EncoderModel, t5),
+        text_encoder=_t5(),
         projection_model=net(
             diffusers.StableAudioProjectionModel,
             text_encoder_dim=32,
