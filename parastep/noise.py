@@ -1,0 +1,186 @@
+"""Draws a stochastic scheduler's coming noise ahead of it, without touching its generator.
+
+Guesses of a sampler that adds noise in `step` need the very noise that the host will draw. A copy
+of the scheduler is stepped on zeros with a clone of the host's generator: what it returns is c z.
+Used by the diffusers adapter, for guesses alone: wrong noise costs speed, never the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from .schedulers import Stepper, fresh_copy, loop_timesteps
+from .tracing import Traced, trace_rows
+
+__all__ = ["Draws", "NoiseAhead"]
+
+_NORMAL = {torch.randn, torch.randn_like, torch.normal, torch.Tensor.normal_}
+_LIKE = {
+    torch.randn_like: torch.randn,
+    torch.rand_like: torch.rand,
+    torch.randint_like: torch.randint,
+}
+_RANDOM = {
+    *_NORMAL,
+    *_LIKE,
+    torch.rand,
+    torch.randint,
+    torch.randperm,
+    torch.bernoulli,
+    torch.multinomial,
+    torch.Tensor.bernoulli_,
+    torch.Tensor.exponential_,
+    torch.Tensor.multinomial,
+    torch.Tensor.random_,
+    torch.Tensor.uniform_,
+}
+
+
+class Draws(TorchFunctionMode):
+    """While active in this thread, no random draw reaches torch's global generators.
+
+    Args:
+        generator: gives the generator that replaces the global one of a device.
+        seen: called with each normal draw; what it returns is handed out in its place.
+    """
+
+    def __init__(
+        self,
+        generator: Callable[[torch.device], torch.Generator],
+        seen: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        super().__init__()
+        self._generator = generator
+        self._seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _RANDOM:
+            return func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if func in _LIKE:  # these take no generator in older versions of torch
+            like, args = args[0], (*args[1:], tuple(args[0].shape))
+            kwargs.pop("memory_format", None)
+            kwargs = {"dtype": like.dtype, "device": like.device} | kwargs
+        if kwargs.get("generator") is None:
+            near = args[0] if args and isinstance(args[0], torch.Tensor) else None
+            device = near.device if near is not None else kwargs.get("device")
+            kwargs["generator"] = self._generator(torch.device(device or "cpu"))
+        result = _LIKE.get(func, func)(*args, **kwargs)
+        return self._seen(result) if func in _NORMAL else result
+
+
+class NoiseAhead:
+    """The noise that a host's scheduler is going to add, step by step.
+
+    To be made when the loop's first `step` is about to be called: from then on the host draws from
+    its generator in `step` alone, or the noise told here is not the host's. Draws are made in the
+    host's order and as late as they are asked for; the host's generator is only read, once.
+
+    Args:
+        scheduler: as for `trace_rows`; it is copied, history left out.
+        timesteps: (N,), what the loop hands to `step`.
+        shape, dtype, device: of the sample handed to `step`.
+        generator: the host's generator, or list of them; None: torch's global ones.
+        step_kwargs: further arguments of `step` (`eta`, ...).
+        model_dtype: of the model output handed to `step`, where it is not `dtype`: many schedulers
+            draw in it, and other dtypes give other numbers.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        timesteps: torch.Tensor | Sequence[Any],
+        shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        step_kwargs: Mapping[str, Any] | None = None,
+        *,
+        model_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.traced: Traced = trace_rows(scheduler, timesteps, step_kwargs=step_kwargs)
+        self.reason: str | None = self.traced.reason  # why there is no noise, or no more
+        self._shape = tuple(shape)
+        self._dtypes = (model_dtype or dtype, dtype)
+        self._device = torch.device(device)
+        self._held: dict[int, torch.Tensor] = {}
+        self._drawn: list[torch.Tensor] = []
+        self._next = 0
+        if not self.traced.stochastic or self.reason is not None:
+            return
+        own = fresh_copy(scheduler)
+        loop = loop_timesteps(own, timesteps).to(own.timesteps.device)
+        self._stepper = Stepper(own, loop, step_kwargs, _clone(generator))
+        self._global = {"cpu": _clone_global(torch.device("cpu"))}
+        self._global[str(self._device)] = _clone_global(self._device)
+
+    def noise(self, j: int) -> torch.Tensor | None:
+        """c_j z_j as step j of the host will add it, of the sample's shape; owned by this object.
+
+        None where the step adds none, where it has been released, or where it cannot be told
+        (`reason` says why).
+        """
+        while self._next <= j < len(self.traced) and self.traced.stochastic and not self.reason:
+            self._advance()
+        return self._held.get(j)
+
+    def release(self, j: int) -> None:
+        """Forgets the noise of the steps before j."""
+        for step in [k for k in self._held if k < j]:
+            del self._held[step]
+
+    def _advance(self) -> None:
+        j, self._next = self._next, self._next + 1
+        self._drawn.clear()
+        output, sample = (
+            torch.zeros(self._shape, dtype=d, device=self._device) for d in self._dtypes
+        )
+        try:
+            with torch.inference_mode(False), torch.no_grad(), Draws(self._replacement, self._keep):
+                added = self._stepper(output, sample)
+                if self.traced.carries_noise:
+                    added = self._weighted(j, sample)
+        except Exception as error:
+            self.reason = f"noise cannot be drawn ahead: {error}"
+            return
+        if self.traced.c[j] != 0:
+            self._held[j] = added
+
+    def _weighted(self, j: int, sample: torch.Tensor) -> torch.Tensor:
+        """The draws by the trace's weights, where the step's result shows earlier noise as well."""
+        draws = torch.cat(self._drawn).reshape(-1, *self._shape)  # generator lists draw by items
+        weights = torch.tensor(self.traced.noise_weights[j], dtype=torch.float64)
+        total = torch.zeros_like(sample, dtype=torch.promote_types(sample.dtype, torch.float32))
+        for weight, draw in zip(weights.tolist(), draws):
+            total += weight * draw
+        return total.to(sample.dtype)
+
+    def _keep(self, value: torch.Tensor) -> torch.Tensor:
+        self._drawn.append(value)
+        return value
+
+    def _replacement(self, device: torch.device) -> torch.Generator:
+        return self._global[device.type if device.type == "cpu" else str(self._device)]
+
+
+def _clone(generator: Any) -> Any:
+    if generator is None:
+        return None
+    if isinstance(generator, (list, tuple)):
+        return [_clone(one) for one in generator]
+    clone = torch.Generator(generator.device)
+    clone.set_state(generator.get_state())
+    return clone
+
+
+def _clone_global(device: torch.device) -> torch.Generator:
+    """A generator that will draw what torch's own generator of this device would draw next."""
+    clone = torch.Generator(device)
+    module = torch if device.type == "cpu" else getattr(torch, device.type)
+    one_alone = device.type in ("cpu", "mps")
+    clone.set_state(module.get_rng_state() if one_alone else module.get_rng_state(device))
+    return clone
