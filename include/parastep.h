@@ -193,7 +193,8 @@ typedef enum ps_verdict {
 
 /* The host's loop is at step j with the true latent x, (items, size) of layout.x.  Steps come in
  * order, each once.  m_out: (items, size) of layout.m, its contents unspecified after PS_EVALUATE;
- * NULL = the host evaluates in any case (a new round).  Beyond N: PS_EVALUATE without guesses. */
+ * NULL = the host evaluates in any case; no guesses go out, except at step 0.  Beyond N: PS_EVALUATE
+ * without guesses. */
 PS_API ps_status ps_leader_ask(ps_leader *leader, int step, const void *x, void *m_out,
                                ps_verdict *verdict);
 

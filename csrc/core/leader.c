@@ -274,12 +274,12 @@ static ps_status try_answer(ps_leader *leader, const void *x, void *m_out, bool 
 
 /* The leader's own node, and beside it what speculation allows: step 0 on every rank in the first
  * round, later the planner's window. */
-static int plan_round(ps_leader *leader)
+static int plan_round(ps_leader *leader, bool alone)
 {
   int step = leader->step, steps = leader->program->steps;
   ps__node *nodes = leader->fresh;
   bool warm = leader->options.policy == PS_PAPER && step < leader->options.warmup;
-  bool alone = leader->fallback[0] != '\0' || step >= steps || steps == 1;
+  alone = alone || leader->fallback[0] != '\0' || step >= steps || steps == 1;
   nodes[0] = (ps__node){.step = step, .state = PS__PENDING, .record = -1};
   if (alone || (warm && step > 0)) {
     return 1;
@@ -314,9 +314,9 @@ static ps_status write_points(ps_leader *leader, int count)
   return status;
 }
 
-static ps_status begin_round(ps_leader *leader)
+static ps_status begin_round(ps_leader *leader, bool alone)
 {
-  int count = plan_round(leader);
+  int count = plan_round(leader, alone);
   ps_status status = write_points(leader, count);
   if (status != PS_OK) {
     return status;
@@ -353,7 +353,8 @@ ps_status ps_leader_ask(ps_leader *leader, int step, const void *x, void *m_out,
     ++leader->accepted[leader->round - 1];
     *verdict = PS_ANSWER;
   } else if (status == PS_OK) {
-    status = begin_round(leader);
+    /* Step 0 needs the followers in any case: it verifies them. */
+    status = begin_round(leader, m_out == NULL && step > 0);
   }
   if (status != PS_OK) {
     leader->phase = PS__BROKEN;

@@ -326,11 +326,12 @@ static int take_buffer(psb_intake *in, PyObject *obj)
   }
   if (psb__take_ndim(in, buffer->ndim) < 0)
     goto out;
+  /* ctypes leaves strides out even where they are asked for, which means C-contiguous. */
+  in->strided = buffer->strides != NULL;
   for (int d = 0; d < view->ndim; d++) {
     view->shape[d] = buffer->shape[d];
-    in->stride[d] = buffer->strides[d];
+    in->stride[d] = in->strided ? buffer->strides[d] : 0;
   }
-  in->strided = true;
   view->data = buffer->buf;
   view->readonly = buffer->readonly;
   view->device_type = DL_CPU;

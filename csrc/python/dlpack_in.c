@@ -269,11 +269,9 @@ static int take_exchanged(psb_intake *in, const dl_exchange *api, PyObject *obj)
   else
     rc = api->managed_from_object(obj, &managed);
   if (rc < 0 || (!borrow && !managed)) {
-    rc = 0;
-    if (PyErr_ExceptionMatches(PyExc_Exception))
+    rc = !PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_Exception) ? 0 : -1;
+    if (rc == 0)
       PyErr_Clear();
-    else
-      rc = -1;
   } else if (borrow) {
     in->view->owner = Py_NewRef(obj);
     rc = take_tensor(in, &tensor, false);

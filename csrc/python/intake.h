@@ -32,8 +32,8 @@ const dl_exchange *psb__exchange(psb_state *st, PyObject *obj);
 /* PS_NONE for a NumPy dtype that the core does not compute with. */
 ps_dtype psb__numpy_dtype(PyArray_Descr *descr);
 
-/* Fills data, dtype and shape from a Tensor of ours, tensor.c. */
-void psb__tensor_describe(PyObject *tensor, psb_view *view);
+/* Fills data, dtype and shape from obj, a Tensor of ours, tensor.c. */
+void psb__tensor_describe(PyObject *obj, psb_view *view);
 
 /* getattr without the exception for a missing attribute: 1 found, 0 missing, -1 error. */
 int psb__lookup(PyObject *obj, PyObject *name, PyObject **value);

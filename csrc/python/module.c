@@ -115,7 +115,21 @@ static PyObject *core_now_ns(PyObject *module, PyObject *unused)
   return PyLong_FromLongLong(ps_now_ns());
 }
 
+static PyObject *core_copy(PyObject *module, PyObject *x)
+{
+  psb_state *st = PyModule_GetState(module);
+  psb_view view;
+  if (psb_view_from(st, x, "x", PSB_READ, &view) < 0) {
+    return NULL;
+  }
+  PyObject *made =
+      psb_tensor_like(st, x, view.dtype, view.ndim, view.shape, view.data, NULL);
+  psb_view_release(&view);
+  return made;
+}
+
 static PyMethodDef methods[] = {
+    {"copy", core_copy, METH_O, "copy(x)\n--\n\nA contiguous copy of a tensor, of the same kind."},
     {"build_info", core_build_info, METH_NOARGS,
      "Version, backends and transports of this build, as a dict."},
     {"now_ns", core_now_ns, METH_NOARGS, "The monotonic clock of began_ns and the timeline, in ns."},

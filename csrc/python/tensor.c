@@ -483,13 +483,16 @@ out:
 }
 
 /* The table's function takes the managed tensor over, also where it fails. */
-static PyObject *through_exchange(const dl_exchange *api, const tensor *ours)
+static PyObject *through_exchange(psb_state *st, const dl_exchange *api, const tensor *ours)
 {
   exported *out = export_new(ours, true, false);
   void *object = NULL;
 
-  if (out && api->managed_to_object(&out->managed.versioned, &object) < 0)
+  if (out && (api->managed_to_object(&out->managed.versioned, &object) < 0 || !object)) {
     object = NULL;
+    if (!PyErr_Occurred())
+      psb_raise(st, PS_INVALID, "the tensor's library failed to take in a result");
+  }
   return object;
 }
 
@@ -553,7 +556,7 @@ PyObject *psb_tensor_like(psb_state *st, PyObject *like, ps_dtype dtype, int ndi
     goto out;
   api = psb__exchange(st, like);
   if (api)
-    result = through_exchange(api, (tensor *)ours);
+    result = through_exchange(st, api, (tensor *)ours);
   else if (Py_IS_TYPE(like, st->tensor_type))
     result = Py_NewRef(ours);
   else

@@ -1,0 +1,78 @@
+"""parastep: one diffusion generation, several denoising steps at a time (reuse-then-predict, verified).
+
+`parallelize(pipe, devices=[...])` for diffusers, `sample(program, denoiser, x)` for anything else;
+`trace(scheduler, n)` writes a scheduler down as a `Program`.  Needs NumPy alone; torch and diffusers
+are imported when first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._core import (
+    AbandonedError,
+    DeadlineError,
+    DenoiserError,
+    DeviceError,
+    DiffersError,
+    DtypeError,
+    Error,
+    InterruptedRunError,
+    InvalidError,
+    LostError,
+    NotFiniteError,
+    OutOfMemoryError,
+    Program,
+    ProtocolError,
+    ShapeError,
+    StateError,
+    UnsupportedError,
+    build_info,
+)
+from ._version import __version__
+from .api import FollowerWarning, SerialWarning, sample
+from .report import Report
+
+if TYPE_CHECKING:
+    from .diffusers import ParallelPipeline, parallelize
+    from .tracing import trace
+
+__all__ = [
+    "AbandonedError",
+    "DeadlineError",
+    "DenoiserError",
+    "DeviceError",
+    "DiffersError",
+    "DtypeError",
+    "Error",
+    "FollowerWarning",
+    "InterruptedRunError",
+    "InvalidError",
+    "LostError",
+    "NotFiniteError",
+    "OutOfMemoryError",
+    "ParallelPipeline",
+    "Program",
+    "ProtocolError",
+    "Report",
+    "SerialWarning",
+    "ShapeError",
+    "StateError",
+    "UnsupportedError",
+    "__version__",
+    "build_info",
+    "parallelize",
+    "sample",
+    "trace",
+]
+
+_LAZY = {"parallelize": "diffusers", "ParallelPipeline": "diffusers", "trace": "tracing"}
+
+
+def __getattr__(name: str) -> Any:
+    """torch and diffusers cost seconds to import: only who asks for them pays."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

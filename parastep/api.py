@@ -1,0 +1,146 @@
+"""`sample`: the loop of a caller that has no host, the program itself being the sampler."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from . import _core
+from .report import Report
+from .threads import HostContext
+
+Denoiser = Callable[[Any, int, int], Any]
+
+
+class FollowerWarning(RuntimeWarning):
+    """A follower was left out; the result is right, the run was slower than it could be."""
+
+
+class SerialWarning(RuntimeWarning):
+    """The host evaluates alone; the result is right, nothing is gained."""
+
+
+def warn_of(report: Report, stacklevel: int = 3) -> None:
+    """One warning for each follower left out and one for speculation that ended."""
+    for line in report.failures:
+        text = f"rank {line.rank} was left out at step {line.step} ({line.status}): {line.text}"
+        warnings.warn(text, FollowerWarning, stacklevel=stacklevel)
+    if report.fallback is not None:
+        warnings.warn(f"running serially: {report.fallback}", SerialWarning, stacklevel=stacklevel)
+
+
+def check_stride(max_stride: int | None) -> None:
+    """Strides above 1 do not exist yet: every step is evaluated by some rank."""
+    if max_stride not in (None, 1):
+        raise _core.UnsupportedError(f"max_stride: {max_stride!r}: only 1 (or None) so far")
+
+
+def describe(error: BaseException) -> str:
+    """The one line of an exception that travels to the leader."""
+    return f"{type(error).__name__}: {error}".split("\n", 1)[0]
+
+
+def _serve(follower: _core.Follower, denoiser: Denoiser) -> None:
+    """A follower's thread: evaluates what it is given until the run is over."""
+    try:
+        while (work := follower.next()) is not None:
+            outputs = [denoiser(point, step, follower.rank) for step, point in work]
+            follower.submit(outputs)
+    except _core.AbandonedError:
+        pass
+    except BaseException as error:  # whatever it is, the leader is told and goes on without us
+        follower.fail(describe(error))
+
+
+def _give_noise(leader: _core.Leader, noise: Any, given: int, step: int) -> int:
+    """Hands the leader the noise its next guesses may pass; returns the first step not given."""
+    for later in range(max(given, step), leader.horizon):
+        leader.noise(later, noise[later])
+    return max(given, leader.horizon)
+
+
+def _run(
+    leader: _core.Leader, program: _core.Program, denoiser: Denoiser, x: Any, noise: Any
+) -> Any:
+    """The leader's loop; what its own denoiser call raises is raised."""
+    given = 0
+    for step in range(len(program)):
+        if noise is not None:
+            given = _give_noise(leader, noise, given, step)
+        if not leader.ask(step, x, leader.output()):
+            m = denoiser(x, step, 0)
+            if m is None:
+                raise _core.DenoiserError(f"the denoiser returned None at step {step} on rank 0")
+            leader.submit(m)
+        x = leader.advance(None if noise is None else noise[step])
+    return x
+
+
+def sample(
+    program: _core.Program,
+    denoiser: Denoiser,
+    x: Any,
+    *,
+    ranks: int = 4,
+    tolerance: float = 0.02,
+    policy: str = "verified",
+    max_stride: int | None = None,
+    warmup: int = 5,
+    order: int = 1,
+    noise: Any = None,
+    deadline: float | None = None,
+    on_failure: str = "continue",
+) -> tuple[Any, Report]:
+    """Samples from x with `ranks` evaluations at a time; returns (x_N, report).
+
+    `denoiser(x, step, rank) -> m` is the guided output at latent x, of the shape of x; rank 0 is called
+    in this thread, the others in threads of their own, at the same time.  Its tensors are of the kind
+    of x (torch, NumPy, anything that speaks DLPack) and private to the call.  The first dimension of x
+    is the batch where it has others: drift is taken per item.
+
+    `tolerance` is the drift, in units of the noise scale of a step, below which a guess counts: 0 is
+    the exact sequential result, `math.inf` accepts everything.  `policy="paper"` is the published rule
+    (arXiv 2505.14741) with `warmup` steps one by one.  `order` 0 reuses outputs in guesses, 1 goes on
+    along their slope.  `noise`, (N, *x.shape), is needed where the program draws.  `deadline` seconds
+    for a follower's reply; a lost one is a FollowerWarning and a line in the report, or LostError with
+    `on_failure="raise"`.
+
+    Raises ShapeError, DtypeError, DeviceError, InvalidError (subclasses of parastep.Error and of the
+    fitting built-in) for arguments that do not fit, and whatever the denoiser raises on rank 0.
+    """
+    check_stride(max_stride)
+    leader = _core.Leader(
+        program,
+        x,
+        ranks=ranks,
+        tolerance=tolerance,
+        policy=policy,
+        order=order,
+        warmup=warmup,
+        deadline=deadline,
+        on_failure=on_failure,
+    )
+    if noise is None and program.c.any():
+        raise _core.InvalidError("noise: the program draws noise: give it, (N, *x.shape)")
+    if noise is not None and len(noise) != len(program):
+        raise _core.ShapeError(f"noise: {len(noise)} steps where the program has {len(program)}")
+    context = HostContext()
+    lanes: dict[int, threading.Thread] = {}
+    try:
+        for rank in range(1, ranks):
+            follower = leader.follower(rank)
+            lanes[rank] = context.start(
+                lambda follower=follower: _serve(follower, denoiser), f"parastep-{rank}"
+            )
+        result = _run(leader, program, denoiser, _core.copy(x), noise)
+    finally:
+        leader.finish()
+    report = Report.from_core(leader.report())
+    for line in report.failures:
+        lanes.pop(line.rank, None)  # it may be hanging; daemon threads do not keep the process
+    for thread in lanes.values():
+        thread.join(timeout=1.0)
+    warn_of(report)
+    return result, report

@@ -1,0 +1,57 @@
+"""Followers as threads of this process: what of the caller's context they must be given.
+
+torch keeps grad mode, inference mode, autocast and the number of intra-op threads per thread, and new
+threads inherit none of them.  Used by `api.sample` and by the hosts' adapters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class HostContext:
+    """The calling thread's context, to be entered in the threads of the followers."""
+
+    def __init__(self) -> None:
+        self.variables = contextvars.copy_context()
+        self.torch: Any = sys.modules.get("torch")
+        if self.torch is not None:
+            self.grad = self.torch.is_grad_enabled()
+            self.inference = self.torch.is_inference_mode_enabled()
+            self.autocast = [
+                (device, self.torch.get_autocast_dtype(device))
+                for device in ("cpu", "cuda")
+                if self.torch.is_autocast_enabled(device)
+            ]
+
+    @contextlib.contextmanager
+    def entered(self, intraop: int | None = None) -> Iterator[None]:
+        """Grad mode, inference mode and autocast as in the caller; `intraop` threads of torch here."""
+        with contextlib.ExitStack() as stack:
+            if self.torch is not None:
+                if intraop is not None:
+                    self.torch.set_num_threads(intraop)
+                stack.enter_context(self.torch.inference_mode(self.inference))
+                stack.enter_context(self.torch.set_grad_enabled(self.grad))
+                for device, dtype in self.autocast:
+                    stack.enter_context(self.torch.autocast(device, dtype=dtype))
+            yield
+
+    def start(
+        self, target: Callable[[], None], name: str, intraop: int | None = None
+    ) -> threading.Thread:
+        """Starts a daemon thread in this context: one that hangs must not keep the process alive."""
+
+        def body() -> None:
+            with self.entered(intraop):
+                target()
+
+        variables = self.variables.copy()
+        thread = threading.Thread(target=variables.run, args=(body,), name=name, daemon=True)
+        thread.start()
+        return thread
