@@ -37,6 +37,7 @@ _HEARTS = (
     "text_projection",
     "final_layer_norm",
     "encoder.final_layer_norm",
+    "t_embedder",
 )
 
 
@@ -94,9 +95,10 @@ class Case:
         if decode and self.decoded is None:
             raise ValueError(f"{self.name} has no decoder")
         kwargs = self.args(batch, cond)
-        for key, value in kwargs.items():
-            if torch.is_tensor(value) and value.is_floating_point() and "embeds" in key:
-                kwargs[key] = value.to(dtype)
+        for key in [key for key in kwargs if key.endswith("embeds")]:
+            value = kwargs[key]
+            cast = [item.to(dtype) for item in value]
+            kwargs[key] = torch.stack(cast) if torch.is_tensor(value) else cast
         kwargs["num_inference_steps"] = self.steps if steps is None else steps
         kwargs["generator"] = torch.Generator("cpu").manual_seed(seed)
         kwargs["output_type"] = self.decoded if decode else "latent"
@@ -124,7 +126,12 @@ def run(pipe: Any, kwargs: Kwargs) -> torch.Tensor:
 
 
 def as_tensor(output: Any) -> torch.Tensor:
-    """Return the images, frames or sound of a pipeline's output as one tensor."""
+    """Return the images, frames or sound of a pipeline's output as one tensor.
+
+    Video with sound comes back as (B, elements of both).
+    """
+    if getattr(output, "audio", None) is not None:
+        return torch.cat([output.frames.flatten(1), output.audio.flatten(1)], dim=1)
     for name in ("images", "frames", "videos", "audios"):
         if hasattr(output, name):
             output = getattr(output, name)
@@ -1412,7 +1419,49 @@ def lumina2() -> Any:
     )
 
 
-# Kandinsky 2.2, Stable Audio
+def _z_image_args(batch: int, cond: int) -> Kwargs:
+    return {
+        "prompt_embeds": list(tensor("z", cond, batch, 8, 32)),
+        "negative_prompt_embeds": list(tensor("z-", 0, batch, 8, 32)),
+        "height": 64,
+        "width": 64,
+        "guidance_scale": 3.0,
+    }
+
+
+def _z_image_trunc_args(batch: int, cond: int) -> Kwargs:
+    return _z_image_args(batch, cond) | {"cfg_truncation": 0.3}
+
+
+@case("z_image", _z_image_args)
+def z_image() -> Any:
+    """The transformer takes and returns lists, one tensor an item of the batch."""
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=net(
+            diffusers.ZImageTransformer2DModel,
+            gains={"adaLN_modulation": 1.5},
+            in_channels=4,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=32,
+            axes_dims=[8, 4, 4],
+            axes_lens=[64, 32, 32],
+        ),
+    )
+
+
+# Guidance ends in mid-run: the batch of the call halves.
+case("z_image_trunc", _z_image_trunc_args)(z_image)
+
+
+# Kandinsky 2.2, Stable Audio, LTX-2
 
 
 def _kandinsky_args(batch: int, cond: int) -> Kwargs:
@@ -1522,5 +1571,84 @@ def stable_audio() -> Any:
         ),
         scheduler=diffusers.EDMDPMSolverMultistepScheduler(
             prediction_type="v_prediction", sigma_data=1.0, sigma_min=0.3, sigma_max=500.0
+        ),
+    )
+
+
+def _ltx2_args(batch: int, cond: int) -> Kwargs:
+    args = _text_args("ltx2", batch, cond, mask=True)
+    for side in ("", "negative_"):
+        args[f"{side}prompt_embeds"] = torch.cat([args[f"{side}prompt_embeds"]] * 2, dim=-1)
+    return args | {
+        "height": 64,
+        "width": 64,
+        "num_frames": 9,
+        "frame_rate": 25.0,
+        "guidance_scale": 3.0,
+        "stg_scale": 0.0,
+        "modality_scale": 1.0,
+        "audio_guidance_scale": 3.0,
+        "audio_stg_scale": 0.0,
+        "audio_modality_scale": 1.0,
+        "guidance_rescale": 0.0,
+    }
+
+
+@case("ltx2", _ltx2_args)
+def ltx2() -> Any:
+    """Video and sound: two schedulers step in every iteration, one of them a deep copy."""
+    return diffusers.LTX2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=net(
+            diffusers.AutoencoderKLLTX2Video,
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1),
+            spatial_compression_ratio=8,
+            temporal_compression_ratio=8,
+        ),
+        audio_vae=net(
+            diffusers.AutoencoderKLLTX2Audio,
+            base_channels=8,
+            ch_mult=(1, 1, 1),
+            num_res_blocks=1,
+            latent_channels=2,
+            mel_bins=16,
+            resolution=32,
+        ),
+        text_encoder=None,
+        tokenizer=None,
+        vocoder=None,
+        connectors=net(
+            diffusers.pipelines.ltx2.LTX2TextConnectors,
+            caption_channels=32,
+            text_proj_in_factor=2,
+            video_connector_num_attention_heads=4,
+            video_connector_attention_head_dim=8,
+            video_connector_num_layers=1,
+            video_connector_num_learnable_registers=None,
+            audio_connector_num_attention_heads=4,
+            audio_connector_attention_head_dim=8,
+            audio_connector_num_layers=1,
+            audio_connector_num_learnable_registers=None,
+            connector_rope_base_seq_len=32,
+        ),
+        transformer=net(
+            diffusers.LTX2VideoTransformer3DModel,
+            gains=_DIT_GAINS,
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            cross_attention_dim=32,
+            audio_in_channels=8,
+            audio_out_channels=8,
+            audio_num_attention_heads=4,
+            audio_attention_head_dim=8,
+            audio_cross_attention_dim=32,
+            num_layers=1,
+            caption_channels=32,
         ),
     )
