@@ -50,21 +50,18 @@ class Case:
     """
 
     name: str
-    make: Callable[..., Any]
+    make: Callable[[], Any]
     args: Callable[[int, int], Kwargs]
     steps: int = 12
     decoded: str | None = None
     share: float = 1.0
 
-    def build(
-        self, *, scheduler: Any = None, dtype: torch.dtype = torch.float32, **variants: Any
-    ) -> Any:
+    def build(self, *, scheduler: Any = None, dtype: torch.dtype = torch.float32) -> Any:
         """Return a new pipeline, equal in every weight to the one of any other build.
 
-        `scheduler` is an instance, or a class made from the default scheduler's configuration;
-        `variants` are those of the case's own builder.
+        `scheduler` is an instance, or a class made from the default scheduler's configuration.
         """
-        pipe = self.make(**variants)
+        pipe = self.make()
         if isinstance(scheduler, type):
             scheduler = scheduler.from_config(pipe.scheduler.config)
         if scheduler is not None:
@@ -110,10 +107,10 @@ CASES: dict[str, Case] = {}
 
 def case(
     name: str, args: Callable[[int, int], Kwargs], **fields: Any
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
     """Register the decorated builder as the case `name`; `args(batch, cond)` makes a call."""
 
-    def register(make: Callable[..., Any]) -> Callable[..., Any]:
+    def register(make: Callable[[], Any]) -> Callable[[], Any]:
         CASES[name] = Case(name, make, args, **fields)
         return make
 
