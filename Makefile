@@ -100,7 +100,8 @@ $(eval $(call c_build,build/c-tsan,$(TSAN)))
 
 programs = $(PROGRAM_SRC:workflows/c/%.c=$(1)/programs/%)
 
-# Runs the programs of workflows/c, then the C tests of the build in $(1), under the command in $(2).
+# Runs the programs of workflows/c, then the C tests of the build in $(1), under the command $(2)
+# with a limit of $(3) seconds per test.
 define run_c
 	@status=0; \
 	for program in $(call programs,$(1)); do \
@@ -218,9 +219,9 @@ sanitize-tsan: build/c-tsan/tests $(call programs,build/c-tsan)
 sanitize-sweep: build/c-asan/tests
 	build/c-asan/tests --sweep --limit $(SANITIZED_LIMIT)
 
-# An instrumented copy of the package, ahead of the installed one.  Python itself is not instrumented,
-# so the runtime is preloaded, with libstdc++ because it wraps the exceptions of torch, and Python's
-# own allocator, which would hide errors, is off.  Reports go into files, out of reach of pytest's
+# An instrumented copy of the package, ahead of the installed one.  Python is not instrumented, so the
+# runtime is preloaded, with libstdc++ because it wraps the exceptions of torch, and Python's own
+# allocator, which would hide errors, is off.  Reports go into files, out of reach of pytest's
 # capture.  CPython leaves blocks of its own behind: a leak counts where our code allocated it.
 PY_ASAN := build/py-asan
 PRELOAD = $(shell $(CC) -print-file-name=libasan.so) $(shell $(CC) -print-file-name=libstdc++.so)
