@@ -219,7 +219,7 @@ sanitize-tsan: build/c-tsan/tests $(call programs,build/c-tsan)
 sanitize-sweep: build/c-asan/tests
 	build/c-asan/tests --sweep --limit $(SANITIZED_LIMIT)
 
-# An instrumented copy of the package, ahead of the installed one.  Python is not instrumented, so the
+# An instrumented copy of the package, ahead of the installed one.  Python is not instrumented: the
 # runtime is preloaded, with libstdc++ because it wraps the exceptions of torch, and Python's own
 # allocator, which would hide errors, is off.  Reports go into files, out of reach of pytest's
 # capture.  CPython leaves blocks of its own behind: a leak counts where our code allocated it.
