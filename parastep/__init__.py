@@ -1,8 +1,9 @@
-"""parastep: one diffusion generation, several denoising steps at a time (reuse-then-predict, verified).
+"""parastep: one diffusion generation, several denoising steps at a time (reuse-then-predict,
+verified).
 
 `parallelize(pipe, devices=[...])` for diffusers, `sample(program, denoiser, x)` for anything else;
-`trace(scheduler, n)` writes a scheduler down as a `Program`.  Needs NumPy alone; torch and diffusers
-are imported when first used.
+`trace(scheduler, n)` writes a scheduler down as a `Program`.  Needs NumPy alone; torch and
+diffusers are imported when first used.
 """
 
 from __future__ import annotations

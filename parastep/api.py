@@ -95,20 +95,20 @@ def sample(
 ) -> tuple[Any, Report]:
     """Samples from x with `ranks` evaluations at a time; returns (x_N, report).
 
-    `denoiser(x, step, rank) -> m` is the guided output at latent x, of the shape of x; rank 0 is called
-    in this thread, the others in threads of their own, at the same time.  Its tensors are of the kind
-    of x (torch, NumPy, anything that speaks DLPack) and private to the call.  The first dimension of x
-    is the batch where it has others: drift is taken per item.
+    `denoiser(x, step, rank) -> m` is the guided output at latent x, of the shape of x; rank 0 is
+    called in this thread, the others in threads of their own, at the same time.  Its tensors are of
+    the kind of x (torch, NumPy, anything that speaks DLPack) and private to the call.  The first
+    dimension of x is the batch where it has others: drift is taken per item.
 
-    `tolerance` is the drift, in units of the noise scale of a step, below which a guess counts: 0 is
-    the exact sequential result, `math.inf` accepts everything.  `policy="paper"` is the published rule
-    (arXiv 2505.14741) with `warmup` steps one by one.  `order` 0 reuses outputs in guesses, 1 goes on
-    along their slope.  `noise`, (N, *x.shape), is needed where the program draws.  `deadline` seconds
-    for a follower's reply; a lost one is a FollowerWarning and a line in the report, or LostError with
-    `on_failure="raise"`.
+    `tolerance` is the drift, in units of the noise scale of a step, below which a guess counts: 0
+    is the exact sequential result, `math.inf` accepts everything.  `policy="paper"` is the
+    published rule (arXiv 2505.14741) with `warmup` steps one by one.  `order` 0 reuses outputs in
+    guesses, 1 goes on along their slope.  `noise`, (N, *x.shape), is needed where the program
+    draws.  `deadline` seconds for a follower's reply; a lost one is a FollowerWarning and a line in
+    the report, or LostError with `on_failure="raise"`.
 
-    Raises ShapeError, DtypeError, DeviceError, InvalidError (subclasses of parastep.Error and of the
-    fitting built-in) for arguments that do not fit, and whatever the denoiser raises on rank 0.
+    Raises ShapeError, DtypeError, DeviceError, InvalidError (subclasses of parastep.Error and of
+    the fitting built-in) for arguments that do not fit, and whatever the denoiser raises on rank 0.
     """
     check_stride(max_stride)
     leader = _core.Leader(

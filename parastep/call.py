@@ -1,4 +1,5 @@
-"""One call of a parallel pipeline: what its leader and its followers tell each other beside the core.
+"""One call of a parallel pipeline: what its leader and its followers tell each other beside the
+core.
 
 The core carries points and outputs. Here goes what is said once: encoder outputs, who has the run's
 other end, who failed before there was a run. A follower that waits is always let go at the end.
@@ -75,7 +76,7 @@ class Call:
             return self._followers[rank]
 
     def fail(self, rank: int, why: str) -> None:
-        """This rank cannot go on: said through the core where it has an end, kept for open if not."""
+        """This rank cannot go on: told through the core, or kept until there is a run."""
         with self._changed:
             follower = self._followers.get(rank)
             if follower is None:

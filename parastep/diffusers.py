@@ -1,31 +1,36 @@
 """diffusers: `pipe = parastep.parallelize(pipe, devices=[...])`, then `pipe(...)` as before.
 
-The pipeline's own `__call__` runs on every rank; `leading` and `following` hold the hooks. Nothing is
-patched between calls, no class is touched, and the pipe is as it was after every call.
+The pipeline's own `__call__` runs on every rank; `leading` and `following` hold the hooks. Nothing
+is patched between calls, no class is touched, and the pipe is as it was after every call.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import inspect
 import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from . import _core
-from .api import check_stride, warn_of
+from .api import check_stride, describe, warn_of
 from .call import Call
 from .following import Following
 from .leading import Leading
-from .replicas import denoisers_of, encoders_of, fingerprint, offloaded, replicate
+from .noise import cloned_generator, cloned_global_generator
+from .replicas import denoisers_of, fingerprint, offloaded, replicate
 from .report import Report
 from .seam import Hooks
 from .threads import HostContext
 
+_CALLBACKS = ("callback_on_step_end", "callback")
 _OWN = ("pipe", "devices", "report", "_options", "_replicas", "_made_from", "_lock", "_closed")
 
 
@@ -50,7 +55,8 @@ def parallelize(
         pipe: any diffusers pipeline with a scheduler; it stays usable by itself.
         devices: torch devices, the first the leader's, where the pipe is; repeats allowed
             (`["cpu"] * 4`). None: the pipe's own device and all others of its kind.
-        tolerance, policy, warmup, order, deadline, on_failure: as for `parastep.sample`; tolerance 0
+        tolerance, policy, warmup, order, deadline, on_failure: as for `parastep.sample`; tolerance
+        0
             gives the pipeline's own result bit for bit.
         max_stride: 1, every step is evaluated by some rank; None the same so far.
         mode: "threads" or "auto" (threads); group and other modes do not exist yet.
@@ -105,7 +111,7 @@ def _devices_of(pipe: Any, devices: Sequence[str | torch.device] | None) -> list
         raise _core.InvalidError(f"devices: {devices!r}: a list is needed, as ['cuda:0', 'cuda:1']")
     found = [torch.device(device) for device in devices]
     if found[0].type != home.type or (found[0].index or 0) != (home.index or 0):
-        raise _core.DeviceError(f"devices: the first, {found[0]}, must be where the pipe is, {home}")
+        raise _core.DeviceError(f"devices: the first is {found[0]}, but the pipe is on {home}")
     if any(device.type != "cpu" for device in found):
         raise _core.UnsupportedError("devices: only CPU devices so far")
     return found
@@ -146,7 +152,8 @@ class ParallelPipeline:
             setattr(self.pipe, name, value)
 
     def __repr__(self) -> str:
-        return f"<parastep.ParallelPipeline: {type(self.pipe).__name__} on {len(self.devices)} ranks>"
+        name = type(self.pipe).__name__
+        return f"<parastep.ParallelPipeline: {name} on {len(self.devices)} ranks>"
 
     def __enter__(self) -> ParallelPipeline:
         return self
@@ -170,59 +177,62 @@ class ParallelPipeline:
             self._lock.release()
 
     def _call(self, args: Any, kwargs: Any) -> Any:
-        arguments = self._bound(args, kwargs)
-        reason = offloaded(self.pipe)
-        if arguments is None or reason is not None or len(self.devices) == 1:
-            return self._alone(args, kwargs, reason)
-        began = time.perf_counter()
-        self._refresh()
-        call, hooks = Call(len(self.devices)), Hooks()
-        leading = Leading(self.pipe, call, arguments.get("generator"), self._options)
-        threads = self._start_followers(call, arguments)
-        quiet = _quiet_handlers()
         try:
-            leading.place(hooks)
-            return self.pipe(*args, **_watched_callbacks(kwargs, leading, hooks))
+            bound = inspect.signature(type(self.pipe).__call__).bind(self.pipe, *args, **kwargs)
+        except TypeError:
+            return self.pipe(*args, **kwargs)  # raises what it would without us
+        began = time.perf_counter()
+        ranks, reason = len(self.devices), self._ready()
+        call, hooks = Call(ranks if reason is None else 1), Hooks()
+        leading = Leading(self.pipe, call, bound.arguments.get("generator"), self._options)
+        if reason is not None:
+            leading.give_up(reason)
+        leading.active = leading.active and ranks > 1
+        threads: dict[int, threading.Thread] = {}
+        try:
+            if leading.active:
+                threads = self._start_followers(call, self._followers_arguments(bound))
+            for name in _CALLBACKS:
+                if leading.active and bound.arguments.get(name) is not None:
+                    bound.arguments[name] = leading.watched(bound.arguments[name])
+            with _quiet_followers():
+                leading.place(hooks)
+                result = self.pipe(*bound.args[1:], **bound.kwargs)
         finally:
             hooks.restore()
             if leading.leader is not None:
                 leading.leader.finish()
             call.end()
             self._gather_threads(threads, leading)
-            for handler, added in quiet:
-                handler.removeFilter(added)
             self.report = self._reported(leading, time.perf_counter() - began)
-            warn_of(self.report, stacklevel=4)
+        warn_of(self.report, stacklevel=4)
+        return result
 
-    def _bound(self, args: Any, kwargs: Any) -> dict[str, Any] | None:
-        """The call's arguments by name; None where they do not fit, which the pipe itself will say."""
-        try:
-            bound = inspect.signature(type(self.pipe).__call__).bind(self.pipe, *args, **kwargs)
-        except TypeError:
+    def _ready(self) -> str | None:
+        """Replicas of the pipe as it is now, or why there can be none."""
+        if len(self.devices) == 1:
             return None
+        reason = offloaded(self.pipe)
+        if reason is None:
+            try:
+                self._refresh()
+            except Exception as error:  # a component that cannot be copied
+                reason = f"replicas of the pipeline cannot be made: {describe(error)}"
+        return reason
+
+    @staticmethod
+    def _followers_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
+        """The call's arguments by name, for replicas: callbacks are the leader's, generators
+        clones.
+        """
         named = dict(bound.arguments)
         named.pop("self", None)
         named.update(named.pop("kwargs", {}))
-        for name in ("callback_on_step_end", "callback"):
-            named.pop(name, None)  # callbacks are the leader's
+        for name in _CALLBACKS:
+            named.pop(name, None)
+        if "generator" in named:
+            named["generator"] = cloned_generator(named["generator"])
         return named
-
-    def _alone(self, args: Any, kwargs: Any, reason: str | None) -> Any:
-        """Without followers; still counted, so that there is a report."""
-        began = time.perf_counter()
-        call, hooks = Call(1), Hooks()
-        leading = Leading(self.pipe, call, kwargs.get("generator"), self._options)
-        if reason is not None:
-            leading.give_up(reason)
-        try:
-            leading.place(hooks)
-            return self.pipe(*args, **kwargs)
-        finally:
-            hooks.restore()
-            if leading.leader is not None:
-                leading.leader.finish()
-            self.report = self._reported(leading, time.perf_counter() - began)
-            warn_of(self.report, stacklevel=4)
 
     def _refresh(self) -> None:
         """Replicas of the pipe as it is now: made again where its weights or modules changed."""
@@ -234,31 +244,23 @@ class ParallelPipeline:
             if rank not in self._replicas:
                 self._replicas[rank] = replicate(self.pipe, device)
 
-    def _start_followers(self, call: Call, arguments: dict[str, Any]) -> dict[int, threading.Thread]:
-        import copy
-
-        from .leading import cloned_generator
-        from .noise import _clone_global
-
+    def _start_followers(
+        self, call: Call, arguments: dict[str, Any]
+    ) -> dict[int, threading.Thread]:
         context, threads = HostContext(), {}
-        encoders = encoders_of(self.pipe)
-        del encoders
-        arguments = {**arguments, "generator": cloned_generator(arguments.get("generator"))}
         for rank, device in enumerate(self.devices[1:], 1):
             replica = self._replicas[rank]
             replica.scheduler = copy.deepcopy(self.pipe.scheduler)
-            clones: dict[str, torch.Generator] = {"cpu": _clone_global(torch.device("cpu"))}
             following = Following(replica, rank, call, device)
+            body = functools.partial(following.run, arguments, cloned_global_generator(device))
+            # The leader keeps its own number of threads, which its bits may depend on.
             intraop = 1 if device.type == "cpu" else None
-            threads[rank] = context.start(
-                lambda f=following, c=clones: f.run(arguments, lambda d: c[d.type]),
-                f"parastep-{rank}",
-                intraop,
-            )
+            threads[rank] = context.start(body, f"parastep-{rank}", intraop)
         return threads
 
     def _gather_threads(self, threads: dict[int, threading.Thread], leading: Leading) -> None:
-        """Waits for those that are about to leave; a replica whose thread hangs is not used again."""
+        """Waits for those that are about to leave; a replica whose thread hangs is not used again.
+        """
         lost = set()
         if leading.leader is not None:
             lost = {line[0] for line in leading.leader.report()["failures"]}
@@ -268,34 +270,34 @@ class ParallelPipeline:
                 self._replicas.pop(rank, None)
 
     def _reported(self, leading: Leading, seconds: float) -> Report:
-        """The core's report with times from the call's beginning; of a run that never was, the same."""
+        """The core's report with times from the call's beginning, and what ran without the core."""
         if leading.leader is None:
-            report = Report(ranks=len(self.devices), rounds=leading.steps)
-            report.evaluations = [leading.steps] + [0] * (len(self.devices) - 1)
-            report.accepted = [1] * leading.steps
-            report.drift = [math.nan] * leading.steps
-            report.steps = leading.steps
-            report.fallback = leading.reason
+            report = Report(ranks=len(self.devices), evaluations=[0] * len(self.devices))
         else:
             report = Report.from_core(leading.leader.report())
             report.timeline = [
                 r._replace(begin=r.begin + leading.opened, end=r.end + leading.opened)
                 for r in report.timeline
             ]
-        report.seconds = seconds
+        alone = leading.evaluated - report.rounds
+        report.accepted = report.accepted + [1] * max(alone, 0)
+        report.steps = leading.steps
+        report.rounds = report.evaluations[0] = leading.evaluated
+        report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
+        report.seconds, report.fallback = seconds, leading.reason
         return report
 
 
-def _quiet_handlers() -> list[tuple[logging.Handler, logging.Filter]]:
-    placed = []
-    for name in ("diffusers", "transformers"):
-        for handler in logging.getLogger(name).handlers:
-            quiet = _FollowersAreQuiet()
-            handler.addFilter(quiet)
-            placed.append((handler, quiet))
-    return placed
-
-
-def _watched_callbacks(kwargs: dict[str, Any], leading: Leading, hooks: Hooks) -> dict[str, Any]:
-    """The same arguments, with callbacks that tell when they change what followers cannot know of."""
-    return kwargs
+@contextlib.contextmanager
+def _quiet_followers() -> Iterator[None]:
+    """Messages come from the leader alone, once."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    handlers = [handler for logger in loggers for handler in logger.handlers]
+    quiet = _FollowersAreQuiet()
+    for handler in handlers:
+        handler.addFilter(quiet)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(quiet)

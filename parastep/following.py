@@ -1,15 +1,15 @@
 """A follower's side of a pipeline call: a replica's own loop, led from step to step by the core.
 
 The replica enters the pipeline's own `__call__`. It evaluates step 0 on its own first latent, which
-the leader verifies; after that its `step` hook hands the loop the point it is to evaluate and skips the
-iterations before it. Nothing is stepped, encoded or decoded here.
+the leader verifies; after that its `step` hook hands the loop the point it is to evaluate and skips
+the iterations before it. Nothing is stepped, encoded or decoded here.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ import torch
 from . import _core
 from .api import describe
 from .call import Call, GoBack, Leave
-from .leading import ENCODER_CALLS, cloned_generator, on_device
-from .noise import Draws
+from .leading import ENCODER_CALLS
+from .noise import Draws, cloned_generator
 from .replicas import denoisers_of, encoders_of
-from .seam import Hooks, Outputs, main_input, same_bits
+from .seam import Hooks, Outputs, main_input, map_tensors, same_bits
 
 
 class Stepped(tuple):
@@ -46,8 +46,11 @@ class Following:
         self._end: _core.Follower | None = None
         self._restart()
 
-    def run(self, arguments: dict[str, Any], random: Callable[[torch.device], Any]) -> None:
-        """Follows until the run is over; whatever goes wrong is told to the leader."""
+    def run(self, arguments: dict[str, Any], random: torch.Generator) -> None:
+        """Follows until the run is over; whatever goes wrong is told to the leader.
+
+        `random` draws in place of torch's global generator, which is the leader's alone.
+        """
         try:
             while self._enter(arguments, random):
                 self._restart()
@@ -64,13 +67,13 @@ class Following:
         self._encoded: dict[tuple[str, str], int] = defaultdict(int)
         self._began_ns = 0
 
-    def _enter(self, arguments: dict[str, Any], random: Callable[[torch.device], Any]) -> bool:
+    def _enter(self, arguments: dict[str, Any], random: torch.Generator) -> bool:
         """Runs the pipeline's call; True where it is to be entered again."""
         hooks = Hooks()
-        own = {**arguments, "generator": cloned_generator(arguments.get("generator"))}
-        if arguments.get("generator") is None:
-            own.pop("generator")
-        self._private = Draws(random, lambda drawn: drawn)
+        own = dict(arguments)
+        if "generator" in own:
+            own["generator"] = cloned_generator(own["generator"])
+        self._private = Draws(lambda device: random, lambda drawn: drawn)
         try:
             self._place(hooks)
             with self._private:
@@ -94,7 +97,8 @@ class Following:
         def hook(original: Any, *args: Any, **kwargs: Any) -> Any:
             ordinal = self._encoded[key]
             self._encoded[key] += 1
-            return on_device(self.call.encoded(key, ordinal), self.device)
+            output = self.call.encoded(key, ordinal)
+            return map_tensors(lambda tensor: tensor.to(self.device), output)
 
         return hook
 
@@ -128,7 +132,13 @@ class Following:
     def _step_hook(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         named = dict(zip(("model_output", "timestep", "sample"), args)) | kwargs
         if "old_pred_original_sample" in original.__func__.__code__.co_varnames[:4]:
-            names = ("model_output", "old_pred_original_sample", "timestep", "timestep_back", "sample")
+            names = (
+                "model_output",
+                "old_pred_original_sample",
+                "timestep",
+                "timestep_back",
+                "sample",
+            )
             named = dict(zip(names, args)) | kwargs
         if self._step == self._target:
             self._submit(named["model_output"], named["sample"])
@@ -143,7 +153,8 @@ class Following:
 
     def _submit(self, m: torch.Tensor, sample: torch.Tensor) -> None:
         if self._end is None:
-            # The leader's message of step 0 tells its own first latent; ours was evaluated meanwhile.
+            # The leader's message of step 0 tells its own first latent; ours was evaluated
+            # meanwhile.
             self._end = self.call.follower(self.rank)
             self._take_work()
         assert self._point is not None

@@ -1,24 +1,27 @@
-"""The leader's side of a pipeline call: the pipeline's own loop, its model calls answered by the core.
+"""The leader's side of a pipeline call: the pipeline's own loop, its model calls answered by the
+core.
 
 The pipeline runs unchanged. At its first denoiser call of an iteration the core is asked with the
-latent that the loop is about to use; where it answers, the denoisers are skipped and the scheduler's
-own `step` gets the answer on the pipeline's own sample. Whatever cannot be carried so runs as it would
-without us, and the reason is kept for the report.
+latent that the loop is about to use; where it answers, the denoisers are skipped and the
+scheduler's own `step` gets the answer on the pipeline's own sample. Whatever cannot be carried so
+runs as it would without us, and the reason is kept for the report.
 """
 
 from __future__ import annotations
 
 import inspect
 import time
+import weakref
 from typing import Any
 
 import torch
 
 from . import _core
+from .api import describe
 from .call import Call
 from .noise import NoiseAhead
 from .replicas import denoisers_of, encoders_of
-from .seam import Hooks, Outputs, latent_in, main_input, map_tensors, same_bits
+from .seam import Hooks, Outputs, latent_in, main_input, same_bits
 from .tracing import trace_rows
 
 ENCODER_CALLS = ("forward", "encode", "get_text_features", "get_image_features")
@@ -27,27 +30,34 @@ ENCODER_CALLS = ("forward", "encode", "get_text_features", "get_image_features")
 class Watch:
     """Notices when an input that was the same in every iteration is another one in this.
 
-    Followers evaluate with the inputs that they began with: a callback that puts new embeddings in, or
-    edits them in place, makes another function of the denoiser (DESIGN 2.1).
+    Followers evaluate with the inputs that they began with: a callback that puts new embeddings in,
+    or edits them in place, makes another function of the denoiser (DESIGN 2.1).
     """
 
     def __init__(self) -> None:
-        self._seen: dict[Any, tuple[Any, int]] = {}
+        self._seen: dict[Any, tuple[Any, Any, int]] = {}
 
     def changed(self, key: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
-        """The name of a changed input, or None."""
+        """The name of a changed input, or None: tensors by identity and version, else by value."""
         found = None
         for name, value in (*enumerate(args), *kwargs.items()):
             if isinstance(value, torch.Tensor):
-                mark: Any = (id(value), 0 if value.is_inference() else value._version)
+                mark: Any = 0 if value.is_inference() else value._version
             elif isinstance(value, (int, float, bool)):
                 mark = value
             else:
                 continue
-            last, times = self._seen.get((key, name), (mark, 0))
-            if mark != last and times > 2:
+            kept, last, times = self._seen.get((key, name), (None, None, 0))
+            # A reference keeps no temporary alive, and tells a new tensor at an old one's address.
+            is_tensor = isinstance(value, torch.Tensor)
+            same = mark == last and (not is_tensor or (kept is not None and kept() is value))
+            if not same and times > 1:
                 found = str(name)
-            self._seen[key, name] = (mark, times + 1 if mark == last else 0)
+            self._seen[key, name] = (
+                weakref.ref(value) if is_tensor else None,
+                mark,
+                times + 1 if same else 0,
+            )
         return found
 
 
@@ -58,8 +68,10 @@ class Leading:
         self.pipe, self.call, self.options = pipe, call, options
         self.generator = generator
         self.leader: _core.Leader | None = None
-        self.reason: str | None = None  # why the core is not asked any more
+        self.active = True  # the core is asked
+        self.reason: str | None = None  # why it is not any more
         self.steps = 0  # calls of the scheduler's step so far
+        self.evaluated = 0  # those whose denoisers ran
         self.opened = 0.0  # seconds from the call's beginning to the run's
         self._began = time.perf_counter()
         self._outputs, self._watch = Outputs(), Watch()
@@ -78,7 +90,7 @@ class Leading:
         self._dtype = torch.float32
 
     def place(self, hooks: Hooks) -> None:
-        for name, module in denoisers_of(self.pipe).items():
+        for module in denoisers_of(self.pipe).values():
             hooks.wrap(module, "forward", self._forward_of(module))
         for name, module in encoders_of(self.pipe).items():
             for method in ENCODER_CALLS:
@@ -86,13 +98,15 @@ class Leading:
                     hooks.wrap(module, method, self._recording((name, method)))
         scheduler = self.pipe.scheduler
         hooks.wrap_method(scheduler, "step", self._step)
+        if hasattr(scheduler, "set_timesteps"):
+            hooks.wrap_method(scheduler, "set_timesteps", self._set_timesteps)
         if hasattr(scheduler, "scale_model_input"):
             hooks.wrap_method(scheduler, "scale_model_input", self._scale)
 
     def give_up(self, reason: str) -> None:
         """From here on the pipeline runs as it would without us."""
-        if self.reason is None:
-            self.reason = reason
+        if self.active:
+            self.active, self.reason = False, reason
             if self.leader is not None:
                 self.leader.stop(reason)
 
@@ -116,14 +130,14 @@ class Leading:
                 self._begin_iteration(module, given, args, kwargs)
             ordinal = self._ordinals.get(id(module), 0)
             self._ordinals[id(module)] = ordinal + 1
-            if self.reason is None and self.steps > 0 and ordinal > 0:
+            if self.active and self.steps > 0 and ordinal > 0:
                 self._check_inputs(module, ordinal, args, kwargs)
             if self._answer is not None:
                 fake = self._outputs.fake(module, ordinal, given)
                 if fake is not None:
                     return fake
             output = original(*args, **kwargs)
-            if self.steps == 0 and self.reason is None:
+            if self.steps == 0 and self.active:
                 self._outputs.keep(module, ordinal, given, output)
             return output
 
@@ -141,9 +155,9 @@ class Leading:
         self._fresh, self._answer, self._asked = False, None, None
         self._ordinals.clear()
         self._forward_ns = _core.now_ns()
-        if self.reason is None and self.steps > 0:
+        if self.active and self.steps > 0:
             self._check_inputs(module, 0, args, kwargs)
-        if self.reason is not None or self.leader is None:
+        if not self.active or self.leader is None:
             return
         x = self._coming_latent(given)
         if x is None:
@@ -153,7 +167,7 @@ class Leading:
             return
         self._unseen = 0
         self._give_noise()
-        answer = torch.empty_like(self._like)
+        answer = torch.empty(self._shape, dtype=self._like.dtype, device=self._like.device)
         self._asked = x
         if self.leader.ask(self.steps, x, answer):
             self._answer = answer
@@ -187,13 +201,18 @@ class Leading:
 
     # ---- scheduler -------------------------------------------------------------------------------
 
+    def _set_timesteps(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.steps > 0 and scheduler is self.pipe.scheduler:
+            self.give_up("the pipeline runs a second sampling loop in one call")
+        return original(*args, **kwargs)
+
     def _scale(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         if scheduler is self.pipe.scheduler and self._scaled is None:
             self._scaled = args[0] if args else kwargs.get("sample")
         return original(*args, **kwargs)
 
     def _step(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.reason is None:
+        if self.active or self._answer is not None:
             try:
                 bound = inspect.signature(original).bind(*args, **kwargs)
             except TypeError:
@@ -204,8 +223,11 @@ class Leading:
                 self._turn(scheduler, bound.arguments)
             args, kwargs = bound.args, bound.kwargs
         result = original(*args, **kwargs)
+        if scheduler is not self.pipe.scheduler:
+            return result  # a copy that steps something else, sound beside video
         self.steps += 1
-        self._fresh, self._scaled = True, None
+        self.evaluated += self._answer is None
+        self._fresh, self._scaled, self._answer = True, None, None
         previous = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
         self._previous = previous if isinstance(previous, torch.Tensor) else None
         return result
@@ -216,7 +238,8 @@ class Leading:
         if not isinstance(m, torch.Tensor) or not isinstance(x, torch.Tensor):
             return "the scheduler's step is not handed tensors as model_output and sample"
         if m.shape != x.shape:
-            return f"the model output {tuple(m.shape)} has another shape than the latents {tuple(x.shape)}"
+            shapes = f"{tuple(m.shape)} where the latents are {tuple(x.shape)}"
+            return f"the model output has another shape, {shapes}"
         if scheduler is not self.pipe.scheduler:
             return "the pipeline steps a copy of its scheduler"
         if self._fresh:
@@ -228,7 +251,9 @@ class Leading:
         return None
 
     def _open(self, scheduler: Any, arguments: dict[str, Any]) -> None:
-        """The first step: shapes and dtypes are known, the leader's output is there. Begins the run."""
+        """The first step: shapes and dtypes are known, the leader's output is there. Begins the
+        run.
+        """
         reason = self._refusal(scheduler, arguments)
         if reason is not None:
             self.give_up(reason)
@@ -238,8 +263,12 @@ class Leading:
         step_kwargs = {
             k: v for k, v in arguments.items() if k not in ("model_output", "sample", "timestep")
         }
-        traced = trace_rows(scheduler, timesteps, step_kwargs=step_kwargs)
-        if traced.stochastic:
+        try:
+            traced = trace_rows(scheduler, timesteps, step_kwargs=step_kwargs)
+        except Exception as error:  # a class of the user's own may do anything on a trace
+            self.give_up(f"the scheduler cannot be traced: {describe(error)}")
+            return
+        if traced.stochastic and self.call.ranks > 1:
             self._noise = NoiseAhead(
                 scheduler,
                 timesteps,
@@ -288,7 +317,7 @@ class Leading:
         if self._answer is not None:
             self._check_answer(x)
             arguments["model_output"] = self._answer
-        elif self.reason is None:
+        elif self.active:
             self._hand_in(x, m)
 
     def _check_answer(self, x: torch.Tensor) -> None:
@@ -319,17 +348,49 @@ class Leading:
         if self._previous is not None:
             self._previous_is_next = same_bits(x, self._previous.to(x.dtype))
 
+    # ---- callbacks -------------------------------------------------------------------------------
 
-def cloned_generator(generator: Any) -> Any:
-    """Generators that will draw what these would draw next; None and others stay as they are."""
-    if isinstance(generator, (list, tuple)):
-        return [cloned_generator(one) for one in generator]
-    if isinstance(generator, torch.Generator):
-        clone = torch.Generator(generator.device)
-        clone.set_state(generator.get_state())
-        return clone
-    return generator
+    def watched(self, callback: Any) -> Any:
+        """The user's callback, with a look at what it changes besides the latents.
+
+        Followers go on with what they began with: another guidance scale or other embeddings end
+        speculation. A callback of diffusers' own classes stays an instance of its class.
+        """
+
+        def watching(call: Any, *args: Any, **kwargs: Any) -> Any:
+            before = self._settings()
+            given = next((a for a in (*args, *kwargs.values()) if type(a) is dict), {})
+            kept = {k: (v, _version(v)) for k, v in given.items() if k != "latents"}
+            result = call(*args, **kwargs)
+            after = result if isinstance(result, dict) else {}
+            for name, (value, version) in kept.items():
+                if after.get(name, value) is not value or _version(value) != version:
+                    self.give_up(f"the callback changed {name}")
+            changed = [k for k, v in self._settings().items() if before.get(k, v) != v]
+            if changed:
+                self.give_up(f"the callback changed {changed[0].strip('_')}")
+            return result
+
+        cls = type(callback)
+        if inspect.isroutine(callback):
+            return lambda *args, **kwargs: watching(callback, *args, **kwargs)
+
+        def __call__(own: Any, *args: Any, **kwargs: Any) -> Any:
+            return watching(super(watching_class, own).__call__, *args, **kwargs)
+
+        watching_class = type(cls.__name__, (cls,), {"__call__": __call__})
+        twin = object.__new__(watching_class)
+        twin.__dict__ = callback.__dict__  # one state: what the callback counts, it counts itself
+        return twin
+
+    def _settings(self) -> dict[str, Any]:
+        """The numbers among the pipeline's own attributes: guidance scales and the like."""
+        own = vars(self.pipe)
+        numbers = {k: v for k, v in own.items() if isinstance(v, (int, float, bool, str))}
+        numbers.pop("_interrupt", None)
+        numbers.pop("_current_timestep", None)
+        return numbers
 
 
-def on_device(value: Any, device: torch.device) -> Any:
-    return map_tensors(lambda tensor: tensor.to(device), value)
+def _version(value: Any) -> int | None:
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None

@@ -114,9 +114,9 @@ class NoiseAhead:
             return
         own = fresh_copy(scheduler)
         loop = loop_timesteps(own, timesteps).to(own.timesteps.device)
-        self._stepper = Stepper(own, loop, step_kwargs, _clone(generator))
-        self._global = {"cpu": _clone_global(torch.device("cpu"))}
-        self._global[str(self._device)] = _clone_global(self._device)
+        self._stepper = Stepper(own, loop, step_kwargs, cloned_generator(generator))
+        self._global = {"cpu": cloned_global_generator(torch.device("cpu"))}
+        self._global[str(self._device)] = cloned_global_generator(self._device)
 
     def noise(self, j: int) -> torch.Tensor | None:
         """c_j z_j as step j of the host will add it, of the sample's shape; owned by this object.
@@ -167,17 +167,17 @@ class NoiseAhead:
         return self._global[device.type if device.type == "cpu" else str(self._device)]
 
 
-def _clone(generator: Any) -> Any:
+def cloned_generator(generator: Any) -> Any:
     if generator is None:
         return None
     if isinstance(generator, (list, tuple)):
-        return [_clone(one) for one in generator]
+        return [cloned_generator(one) for one in generator]
     clone = torch.Generator(generator.device)
     clone.set_state(generator.get_state())
     return clone
 
 
-def _clone_global(device: torch.device) -> torch.Generator:
+def cloned_global_generator(device: torch.device) -> torch.Generator:
     """A generator that will draw what torch's own generator of this device would draw next."""
     clone = torch.Generator(device)
     module = torch if device.type == "cpu" else getattr(torch, device.type)

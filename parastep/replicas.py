@@ -1,8 +1,8 @@
 """Replicas of a pipeline, one a follower, and what of a pipeline is denoiser and what encoder.
 
-A replica has a module tree and a scheduler of its own; parameters are shared where the device is the
-same and copied where it is not. It is made before any hook is placed, since a deep copy of a hooked
-module would keep the original's closure.
+A replica has a module tree and a scheduler of its own; parameters are shared where the device is
+the same and copied where it is not. It is made before any hook is placed, since a deep copy of a
+hooked module would keep the original's closure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-_DENOISER = re.compile(r"^(unet|transformer|controlnet|prior|denoiser|dit|unconditional_transformer)")
+_DENOISER = re.compile(
+    r"^(unet|transformer|controlnet|prior|denoiser|dit|unconditional_transformer)"
+)
 _ENCODER = re.compile(
     r"(encoder|vae|vocoder|safety|language_model|projection|movq|vq|vision|clip|tokenizer|watermark)"
 )
@@ -64,7 +66,7 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def replicate(pipe: Any, device: torch.device) -> Any:
-    """A pipeline of the same class around its own modules and scheduler, for a follower on device."""
+    """A pipeline of the same class with its own modules and scheduler, for a follower."""
     memo: dict[int, Any] = {}
     _share(pipe, device, memo)
     replica = copy.deepcopy(pipe, memo)
@@ -78,7 +80,7 @@ def replicate(pipe: Any, device: torch.device) -> Any:
 
 
 def _plain(value: Any, depth: int = 2) -> Any:
-    """A value as something that can be compared later: numbers and names by value, the rest by id."""
+    """A value as something to compare later: numbers and names by value, the rest by id."""
     if isinstance(value, (int, float, str, bool, torch.dtype, torch.device, type(None))):
         return value
     if isinstance(value, torch.Tensor):

@@ -31,9 +31,9 @@ class Failure(NamedTuple):
 class Report:
     """A finished run (DESIGN section 6).
 
-    `rounds` are the leader's evaluations, so wall time in forwards; `accepted` the steps taken in each
-    round; `drift` how far each step's guess was off in units of its noise scale, NaN where there was
-    no guess; `fallback` why speculation ended, or None.
+    `rounds` are the leader's evaluations, so wall time in forwards; `accepted` the steps taken in
+    each round; `drift` how far each step's guess was off in units of its noise scale, NaN where
+    there was no guess; `fallback` why speculation ended, or None.
     """
 
     steps: int = 0

@@ -1,4 +1,5 @@
-"""What leader and followers share at the seam with a pipeline: hooks, containers, latents in inputs.
+"""What leader and followers share at the seam with a pipeline: hooks, containers, latents in
+inputs.
 
 Hooks are attributes set on instances for the length of a call: the denoisers' `forward`, the
 scheduler's `step`, the encoders' methods. Nothing here knows of rounds.
@@ -35,7 +36,8 @@ class Hooks:
             return hook(original, *args, **kwargs)
 
         if getattr(obj, "_compiled_call_impl", None) is not None:
-            # A module compiled in place would trace into the hook; what the hook calls stays compiled.
+            # A module compiled in place would trace into the hook; what the hook calls stays
+            # compiled.
             replaced = torch.compiler.disable(replaced, recursive=False)
         self.place(obj, name, replaced)
 
@@ -83,18 +85,24 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
 
 def main_input(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor | None:
     """The tensor that a denoiser's forward denoises: its first one of more than one dimension."""
-    for value in (*args, *(kwargs[k] for k in ("hidden_states", "sample") if k in kwargs)):
+    named = [kwargs[k] for k in ("hidden_states", "sample") if k in kwargs]
+    for value in (*args, *named, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.dim() > 1:
             return value
-    for value in kwargs.values():
-        if isinstance(value, torch.Tensor) and value.dim() > 1:
-            return value
+        if isinstance(value, list) and value and all(isinstance(v, torch.Tensor) for v in value):
+            if all(v.shape == value[0].shape for v in value):  # one tensor an item of the batch
+                return torch.stack(value)
     return None
 
 
 def latent_in(given: torch.Tensor | None, shape: Sequence[int]) -> torch.Tensor | None:
-    """The latent of this shape inside a model input: the input itself, one of its equal copies along
-    the batch (guidance), or what comes before further channels (masks, image latents)."""
+    """The latent of this shape inside a model input: the input itself, one of its equal copies
+    along the batch (guidance), or what comes before further channels (masks, image latents).
+    """
+    if given is not None and given.dim() != len(shape):
+        rest = [n for n in given.shape[1:] if n != 1]  # dimensions of size 1 come and go
+        if rest == [n for n in shape[1:] if n != 1]:
+            given = given.reshape(given.shape[0], *shape[1:])
     if given is None or given.dim() != len(shape):
         return None
     if tuple(given.shape) == tuple(shape):
@@ -117,8 +125,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 class Outputs:
     """The denoisers' outputs of the first iteration, which skipped calls return again.
 
-    Only their shapes and containers matter: what the pipeline makes of them never reaches the solver.
-    They are values that were really computed, since zeros would divide by zero in some pipelines.
+    Only their shapes and containers matter: what the pipeline makes of them never reaches the
+    solver. They are values that were really computed, since zeros would divide by zero in some
+    pipelines.
     """
 
     def __init__(self) -> None:
@@ -129,7 +138,7 @@ class Outputs:
         self._kept[id(module), ordinal] = (shape, map_tensors(torch.Tensor.detach, output))
 
     def fake(self, module: Any, ordinal: int, given: torch.Tensor | None) -> Any:
-        """An output for this call, or None where none can be made: the caller must then evaluate."""
+        """An output for this call; None where none can be made and the caller must evaluate."""
         shape = None if given is None else given.shape
         exact = self._kept.get((id(module), ordinal))
         if exact is not None and exact[0] == shape:

@@ -1,7 +1,7 @@
 """Followers as threads of this process: what of the caller's context they must be given.
 
-torch keeps grad mode, inference mode, autocast and the number of intra-op threads per thread, and new
-threads inherit none of them.  Used by `api.sample` and by the hosts' adapters.
+torch keeps grad mode, inference mode, autocast and the number of intra-op threads per thread, and
+new threads inherit none of them.  Used by `api.sample` and by the hosts' adapters.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class HostContext:
 
     @contextlib.contextmanager
     def entered(self, intraop: int | None = None) -> Iterator[None]:
-        """Grad mode, inference mode and autocast as in the caller; `intraop` threads of torch here."""
+        """Grad mode, inference mode, autocast as in the caller; `intraop` threads of torch."""
         with contextlib.ExitStack() as stack:
             if self.torch is not None:
                 if intraop is not None:
@@ -45,7 +45,7 @@ class HostContext:
     def start(
         self, target: Callable[[], None], name: str, intraop: int | None = None
     ) -> threading.Thread:
-        """Starts a daemon thread in this context: one that hangs must not keep the process alive."""
+        """Starts a daemon thread in this context: one that hangs does not keep the process."""
 
         def body() -> None:
             with self.entered(intraop):
