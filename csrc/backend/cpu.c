@@ -1,42 +1,46 @@
 /* cpu.c - the CPU backend: linear combinations and sweeps, blockwise, each in one pass over memory.
  *
- * It is the specification that other backends are held to.  The core calls it through the ps_backend
- * that registry.c hands out.  Every input element is converted to the accumulator type once, combined
- * in registers and rounded once to the type of the output.  The accumulator is double where the
- * output is PS_F64, else float; a sweep measures in double where x is PS_F64, else in float.
+ * It is the specification that other backends are held to.  The core calls it through the
+ * ps_backend that registry.c hands out.  Every input element is read and converted to the
+ * accumulator's type once, and every output rounded once.  The accumulator is double where the
+ * output is PS_F64, else float: an input of another type is converted first.
  */
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-
 #include "backend/half.h"
 #include "core/internal.h"
+#include "parastep_backend.h"
 
-_Static_assert(FLT_EVAL_METHOD == 0, "float expressions must be rounded to float");
+_Static_assert(FLT_EVAL_METHOD == 0, "every float operation must round to float");
 
 enum {
-  LANES = 8,         /* vectors of one output that a lincomb holds in registers */
-  TILE_BYTES = 4096,
-  TERMS = 32,        /* inputs converted before they are combined */
-  OUTS = 32,         /* outputs combined in one pass over memory */
-  BLOCK = 256,       /* elements of one block of a sweep; a power of 2 */
+  LANES = 8,          /* vectors of an output that lincomb holds in registers: one tile */
+  TILE_BYTES = 256,   /* of these, at most */
+  TERMS_AT_ONCE = 64, /* inputs converted before they are combined */
+  OUTS_AT_ONCE = 64,  /* outputs combined in one pass over memory */
+  BLOCK = 256,        /* elements that a sweep handles at a time; a power of 2 */
 };
 
-/* to[k] = from[k] + sum_j weight[k * stride + j] v[j] */
-typedef struct tile {
-  size_t outs, terms, stride;
-  const double *weight;
-  const void *v[TERMS], *from[OUTS];
-  void *to[OUTS];
+typedef union tile {
+  _Alignas(64) float f32[TILE_BYTES / sizeof(float)];
+  double f64[TILE_BYTES / sizeof(double)];
 } tile;
+
+typedef union block {
+  _Alignas(64) float f32[BLOCK];
+  double f64[BLOCK];
+} block;
 
 /* What block.h defines, once for each accumulator type and instruction set. */
 typedef struct arithmetic {
   ps_dtype dtype;
   size_t size;  /* bytes of an element */
-  void (*combine)(const tile *c, size_t n);
+  size_t width; /* elements of a tile */
+  void (*combine)(void *to, const void *from, size_t terms, const double *weight,
+                  const void *const *v);
   const void *(*load)(void *scratch, const void *from, ps_dtype dtype, size_t n);
   void (*store)(void *to, ps_dtype dtype, const void *from, size_t n);
   void (*shift)(void *to, const void *a, const void *b, double w, size_t n);
@@ -44,51 +48,50 @@ typedef struct arithmetic {
   size_t (*count_not_finite)(const void *v, size_t n);
 } arithmetic;
 
-/* EACH: no element depends on another one's result. */
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
-#define EACH(n) _Pragma("clang loop vectorize(assume_safety)") for (size_t i = 0; i < (n); i++)
 #else
 #define UNROLL _Pragma("GCC unroll 8")
-#define EACH(n) _Pragma("GCC ivdep") for (size_t i = 0; i < (n); i++)
 #endif
 
-#define REAL float
+#define REAL       float
 #define REAL_DTYPE PS_F32
 #define TARGET
 #define VECTOR_BYTES 16
-#define NAME(verb) verb##_float
+#define NAME(verb)   verb##_float
 #include "backend/block.h"
 
-#define REAL double
+#define REAL       double
 #define REAL_DTYPE PS_F64
 #define TARGET
 #define VECTOR_BYTES 16
-#define NAME(verb) verb##_double
+#define NAME(verb)   verb##_double
 #include "backend/block.h"
 
-/* PS__PLAIN leaves these out, for the test that compares their bits with the others'. */
+/* PS__PLAIN leaves these out, for the test that compares their bits with those of the others. */
 #if defined(__x86_64__) && !defined(PS__PLAIN)
-#define REAL float
-#define REAL_DTYPE PS_F32
-#define TARGET __attribute__((target("avx2")))
+#define REAL         float
+#define REAL_DTYPE   PS_F32
+#define TARGET       __attribute__((target("avx2")))
 #define VECTOR_BYTES 32
-#define NAME(verb) verb##_float_avx2
+#define NAME(verb)   verb##_float_avx2
 #include "backend/block.h"
 
-#define REAL double
-#define REAL_DTYPE PS_F64
-#define TARGET __attribute__((target("avx2")))
+#define REAL         double
+#define REAL_DTYPE   PS_F64
+#define TARGET       __attribute__((target("avx2")))
 #define VECTOR_BYTES 32
-#define NAME(verb) verb##_double_avx2
+#define NAME(verb)   verb##_double_avx2
 #include "backend/block.h"
 #endif
 
-static const arithmetic *arithmetic_for(ps_dtype dtype)
+/* What combines to an output of this dtype. */
+static const arithmetic *find_arithmetic(ps_dtype dtype)
 {
 #if defined(__x86_64__) && !defined(PS__PLAIN)
-  if (__builtin_cpu_supports("avx2"))
+  if (__builtin_cpu_supports("avx2")) {
     return dtype == PS_F64 ? &arithmetic_double_avx2 : &arithmetic_float_avx2;
+  }
 #endif
   return dtype == PS_F64 ? &arithmetic_double : &arithmetic_float;
 }
@@ -100,8 +103,9 @@ static size_t smaller(size_t a, size_t b)
 
 static ps_status check_dtype(ps_dtype dtype, const char *what)
 {
-  if (ps_dtype_size(dtype) == 0)
+  if (ps_dtype_size(dtype) == 0) {
     return ps__fail(PS_DTYPE, "%s has the unknown dtype %d", what, (int)dtype);
+  }
   return PS_OK;
 }
 
@@ -113,60 +117,236 @@ typedef struct combination {
   const ps_term *in;    /* (terms) */
   void *const *out;     /* (outs) */
   ps_dtype out_dtype;
-  int direct; /* the accumulators may be written straight to the outputs */
+  const arithmetic *real;
+  bool direct; /* sums are formed in the outputs themselves: stored alike, and none is an input */
 } combination;
 
-static const _Alignas(64) unsigned char zeros[TILE_BYTES];
-
-/* Elements at to at + n of a term, as a block of full width. */
-static const void *load_term(const arithmetic *real, const ps_term *term, size_t at, size_t n,
-                             void *scratch)
+/* Elements at to at + n of a term, as a whole tile; NULL where it has no data, hence only weights
+ * 0. */
+static const void *load_term(const combination *c, const ps_term *term, size_t at, size_t n,
+                             tile *scratch)
 {
-  if (!term->data) /* Its weights are 0. */
-    return zeros;
-  const char *from = (const char *)term->data + at * ps_dtype_size(term->dtype);
-  if (n * real->size == TILE_BYTES)
-    return real->load(scratch, from, term->dtype, n);
-  memset(scratch, 0, TILE_BYTES);
-  const void *loaded = real->load(scratch, from, term->dtype, n);
-  if (loaded != scratch)
+  const arithmetic *real = c->real;
+  const char *data = term->data;
+  if (!data || (term->dtype == real->dtype && n == real->width)) {
+    return data ? data + at * real->size : NULL;
+  }
+  if (n < real->width) {
+    memset(scratch, 0, sizeof(*scratch));
+  }
+  const void *loaded = real->load(scratch, data + at * ps_dtype_size(term->dtype), term->dtype, n);
+  if (loaded != scratch) {
     memcpy(scratch, loaded, n * real->size);
+  }
   return scratch;
 }
 
-/* Elements at to at + n of all outputs, n <= real->width. */
-static void combine_block(const arithmetic *real, const combination *c, size_t at, size_t n)
+/* Elements at to at + n of all outputs, a tile at most.  Only after the last term of the last
+ * output may an output be written that is an input too. */
+static void combine_tile(const combination *c, size_t at, size_t n)
 {
-  _Alignas(64) unsigned char scratch[TERMS][TILE_BYTES];
-  _Alignas(64) unsigned char sums[OUTS][TILE_BYTES];
-  size_t out_offset = at * ps_dtype_size(c->out_dtype);
-  int direct = c->direct && n * real->size == TILE_BYTES;
-  tile t;
-  t.outs = c->outs; t.stride = c->terms;
+  tile terms[TERMS_AT_ONCE], sums[OUTS_AT_ONCE];
+  const void *v[TERMS_AT_ONCE];
+  size_t offset = at * ps_dtype_size(c->out_dtype);
+  bool direct = c->direct && n == c->real->width;
 
-  for (size_t j = 0; j < c->terms; j += TERMS) {
-    t.terms = smaller(TERMS, c->terms - j);
-    t.weight = c->weight + j;
-    int last = j + t.terms == c->terms;
-    for (size_t f = 0; f < t.terms; f++)
-      t.v[f] = load_term(real, &c->in[j + f], at, n, scratch[f]);
-    for (size_t k = 0; k < c->outs; k++) {
-      t.to[k]=direct && last ? (char *)c->out[k] + out_offset : (char *)sums[k];
-      t.from[k]=j == 0 ? zeros : sums[k];
+  for (size_t j = 0; j < c->terms; j += TERMS_AT_ONCE) {
+    size_t count = smaller(TERMS_AT_ONCE, c->terms - j);
+    for (size_t t = 0; t < count; t++) {
+      v[t] = load_term(c, &c->in[j + t], at, n, &terms[t]);
     }
-    real->combine(&t,n);
+    for (size_t k = 0; k < c->outs; k++) {
+      void *to = direct ? (char *)c->out[k] + offset : (void *)&sums[k];
+      c->real->combine(to, j > 0 ? to : NULL, count, c->weight + k * c->terms + j, v);
+    }
   }
-  for (size_t k = 0; k < c->outs && !direct; k++)
-    real->store((char *)c->out[k] + out_offset, c->out_dtype, sums[k], n);
+  for (size_t k = 0; k < c->outs && !direct; k++) {
+    c->real->store((char *)c->out[k] + offset, c->out_dtype, &sums[k], n);
+  }
 }
+
+/* Whether an output is an input too. */
+static bool is_in_place(const combination *c)
+{
+  for (size_t k = 0; k < c->outs; k++) {
+    for (size_t j = 0; j < c->terms; j++) {
+      if (c->out[k] == c->in[j].data) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+static ps_status check_combination(const combination *c)
+{
+  ps_status status = check_dtype(c->out_dtype, "the output of a lincomb");
+  for (size_t k = 0; k < c->outs && status == PS_OK; k++) {
+    if (!c->out[k]) {
+      status = ps__fail(PS_INVALID, "output %zu of a lincomb is NULL", k);
+    }
+    for (size_t j = 0; j < c->terms && status == PS_OK; j++) {
+      if (c->weight[k * c->terms + j] != 0 && !c->in[j].data) {
+        status = ps__fail(PS_INVALID, "input %zu of a lincomb has a weight, but is NULL", j);
+      }
+    }
+  }
+  for (size_t j = 0; j < c->terms && status == PS_OK; j++) {
+    status = c->in[j].data ? check_dtype(c->in[j].dtype, "an input of a lincomb") : PS_OK;
+  }
+  return status;
+}
+
 static ps_status lincomb(size_t n, int outs, int terms, const double *weight, const ps_term *in,
                          void *const *out, ps_dtype out_dtype)
 {
-  combination c = {(size_t)outs, (size_t)terms, weight, in, out, out_dtype, 1};
-  const arithmetic *real = arithmetic_for(out_dtype);
-  size_t step = TILE_BYTES / real->size;
-  for (size_t at = 0; at < n; at += step)
-    combine_block(real, &c, at, smaller(step, n - at));
+  if (n < 1 || outs < 1 || terms < 1 || !weight || !in || !out) {
+    return ps__fail(PS_INVALID, "lincomb of %zu elements, %d outputs, %d inputs", n, outs, terms);
+  }
+  combination all = {(size_t)outs, (size_t)terms, weight, in, out, out_dtype, NULL, false};
+  ps_status status = check_combination(&all);
+  if (status != PS_OK) {
+    return status;
+  }
+  bool in_place = is_in_place(&all);
+  if (in_place && outs > OUTS_AT_ONCE) {
+    return ps__fail(PS_UNSUPPORTED, "lincomb in place of %d outputs, more than %d", outs,
+                    (int)OUTS_AT_ONCE);
+  }
+  all.real = find_arithmetic(out_dtype);
+  all.direct = !in_place && all.real->dtype == out_dtype;
+  for (size_t k = 0; k < (size_t)outs; k += OUTS_AT_ONCE) {
+    combination some = all;
+    some.outs = smaller(OUTS_AT_ONCE, all.outs - k);
+    some.weight += k * all.terms;
+    some.out += k;
+    for (size_t at = 0; at < n; at += all.real->width) {
+      combine_tile(&some, at, smaller(all.real->width, n - at));
+    }
+  }
   return PS_OK;
 }
-const ps_backend ps__cpu = {"cpu", lincomb, NULL, NULL};
+
+/* ---- sweep ----------------------------------------------------------------------------------- */
+
+typedef struct item_sums {
+  double distance, reference; /* of (x - guess)^2 and of x^2 */
+  size_t not_finite;
+} item_sums;
+
+static void *element(const void *data, size_t at, ps_dtype dtype)
+{
+  return (char *)data + at * ps_dtype_size(dtype);
+}
+
+static void copy_elements(void *to, size_t at, const void *from, ps_dtype dtype, size_t n)
+{
+  if (to && to != from) {
+    memcpy(element(to, at, dtype), element(from, at, dtype), n * ps_dtype_size(dtype));
+  }
+}
+
+/* moved = x - guess; a factor of -1 is exact. */
+static void measure_block(const ps_sweep *s, const arithmetic *real, size_t at, size_t n,
+                          block *moved, item_sums *sums)
+{
+  block x_scratch, guess_scratch;
+  const void *x = real->load(&x_scratch, element(s->x, at, s->x_dtype), s->x_dtype, n);
+  const void *guess = real->load(&guess_scratch, element(s->guess, at, s->x_dtype), s->x_dtype, n);
+  real->shift(moved, x, guess, -1, n);
+  sums->distance += real->sum_squares(moved, n);
+  sums->reference += real->sum_squares(x, n);
+}
+
+/* The answer m + slope moved; moved is NULL where it is m itself. */
+static void answer_block(const ps_sweep *s, const arithmetic *real, size_t at, size_t n,
+                         const block *moved, ps_dtype moved_dtype, item_sums *sums)
+{
+  block m_scratch, moved_scratch, answer;
+  const void *m = real->load(&m_scratch, element(s->m, at, s->m_dtype), s->m_dtype, n);
+  sums->not_finite += real->count_not_finite(m, n);
+  if (!moved) {
+    copy_elements(s->out, at, s->m, s->m_dtype, n);
+    copy_elements(s->keep_m, at, s->m, s->m_dtype, n);
+    return;
+  }
+  real->shift(&answer, m, real->load(&moved_scratch, moved, moved_dtype, n), s->slope, n);
+  if (s->out) {
+    real->store(element(s->out, at, s->m_dtype), s->m_dtype, &answer, n);
+  }
+  if (s->keep_m) {
+    real->store(element(s->keep_m, at, s->m_dtype), s->m_dtype, &answer, n);
+  }
+}
+
+/* Elements from at on of one item; outputs are written after the inputs they may be were read. */
+static item_sums sweep_item(const ps_sweep *s, size_t item)
+{
+  const arithmetic *x_real = find_arithmetic(s->x_dtype), *m_real = find_arithmetic(s->m_dtype);
+  item_sums sums = {0, 0, 0};
+  block moved;
+  for (size_t i = 0; i < s->size; i += BLOCK) {
+    size_t at = item * s->size + i, n = smaller(BLOCK, s->size - i);
+    if (s->guess) {
+      measure_block(s, x_real, at, n, &moved, &sums);
+    }
+    copy_elements(s->keep_x, at, s->x, s->x_dtype, n);
+    if (s->m) {
+      const block *shift = s->guess && s->slope != 0 ? &moved : NULL;
+      answer_block(s, m_real, at, n, shift, x_real->dtype, &sums);
+    }
+  }
+  return sums;
+}
+
+static ps_status check_sweep(const ps_sweep *s)
+{
+  if (s->items < 1 || s->size < 1) {
+    return ps__fail(PS_INVALID, "sweep over %zu items of %zu elements", s->items, s->size);
+  }
+  if (!s->x && (s->guess || s->keep_x)) {
+    return ps__fail(PS_INVALID, "sweep without x, but with %s", s->guess ? "guess" : "keep_x");
+  }
+  if (!s->m && (s->out || s->keep_m)) {
+    return ps__fail(PS_INVALID, "sweep without m, but with %s", s->out ? "out" : "keep_m");
+  }
+  ps_status status = s->x ? check_dtype(s->x_dtype, "x of a sweep") : PS_OK;
+  return status == PS_OK && s->m ? check_dtype(s->m_dtype, "m of a sweep") : status;
+}
+
+/* A NaN, once there, stays: nothing is larger. */
+static ps_status sweep(const ps_sweep *s, ps_swept *swept)
+{
+  ps_status status = check_sweep(s);
+  *swept = (ps_swept){0, 0, 0, 0};
+  for (size_t item = 0; item < s->items && status == PS_OK; item++) {
+    item_sums sums = sweep_item(s, item);
+    double distance = sums.distance / (double)s->size;
+    double reference = sums.reference / (double)s->size;
+    double excess = distance - s->floor * s->floor * reference;
+    if (item == 0 || isnan(distance) || distance > swept->distance) {
+      swept->distance = distance;
+      swept->reference = reference;
+    }
+    if (isnan(excess) || excess > swept->excess) {
+      swept->excess = excess;
+    }
+    swept->not_finite += sums.not_finite;
+  }
+  return status;
+}
+
+/* ---- copy ------------------------------------------------------------------------------------ */
+
+static ps_status copy(void *to, const void *from, size_t bytes)
+{
+  if (bytes > 0 && (!to || !from)) {
+    return ps__fail(PS_INVALID, "copy of %zu bytes %s NULL", bytes, to ? "from" : "to");
+  }
+  if (bytes > 0) {
+    memmove(to, from, bytes);
+  }
+  return PS_OK;
+}
+
+const ps_backend ps__cpu = {"cpu", lincomb, sweep, copy};

@@ -1,8 +1,8 @@
 /* half.h - fp16 and bf16 to float and back, one element at a time.
  *
- * Plain operations without branches, so that the compiler vectorises the loops around them (block.h)
- * and the bits are the same on every CPU: F16C and its like differ in what they make of a NaN.
- * Rounding is to nearest, ties to even; a NaN stays a NaN of the same sign.
+ * Plain operations without branches, so that the compiler vectorises the loops around them
+ * (block.h) and the bits are the same on every CPU: F16C and its like differ in what they make of a
+ * NaN. Rounding is to nearest, ties to even; a NaN stays a NaN of the same sign.
  */
 #ifndef PS_BACKEND_HALF_H
 #define PS_BACKEND_HALF_H
@@ -55,11 +55,12 @@ static inline uint16_t ps__float_to_f16(float value)
   uint32_t sign = ps__float_bits(value) >> 16 & 0x8000;
   uint32_t magnitude = ps__float_bits(value) & 0x7fffffff;
   uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  /* Below 2^-14 the sum with 0.5 rounds to units of 2^-24, and leaves their number in its mantissa. */
+  /* Below 2^-14 the sum with 0.5 rounds to units of 2^-24, and leaves their number in its mantissa.
+   */
   uint32_t subnormal = ps__float_bits(ps__bits_float(magnitude) + 0.5f) - 0x3f000000;
   uint32_t nan = 0x7e00 | (magnitude >> 13 & 0x1ff);
   uint32_t rounded = magnitude < 0x38800000 ? subnormal : normal;
-  rounded = magnitude < 0x477ff000 ? rounded : 0x7c00; /* 65520 and above round to infinity */
+  rounded = magnitude < 0x47800000 ? rounded : 0x7c00;
   return (uint16_t)(sign | (magnitude > 0x7f800000 ? nan : rounded));
 }
 

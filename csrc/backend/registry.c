@@ -1,4 +1,4 @@
-/* registry.c - which backends this build has.  Called by whoever creates a run. */
+/* registry.c - which backends this build has.  Called by whoever creates a leader. */
 #include <string.h>
 
 #include "parastep_backend.h"
@@ -7,5 +7,5 @@ extern const ps_backend ps__cpu;
 
 const ps_backend *ps_backend_find(const char *name)
 {
-  return strcmp(name, ps__cpu.name) == 0 ? &ps__cpu : NULL;
+  return name && strcmp(name, ps__cpu.name) == 0 ? &ps__cpu : NULL;
 }
