@@ -168,6 +168,7 @@ class NoiseAhead:
 
 
 def cloned_generator(generator: Any) -> Any:
+    """Generators that will draw what these would draw next; a list of them as a list, or None."""
     if generator is None:
         return None
     if isinstance(generator, (list, tuple)):

@@ -42,6 +42,7 @@ _STATE_LISTS = ("model_outputs", "timestep_list")  # of fixed length, filled wit
 
 _ALWAYS = ("model_output", "timestep", "sample")
 _FROM_LOOP = ("old_pred_original_sample", "timestep_back", "prev_timestep")
+_NEEDED = ("dmd_noisy_tensor",)  # has a default that `step` cannot work with
 _NOT_CONSTANT = (*_ALWAYS, *_FROM_LOOP, "generator", "return_dict", "r_timestep")
 
 
@@ -159,6 +160,7 @@ class Stepper:
         self._step: Any = getattr(scheduler, "step", None)
         self._timesteps = timesteps
         self._batched = self.name == "DDPMWuerstchenScheduler"  # it reads timestep.size(0)
+        self._learned = str(config_of(scheduler, "variance_type")).startswith("learned")
         self._predicted: Any = None
         self._index = 0
         accepted = step_parameters(scheduler)
@@ -181,7 +183,8 @@ class Stepper:
             raise NotTraceableError(f"{self.name} samples discrete tokens, not a latent")
         supplied = {*_ALWAYS, *_FROM_LOOP, *self._constant}
         for name, parameter in accepted.items():
-            if parameter.default is parameter.empty and name not in supplied:
+            needed = parameter.default is parameter.empty or name in _NEEDED
+            if needed and name not in supplied:
                 why = f"{self.name}.step needs {name!r}, which only its pipeline knows"
                 raise NotTraceableError(why)
 
@@ -205,13 +208,17 @@ class Stepper:
             )
             returned = result if isinstance(result, tuple) else result.to_tuple()
         except Exception as error:
-            what = str(error).strip().split("\n")[0][:160]
-            why = f"{self.name}.step raised {type(error).__name__} at step {j}: {what}"
-            raise NotTraceableError(why, j) from error
+            raise NotTraceableError(self._why_not(j, error), j) from error
         self._predicted = returned[1] if len(returned) > 1 else None
         if returned[0].shape != sample.shape or not returned[0].is_floating_point():
             raise NotTraceableError(f"{self.name}.step returns something else than a sample", j)
         return returned[0]
+
+    def _why_not(self, j: int, error: Exception) -> str:
+        if self._learned:
+            return f"{self.name} reads a learned variance from further channels of the model output"
+        what = str(error).strip().split("\n")[0][:160]
+        return f"{self.name}.step raised {type(error).__name__} at step {j}: {what}"
 
 
 @dataclass(frozen=True)
@@ -263,6 +270,7 @@ def levels_of(ready: Any, timesteps: torch.Tensor) -> Levels:
             "v_prediction": (alpha / norm**2, -s / norm),
             "sample": (0 * s, 1 + 0 * s),
             "flow_prediction": (1 + 0 * s, -s),
+            "trigflow": (alpha, -np.sqrt(1 - alpha**2)),
         }.get(kind, (unknown, unknown))
     if hasattr(ready, "precondition_outputs"):  # EDM scales the model's input and output itself
         sigma = torch.from_numpy(s.copy())
@@ -284,9 +292,13 @@ def _noised(scheduler: Any, t: torch.Tensor, index: int, kind: str) -> list[floa
     elif hasattr(scheduler, "alphas_cumprod"):
         squared = scheduler.alphas_cumprod[t]
         pair = torch.stack([squared, 1 - squared]).sqrt()
-    else:
+    elif hasattr(scheduler, "sigmas"):
         sigma = scheduler.sigmas[index]
         pair = torch.stack([1 - sigma if kind == "flow_prediction" else sigma**0, sigma])
+    elif kind == "trigflow":
+        pair = torch.stack([t.cos(), t.sin() * config_of(scheduler, "sigma_data")])
+    else:  # IPNDM, where alpha and beta are the two scales themselves
+        pair = torch.stack([scheduler.alphas[index], scheduler.betas[index]])
     alpha, s = pair.flatten().tolist()
     return [alpha, s]
 
