@@ -1,0 +1,1 @@
+"""Small trained models in real pipeline classes, for demos, tests and benches."""
