@@ -54,9 +54,15 @@ void ps__free(void *p)
   }
 }
 
+/* A sum that does not fit stays at SIZE_MAX, which no allocator has. */
 void *ps__carve(ps__arena *arena, size_t count, size_t size)
 {
   void *p = arena->base != NULL ? arena->base + arena->used : NULL;
-  arena->used += round_up(count * size);
+  size_t room = SIZE_MAX - ALIGNMENT - arena->used;
+  if (arena->used > SIZE_MAX - ALIGNMENT || (size > 0 && count > room / size)) {
+    arena->used = SIZE_MAX;
+  } else {
+    arena->used += round_up(count * size);
+  }
   return p;
 }
