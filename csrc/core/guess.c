@@ -272,6 +272,10 @@ static int pack_terms(ps__guesser *guesser, int outs)
     }
     ++terms;
   }
+  if (terms == 0) {
+    terms = 1; /* rows of zeros: column 0, with weight 0, since a backend wants one term at least */
+    guesser->term[0] = guesser->basis[0];
+  }
   for (int k = 1; k < outs; ++k) {
     memmove(guesser->weight + (size_t)k * (size_t)terms, guesser->weight + (size_t)k * capacity,
             (size_t)terms * sizeof(double));
