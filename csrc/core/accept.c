@@ -64,6 +64,7 @@ ps_status ps__measure(const ps_leader *leader, const ps__node *node, const void 
   return status;
 }
 
+/* The distance of a point from itself is 0, or NaN where it holds NaN or Inf. */
 bool ps__finite(const ps_leader *leader, const ps__node *node)
 {
   ps_sweep sweep = {
@@ -71,10 +72,13 @@ bool ps__finite(const ps_leader *leader, const ps__node *node)
       .size = leader->layout.size,
       .x_dtype = leader->layout.x,
       .m_dtype = leader->layout.m,
+      .x = node->point,
+      .guess = node->point,
       .m = node->output,
   };
   ps_swept swept;
-  return leader->backend->sweep(&sweep, &swept) == PS_OK && swept.not_finite == 0;
+  return leader->backend->sweep(&sweep, &swept) == PS_OK && swept.not_finite == 0 &&
+         swept.distance == 0.0;
 }
 
 /* Relative distance of theirs from ours above the rounding that ranks may differ by, 0 if within;
@@ -99,17 +103,14 @@ static ps_status compare(const ps_leader *leader, ps_dtype dtype, const void *ou
   return status;
 }
 
-ps_status ps__canary(const ps_leader *leader, const ps__node *node, bool moved, char *why,
-                     size_t room)
+ps_status ps__canary(const ps_leader *leader, const ps__node *node, char *why, size_t room)
 {
   int depth = leader->depth;
   double relative = 0.0;
   const char *what = "starts from another latent";
-  ps_status status = PS_OK;
-  if (moved) {
-    status = compare(leader, leader->layout.x, leader->x[node->step % depth], node->point,
-                     &relative);
-  }
+  /* Hosts on both sides may have edited the latent since the ask: alike, or not. */
+  ps_status status = compare(leader, leader->layout.x, leader->x[node->step % depth], node->point,
+                             &relative);
   if (status == PS_OK && relative == 0.0) {
     what = "its output differs at the leader's own latent (other weights, other conditioning, "
            "or a state that it keeps)";

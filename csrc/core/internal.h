@@ -167,10 +167,9 @@ int ps__report_record(ps_leader *leader, const ps__node *node, int64_t begin_ns,
  * *drift is in units of s_j, NaN where it cannot be told.  *finite: the output may be used. */
 ps_status ps__measure(const ps_leader *leader, const ps__node *node, const void *x, void *out,
                       void *keep_x, void *keep_m, double *drift, bool *finite);
-/* Whether the follower's output at step 0 is the leader's, up to rounding. */
-ps_status ps__canary(const ps_leader *leader, const ps__node *node, bool moved, char *why,
-                     size_t room);
-/* Whether a carried node's output is finite. */
+/* Whether the follower's latent and output at step 0 are the leader's, up to rounding. */
+ps_status ps__canary(const ps_leader *leader, const ps__node *node, char *why, size_t room);
+/* Whether a carried node's point and output are finite. */
 bool ps__finite(const ps_leader *leader, const ps__node *node);
 
 #endif

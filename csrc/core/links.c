@@ -110,7 +110,7 @@ static int64_t deadline_of(const ps_leader *leader)
   if (limit == 0) {
     limit = 10 * leader->longest_ns > least ? 10 * leader->longest_ns : least;
   }
-  return leader->submitted_ns + limit;
+  return limit > INT64_MAX - leader->submitted_ns ? 0 : leader->submitted_ns + limit;
 }
 
 static bool is_stale(const ps_leader *leader, const ps_header *reply)
@@ -119,15 +119,19 @@ static bool is_stale(const ps_leader *leader, const ps_header *reply)
          (reply->run != leader->run || reply->round < leader->round);
 }
 
-/* Waits for this round's reply; those of an aborted run or an older round are drained. */
+/* Waits for this round's reply; those of an aborted run or an older round are drained.  An aborted run
+ * leaves one behind, so that what does not end is no remainder. */
 static ps_status collect(const ps_leader *leader, ps_link *link, ps_header *reply)
 {
+  enum { STALE_MOST = 64 };
   ps_wait wait = {deadline_of(leader), leader->options.check, leader->options.check_ctx};
-  ps_status status;
-  do {
-    status = link->ops->collect(link, &wait, reply);
-  } while (status == PS_OK && is_stale(leader, reply));
-  return status;
+  for (int stale = 0; stale < STALE_MOST; ++stale) {
+    ps_status status = link->ops->collect(link, &wait, reply);
+    if (status != PS_OK || !is_stale(leader, reply)) {
+      return status;
+    }
+  }
+  return ps__fail(PS_PROTOCOL, "replies of other runs or older rounds without end");
 }
 
 static ps_status check_reply(const ps_leader *leader, int rank, ps_header *reply)
@@ -181,13 +185,12 @@ static void take_outputs(ps_leader *leader, int rank, const ps_header *reply)
 }
 
 /* In the first round every follower evaluates step 0 too, on the leader's own latent. */
-static ps_status verify_function(ps_leader *leader, int rank, const ps_header *reply)
+static ps_status verify_function(ps_leader *leader, int rank)
 {
   char why[sizeof leader->failure->text];
   for (int k = 0; k < leader->nodes; ++k) {
     if (leader->node[k].rank == rank) {
-      bool moved = (reply->flags & PS_FLAG_MOVED) != 0;
-      ps_status status = ps__canary(leader, &leader->node[k], moved, why, sizeof why);
+      ps_status status = ps__canary(leader, &leader->node[k], why, sizeof why);
       return status == PS_OK ? PS_OK : ps__fail(status, "%s", why);
     }
   }
@@ -205,7 +208,7 @@ static ps_status gather_rank(ps_leader *leader, int rank)
     take_outputs(leader, rank, &reply);
   }
   if (status == PS_OK && leader->round == 1) {
-    status = verify_function(leader, rank, &reply);
+    status = verify_function(leader, rank);
   }
   if (status == PS_OK || status == PS_INTERRUPTED) {
     return status;
