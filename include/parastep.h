@@ -296,7 +296,7 @@ typedef struct ps_report {
   int64_t seconds_ns;        /* since the run began, or until it finished */
   uint64_t bytes_sent;       /* leader to followers and back */
   const int *evaluations;    /* (ranks) */
-  const int *accepted;       /* (rounds) steps taken in each round */
+  const int *accepted;       /* (min(rounds, steps)) steps taken in each round */
   const double *drift;       /* (steps) of the guess for each step; NaN where there was none */
   const ps_record *timeline; /* (records) */
   int records;

@@ -228,10 +228,9 @@ static void *m_at(const ps_leader *leader, int step)
   return leader->m[step % leader->depth];
 }
 
-/* None once speculation has ended: what the followers evaluated may no longer be the host's function. */
 static ps__node *ready_node(ps_leader *leader, int step)
 {
-  for (int k = 0; leader->fallback[0] == '\0' && k < leader->nodes; ++k) {
+  for (int k = 0; k < leader->nodes; ++k) {
     ps__node *node = &leader->node[k];
     if (node->step == step && node->state == PS__READY) {
       return node;
@@ -249,7 +248,8 @@ static bool is_accepted(const ps_leader *leader, double drift)
 static ps_status try_answer(ps_leader *leader, const void *x, void *m_out, bool *answered)
 {
   int step = leader->step;
-  ps__node *node = ready_node(leader, step);
+  /* Once speculation has ended, what followers evaluated may no longer be the host's function. */
+  ps__node *node = leader->fallback[0] == '\0' ? ready_node(leader, step) : NULL;
   *answered = false;
   if (node == NULL) {
     return leader->backend->copy(x_at(leader, step), x, ps__x_bytes(&leader->layout));
@@ -260,7 +260,8 @@ static ps_status try_answer(ps_leader *leader, const void *x, void *m_out, bool 
                                  &leader->drift[step], &finite);
   if (status == PS_OK && !finite) {
     node->state = PS__VOID;
-    if (node->rank != 0) {
+    /* Where the guess itself was not finite, no follower could have done better. */
+    if (node->rank != 0 && isfinite(leader->drift[step])) {
       status = ps__leave_out(leader, node->rank, PS_NOT_FINITE, "its output holds NaN or Inf");
     }
   } else if (status == PS_OK && m_out != NULL && is_accepted(leader, leader->drift[step])) {
@@ -525,7 +526,8 @@ ps_status ps_leader_advance(ps_leader *leader, const void *z, void *x_next)
 ps_status ps_leader_stop(ps_leader *leader, const char *reason)
 {
   if (leader->fallback[0] == '\0') {
-    snprintf(leader->fallback, sizeof leader->fallback, "%s", reason);
+    snprintf(leader->fallback, sizeof leader->fallback, "%s",
+             reason[0] != '\0' ? reason : "stopped by the host");
   }
   return PS_OK;
 }
