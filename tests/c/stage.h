@@ -1,0 +1,102 @@
+/* stage.h - a run to test with: a host's loop in this thread, followers in threads of their own.
+ *
+ * test_run.c, test_faults.c and test_alloc.c set the fields of a stage, open it, let the host run
+ * and look at what came of it.  The host shares nothing with the library: it samples by the
+ * program's rows in its own arithmetic, so that what it computes alone is the picture every run is
+ * held to.
+ */
+#ifndef PARASTEP_STAGE_H
+#define PARASTEP_STAGE_H
+
+#include <pthread.h>
+#include <stdbool.h>
+
+#include "parastep.h"
+#include "parastep_backend.h"
+#include "parastep_transport.h"
+
+enum { STAGE_RANKS = 8, STAGE_SEEN = 512 };
+
+typedef struct stage stage;
+
+/* One rank of the run; a follower's thread owns its own, the host's thread that of rank 0. */
+typedef struct stage_rank {
+  stage *on;
+  int rank;
+  pthread_t thread;
+  ps_follower *follower; /* NULL for rank 0 */
+  ps_status status;      /* what serve returned; read after stage_end */
+  int seen;              /* evaluations so far */
+  int step[STAGE_SEEN];
+  void *point[STAGE_SEEN]; /* (items, size) of layout.x, copies of what was evaluated */
+} stage_rank;
+
+struct stage {
+  /* The setting: to be filled in before stage_open; zero is a sensible value but for the program.
+   */
+  ps_program *program; /* borrowed */
+  ps_layout layout;
+  ps_options options;
+  int ranks;
+  int slots[STAGE_RANKS];   /* 0 = 1 */
+  const void *noise;        /* (steps, items, size) of layout.x, or NULL */
+  bool keeps_noise_to_self; /* the host draws noise that it tells the library nothing of */
+  /* m at element i of x, at a step; NULL = stage_f. */
+  double (*f)(const stage_rank *self, int step, double x, size_t i);
+  /* What a follower does; NULL = stage_serve. */
+  ps_status (*serve)(stage_rank *self);
+  /* The leader's end of a link of the test's own, with nobody behind it; NULL = threads. */
+  ps_link *(*link)(stage *on, int rank);
+  /* Called by the host before it asks for a step, and with the answer or output before it is used.
+   */
+  void (*before)(stage *on, int step, void *x);
+  void (*after)(stage *on, int step, const void *x, void *m, ps_verdict verdict);
+  void *ctx; /* of the test */
+
+  /* The run. */
+  ps_leader *leader;
+  stage_rank rank[STAGE_RANKS];
+  ps_status failure; /* the leader's first status other than PS_OK; the host stops there */
+  bool ended;
+  int verdicts[2]; /* how many steps were evaluated and answered */
+};
+
+/* Sets a stage for a run of items x size elements of x and m. */
+void stage_set(stage *on, ps_program *program, int ranks, size_t items, size_t size, ps_dtype x,
+               ps_dtype m);
+/* Creates links, followers with their threads, and the leader, and checks that all goes well. */
+void stage_open(stage *on);
+/* The host's loop over all steps, from x in place: with the leader, or alone and in sequence. */
+void stage_run(stage *on, void *x);
+void stage_plain(stage *on, void *x);
+/* Finishes the run and waits for all threads; the report can be read until stage_close. */
+void stage_end(stage *on);
+void stage_close(stage *on);
+ps_report stage_report(const stage *on);
+
+/* A follower's life, one evaluation of it, and the function that all ranks evaluate. */
+ps_status stage_serve(stage_rank *self);
+void stage_evaluate(stage_rank *self, int step, const void *x, void *m);
+double stage_f(const stage_rank *self, int step, double x, size_t i);
+
+size_t stage_elements(const stage *on);
+size_t stage_x_bytes(const stage *on);
+size_t stage_m_bytes(const stage *on);
+void *stage_latent(const stage *on, uint64_t seed); /* to be freed; normal enough numbers */
+void *stage_copy(const void *from, size_t bytes);   /* to be freed */
+double *stage_noise(const stage *on);               /* to be freed; for all steps, in double */
+/* The last point that a follower evaluated at a step, or NULL; no evaluation may be under way. */
+const void *stage_guess(const stage *on, int step);
+
+/* Elements of any dtype as double; storing rounds to nearest even. */
+double stage_load(const void *p, ps_dtype dtype, size_t i);
+void stage_store(void *p, ps_dtype dtype, size_t i, double value);
+double stage_random(uint64_t *state); /* uniform in (-1, 1) */
+
+/* Programs, to be released. */
+ps_program *stage_euler(int steps);          /* sigma 10 to 0, evenly spaced in its logarithm */
+ps_program *stage_multistep(int steps);      /* Adams-Bashforth of order 3 on the same levels */
+ps_program *stage_ancestral(int steps);      /* Euler with noise drawn at every step */
+void stage_levels(int steps, double *sigma); /* (steps + 1) the levels of these */
+
+#endif

@@ -1,0 +1,517 @@
+/* test_turn.c - the leader's and the follower's calls one by one: what each answers, and refuses.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "runner.h"
+#include "stage.h"
+
+static void call(stage *on, int step, void *x, void *m_out, ps_verdict expected)
+{
+  ps_verdict verdict;
+  CHECK_OK(ps_leader_ask(on->leader, step, x, m_out, &verdict));
+  CHECK_EQ(verdict, expected);
+  if (verdict == PS_EVALUATE) {
+    void *m = malloc(stage_m_bytes(on));
+    CHECK(m != NULL);
+    stage_evaluate(&on->rank[0], step, x, m);
+    CHECK_OK(ps_leader_submit(on->leader, m, on->layout.m, 0));
+    free(m);
+  }
+}
+
+/* A run of 3 ranks on 12 steps in double, without limit, at whose step 0 and 1 the host has been.
+ */
+static double *begin(stage *on, ps_program *program)
+{
+  double *m;
+  stage_set(on, program, 3, 1, 8, PS_F64, PS_F64);
+  on->options.tolerance = INFINITY;
+  stage_open(on);
+  double *x = stage_latent(on, 9);
+  m = malloc(stage_m_bytes(on));
+  CHECK(m != NULL);
+  for (int j = 0; j < 2; ++j) {
+    call(on, j, x, m, PS_EVALUATE);
+    CHECK_OK(ps_leader_advance(on->leader, NULL, x));
+  }
+  free(m);
+  return x;
+}
+
+static void leave(stage *on, double *x)
+{
+  stage_end(on);
+  stage_close(on);
+  free(x);
+  ps_program_release(on->program);
+}
+
+/* ---- ask and answer -------------------------------------------------------------------------- */
+
+TEST(an_edited_latent_begins_a_round)
+{
+  ps_program *program = stage_euler(12);
+  stage on;
+  double *x;
+  stage_set(&on, program, 4, 1, 16, PS_F64, PS_F64);
+  on.options.tolerance = 0.5;
+  stage_open(&on);
+  x = stage_latent(&on, 3);
+  for (int j = 0; j < 2; ++j) {
+    ps_verdict verdict;
+    double m[16];
+    x[0] += j == 1 ? 1e3 : 0.0;
+    CHECK_OK(ps_leader_ask(on.leader, j, x, m, &verdict));
+    CHECK_EQ(verdict, PS_EVALUATE);
+    stage_evaluate(&on.rank[0], j, x, m);
+    CHECK_OK(ps_leader_submit(on.leader, m, PS_F64, 0));
+  }
+  /* Step 2 has a guess, far from where the host now is. */
+  ps_verdict verdict;
+  double m[16];
+  x[1] -= 1e3;
+  CHECK_OK(ps_leader_ask(on.leader, 2, x, m, &verdict));
+  CHECK_EQ(verdict, PS_EVALUATE);
+  CHECK_GT(stage_report(&on).drift[2], 0.5);
+  stage_end(&on);
+  stage_close(&on);
+  free(x);
+  ps_program_release(program);
+}
+
+TEST(asks_beyond_the_program_are_the_hosts_own)
+{
+  ps_program *program = stage_euler(5);
+  stage on;
+  stage_set(&on, program, 3, 1, 8, PS_F64, PS_F64);
+  on.options.tolerance = 0.0;
+  stage_open(&on);
+  double *x = stage_latent(&on, 9), m[8];
+  stage_run(&on, x);
+  int seen = on.rank[1].seen + on.rank[2].seen;
+  for (int j = 5; j < 9; ++j) {
+    call(&on, j, x, m, PS_EVALUATE);
+    CHECK_STATUS(ps_leader_advance(on.leader, NULL, x), PS_STATE);
+    CHECK_EQ(ps_leader_horizon(on.leader), 5);
+  }
+  stage_end(&on);
+  CHECK_EQ(on.rank[1].seen + on.rank[2].seen, seen);
+  ps_report report = stage_report(&on);
+  CHECK_EQ(report.rounds, 9);
+  CHECK_EQ(report.steps, 5);
+  CHECK_EQ(report.evaluations[0], 9);
+  stage_close(&on);
+  free(x);
+  ps_program_release(program);
+}
+
+/* ---- amend ----------------------------------------------------------------------------------- */
+
+TEST(amended_answers_are_rebased_again)
+{
+  stage on;
+  double *x = begin(&on, stage_euler(12)), m[8], drift;
+  call(&on, 2, x, m, PS_ANSWER);
+  const double *guess = stage_guess(&on, 2);
+  double g = ps_program_table(on.program, 'g')[2], sum = 0.0;
+  for (int i = 0; i < 8; ++i) {
+    x[i] += 0.25 * i;
+    sum += (x[i] - guess[i]) * (x[i] - guess[i]) / 8.0;
+  }
+  CHECK_OK(ps_leader_amend(on.leader, x, m, &drift));
+  CHECK_NEAR(drift, sqrt(sum) / ps_program_table(on.program, 's')[2], 1e-12);
+  CHECK_EQ(stage_report(&on).drift[2], drift);
+  for (int i = 0; i < 8; ++i) {
+    double expected = stage_f(&on.rank[0], 2, guess[i], (size_t)i) + g * (x[i] - guess[i]);
+    CHECK_NEAR(m[i], expected, 1e-12);
+  }
+  /* The trajectory goes on from what the host really had. */
+  double next[8], b = ps_program_table(on.program, 'b')[2];
+  CHECK_OK(ps_leader_advance(on.leader, NULL, next));
+  for (int i = 0; i < 8; ++i) {
+    CHECK_NEAR(next[i], x[i] + b * m[i], 1e-12);
+  }
+  /* Twice is fine, an output to write is needed, and so is an answer. */
+  CHECK_OK(ps_leader_amend(on.leader, x, m, &drift));
+  CHECK_STATUS(ps_leader_amend(on.leader, x, NULL, &drift), PS_STATE);
+  leave(&on, x);
+}
+
+TEST(answers_can_be_amended_after_a_stop)
+{
+  stage on;
+  double *x = begin(&on, stage_euler(12)), m[8], drift;
+  call(&on, 2, x, m, PS_ANSWER);
+  CHECK_OK(ps_leader_stop(on.leader, "the guidance changed"));
+  x[3] += 0.5;
+  CHECK_OK(ps_leader_amend(on.leader, x, m, &drift));
+  CHECK_GT(drift, 0.0);
+  CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  call(&on, 3, x, m, PS_EVALUATE);
+  leave(&on, x);
+}
+
+TEST(amended_evaluations_take_the_new_latent)
+{
+  stage on;
+  double *x = begin(&on, stage_euler(12)), m[8], drift, next[8];
+  ps_verdict verdict;
+  for (int j = 2; j < 4; ++j) {
+    call(&on, j, x, m, PS_ANSWER);
+    CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  }
+  CHECK_OK(ps_leader_ask(on.leader, 4, x, m, &verdict));
+  CHECK_EQ(verdict, PS_EVALUATE);
+  x[0] += 7.0;
+  CHECK_OK(ps_leader_amend(on.leader, x, NULL, &drift));
+  CHECK(isnan(drift));
+  stage_evaluate(&on.rank[0], 4, x, m);
+  CHECK_OK(ps_leader_submit(on.leader, m, PS_F64, 0));
+  CHECK_STATUS(ps_leader_amend(on.leader, x, m, &drift), PS_STATE); /* nothing was answered */
+  CHECK_OK(ps_leader_advance(on.leader, NULL, next));
+  CHECK_NEAR(next[0], x[0] + ps_program_table(on.program, 'b')[4] * m[0], 1e-12);
+  leave(&on, x);
+}
+
+/* ---- stop, leave out, evaluate alone --------------------------------------------------------- */
+
+TEST(a_host_without_room_for_answers_evaluates)
+{
+  stage on;
+  double *x = begin(&on, stage_euler(12)), m[8];
+  int seen = on.rank[1].seen + on.rank[2].seen;
+  for (int j = 2; j < 5; ++j) {
+    call(&on, j, x, NULL, PS_EVALUATE);
+    CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  }
+  CHECK_EQ(on.rank[1].seen + on.rank[2].seen, seen);
+  call(&on, 5, x, m, PS_EVALUATE); /* no guesses were out */
+  CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  call(&on, 6, x, m, PS_ANSWER);
+  /* A guess that is there is measured, for the report, and not used. */
+  CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  call(&on, 7, x, NULL, PS_EVALUATE);
+  CHECK(!isnan(stage_report(&on).drift[7]));
+  CHECK_EQ(stage_report(&on).answered, 1);
+  leave(&on, x);
+}
+
+TEST(followers_are_verified_even_where_no_answer_is_wanted)
+{
+  ps_program *program = stage_euler(4);
+  stage on;
+  stage_set(&on, program, 3, 1, 8, PS_F64, PS_F64);
+  stage_open(&on);
+  double *x = stage_latent(&on, 9);
+  call(&on, 0, x, NULL, PS_EVALUATE);
+  CHECK_EQ(on.rank[1].seen, 1);
+  CHECK_EQ(on.rank[2].seen, 1);
+  stage_end(&on);
+  stage_close(&on);
+  free(x);
+  ps_program_release(program);
+}
+
+TEST(after_a_stop_the_host_is_alone)
+{
+  stage on;
+  double *x = begin(&on, stage_euler(12)), m[8];
+  int seen = on.rank[1].seen + on.rank[2].seen;
+  CHECK_OK(ps_leader_stop(on.leader, "the guidance scale changed"));
+  CHECK_OK(ps_leader_stop(on.leader, "and another thing"));
+  for (int j = 2; j < 12; ++j) {
+    call(&on, j, x, m, PS_EVALUATE);
+    CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  }
+  CHECK_EQ(on.rank[1].seen + on.rank[2].seen, seen);
+  CHECK_STR(stage_report(&on).fallback, "the guidance scale changed");
+  CHECK_EQ(stage_report(&on).rounds, 12);
+  CHECK_EQ(stage_report(&on).failed, 0);
+  leave(&on, x);
+}
+
+TEST(a_stop_without_a_reason_is_one_too)
+{
+  stage on;
+  double *x = begin(&on, stage_euler(12)), m[8];
+  CHECK_OK(ps_leader_stop(on.leader, ""));
+  call(&on, 2, x, m, PS_EVALUATE);
+  CHECK(stage_report(&on).fallback != NULL);
+  leave(&on, x);
+}
+
+TEST(a_stop_in_the_middle_of_a_round)
+{
+  stage on;
+  double *x = begin(&on, stage_euler(12)), m[8];
+  ps_verdict verdict;
+  for (int j = 2; j < 4; ++j) {
+    call(&on, j, x, m, PS_ANSWER);
+    CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  }
+  CHECK_OK(ps_leader_ask(on.leader, 4, x, m, &verdict));
+  CHECK_OK(ps_leader_stop(on.leader, "in the middle"));
+  stage_evaluate(&on.rank[0], 4, x, m);
+  CHECK_OK(ps_leader_submit(on.leader, m, PS_F64, 0));
+  CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  call(&on, 5, x, m, PS_EVALUATE);
+  leave(&on, x);
+}
+
+TEST(a_rank_left_out_by_the_caller)
+{
+  stage on;
+  double *x = begin(&on, stage_euler(12)), m[8];
+  CHECK_STATUS(ps_leader_leave_out(on.leader, 0, "?"), PS_INVALID);
+  CHECK_STATUS(ps_leader_leave_out(on.leader, 3, "?"), PS_INVALID);
+  CHECK_OK(ps_leader_leave_out(on.leader, 1, "its weights changed"));
+  CHECK_OK(ps_leader_leave_out(on.leader, 1, "again"));
+  call(&on, 2, x, m, PS_EVALUATE); /* its output of step 2 is not used any more */
+  CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  call(&on, 3, x, m, PS_ANSWER); /* rank 2 holds the second place now */
+  CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  CHECK_OK(ps_leader_leave_out(on.leader, 2, "its weights changed too"));
+  for (int j = 4; j < 12; ++j) {
+    call(&on, j, x, m, PS_EVALUATE);
+    CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  }
+  ps_report report = stage_report(&on);
+  CHECK_EQ(report.failed, 2);
+  CHECK_EQ(report.failures[0].rank, 1);
+  CHECK_EQ(report.failures[0].status, PS_FAILED);
+  CHECK_STR(report.failures[0].text, "its weights changed");
+  leave(&on, x);
+  CHECK_EQ(on.rank[1].status, PS_OK); /* it was told to leave */
+}
+
+/* ---- calls out of order ---------------------------------------------------------------------- */
+
+TEST(leader_calls_out_of_order)
+{
+  stage on;
+  ps_program *program = stage_euler(4);
+  stage_set(&on, program, 2, 1, 8, PS_F64, PS_F64);
+  stage_open(&on);
+  double *x = stage_latent(&on, 1), m[8] = {0}, drift;
+  ps_verdict verdict;
+  ps_work work;
+  CHECK_STATUS(ps_leader_submit(on.leader, m, PS_F64, 0), PS_STATE);
+  CHECK_STATUS(ps_leader_work(on.leader, &work), PS_STATE);
+  CHECK_EQ(work.count, 0);
+  CHECK_STATUS(ps_leader_advance(on.leader, NULL, x), PS_STATE);
+  CHECK_STATUS(ps_leader_amend(on.leader, x, m, &drift), PS_STATE);
+  CHECK_STATUS(ps_leader_ask(on.leader, 1, x, m, &verdict), PS_INVALID);
+  CHECK_STATUS(ps_leader_ask(on.leader, -1, x, m, &verdict), PS_INVALID);
+  CHECK_OK(ps_leader_ask(on.leader, 0, x, m, &verdict));
+  CHECK_STATUS(ps_leader_ask(on.leader, 0, x, m, &verdict), PS_STATE);
+  CHECK_STATUS(ps_leader_ask(on.leader, 1, x, m, &verdict), PS_STATE);
+  CHECK_STATUS(ps_leader_advance(on.leader, NULL, x), PS_STATE);
+  CHECK_STATUS(ps_leader_submit(on.leader, m, PS_F32, 0), PS_DTYPE);
+  CHECK_STATUS(ps_leader_submit(on.leader, m, PS_NONE, 0), PS_DTYPE);
+  /* None of these did harm: the run goes on. */
+  stage_evaluate(&on.rank[0], 0, x, m);
+  CHECK_OK(ps_leader_submit(on.leader, m, PS_F64, 0));
+  CHECK_STATUS(ps_leader_submit(on.leader, m, PS_F64, 0), PS_STATE);
+  CHECK_STATUS(ps_leader_ask(on.leader, 0, x, m, &verdict), PS_INVALID);
+  CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  call(&on, 1, x, m, PS_EVALUATE);
+  CHECK_OK(ps_leader_finish(on.leader));
+  CHECK_OK(ps_leader_finish(on.leader));
+  CHECK_STATUS(ps_leader_ask(on.leader, 2, x, m, &verdict), PS_STATE);
+  CHECK_STATUS(ps_leader_submit(on.leader, m, PS_F64, 0), PS_STATE);
+  CHECK_EQ(stage_report(&on).failed, 0);
+  stage_end(&on);
+  stage_close(&on);
+  ps_leader_destroy(NULL);
+  free(x);
+  ps_program_release(program);
+}
+
+TEST(noise_is_taken_for_the_next_window_alone)
+{
+  ps_program *program = stage_ancestral(6);
+  stage on;
+  stage_set(&on, program, 3, 1, 8, PS_F64, PS_F64);
+  on.options.tolerance = 0.0;
+  stage_open(&on);
+  double *x = stage_latent(&on, 1), m[8], z[8] = {0};
+  CHECK_EQ(ps_leader_horizon(on.leader), 2);
+  CHECK_STATUS(ps_leader_noise(on.leader, -1, z), PS_INVALID);
+  CHECK_OK(ps_leader_noise(on.leader, 0, z));
+  CHECK_OK(ps_leader_noise(on.leader, 1, z));
+  CHECK_STATUS(ps_leader_noise(on.leader, 2, z), PS_INVALID);
+  call(&on, 0, x, m, PS_EVALUATE);
+  CHECK_EQ(ps_leader_horizon(on.leader), 3);
+  CHECK_STATUS(ps_leader_noise(on.leader, 0, z), PS_INVALID);
+  CHECK_OK(ps_leader_noise(on.leader, 2, z));
+  for (int j = 1; j < 6; ++j) {
+    call(&on, j, x, m, PS_EVALUATE);
+  }
+  CHECK_EQ(ps_leader_horizon(on.leader), 6);
+  CHECK_STATUS(ps_leader_noise(on.leader, 6, z), PS_INVALID);
+  stage_end(&on);
+  stage_close(&on);
+  free(x);
+  ps_program_release(program);
+}
+
+TEST(follower_calls_out_of_order)
+{
+  const ps_layout layout = {1, 4, PS_F32, PS_F32}, larger = {1, 5, PS_F32, PS_F32};
+  ps_program *program = stage_euler(4);
+  ps_link *here, *there;
+  ps_follower *follower;
+  ps_leader *leader;
+  ps_options options;
+  ps_verdict verdict;
+  ps_work work;
+  float x[4] = {1, 2, 3, 4}, m[4] = {0};
+  ps_wait soon = {0, NULL, NULL};
+  ps_options_init(&options);
+  CHECK_OK(ps_threads_open(&layout, 1, &here, &there));
+  CHECK_OK(ps_follower_create(&layout, there, &follower));
+  CHECK_OK(ps_leader_create(program, &layout, &options, ps_backend_find("cpu"), &here, 1, NULL,
+                            &leader));
+  CHECK_STATUS(ps_follower_submit(follower, PS_F32, 0, 0), PS_STATE);
+  soon.deadline_ns = ps_now_ns() + 1000000;
+  CHECK_STATUS(ps_follower_next(follower, &soon, &work), PS_DEADLINE);
+  CHECK_OK(ps_leader_ask(leader, 0, x, m, &verdict));
+  CHECK_OK(ps_follower_next(follower, NULL, &work));
+  CHECK_EQ(work.count, 1);
+  CHECK_EQ(work.step[0], 0);
+  CHECK(memcmp(work.point[0], x, sizeof x) == 0);
+  CHECK_STATUS(ps_follower_next(follower, NULL, &work), PS_STATE);
+  CHECK_STATUS(ps_follower_submit(follower, PS_F64, 0, 0), PS_DTYPE); /* there is no room for it */
+  CHECK_STATUS(ps_follower_submit(follower, PS_NONE, 0, 0), PS_DTYPE);
+  CHECK_OK(ps_follower_next(follower, NULL, &work) == PS_STATE ? PS_OK : PS_FAILED);
+  CHECK_OK(ps_follower_submit(follower, PS_F32, 0, 0));
+  CHECK_STATUS(ps_follower_submit(follower, PS_F32, 0, 0), PS_STATE);
+  ps_leader_destroy(leader);
+  for (int twice = 0; twice < 2; ++twice) {
+    CHECK_OK(ps_follower_next(follower, NULL, &work));
+    CHECK_EQ(work.count, 0);
+  }
+  CHECK_OK(ps_follower_fail(follower, "nobody listens"));
+  ps_follower_destroy(follower);
+  ps_follower_destroy(NULL);
+
+  /* A follower of another shape does not touch the points. */
+  CHECK_OK(ps_threads_open(&layout, 1, &here, &there));
+  CHECK_OK(ps_follower_create(&larger, there, &follower));
+  CHECK_OK(ps_leader_create(program, &layout, &options, ps_backend_find("cpu"), &here, 1, NULL,
+                            &leader));
+  CHECK_OK(ps_leader_ask(leader, 0, x, m, &verdict));
+  CHECK_STATUS(ps_follower_next(follower, NULL, &work), PS_PROTOCOL);
+  ps_follower_destroy(follower);
+  CHECK_OK(ps_leader_submit(leader, m, PS_F32, 0));
+  ps_leader_destroy(leader);
+  ps_program_release(program);
+}
+
+/* ---- creation refused ------------------------------------------------------------------------ */
+
+static void refuse_leader(ps_program *program, const ps_layout *layout, const ps_options *options,
+                          const int *slots, ps_status expected)
+{
+  const ps_layout good = {1, 4, PS_F32, PS_F32};
+  ps_link *here, *there;
+  ps_leader *leader;
+  ps_follower *follower;
+  ps_work work;
+  CHECK_OK(ps_threads_open(&good, 2, &here, &there));
+  CHECK_OK(ps_follower_create(&good, there, &follower));
+  CHECK_STATUS(
+      ps_leader_create(program, layout, options, ps_backend_find("cpu"), &here, 1, slots, &leader),
+      expected);
+  CHECK(leader == NULL);
+  /* The link was taken all the same: its follower learns that there is no run. */
+  CHECK_OK(ps_follower_next(follower, NULL, &work));
+  CHECK_EQ(work.count, 0);
+  ps_follower_destroy(follower);
+}
+
+TEST(leaders_that_make_no_sense_are_refused)
+{
+  const ps_layout good = {1, 4, PS_F32, PS_F32};
+  const ps_layout empty = {0, 4, PS_F32, PS_F32}, sizeless = {1, 0, PS_F32, PS_F32};
+  const ps_layout untyped = {1, 4, PS_NONE, PS_F32}, odd = {1, 4, PS_F32, (ps_dtype)77};
+  const ps_layout huge = {SIZE_MAX / 2, SIZE_MAX / 2, PS_F32, PS_F32};
+  const ps_layout large = {1, SIZE_MAX / 16, PS_F32, PS_F32};
+  const int none[2] = {1, 0}, many[2] = {1, 3}, crowd[2] = {PS_SLOTS_MAX + 1, 1};
+  ps_program *program = stage_euler(4);
+  ps_options options;
+  ps_options_init(&options);
+  refuse_leader(program, &empty, &options, NULL, PS_SHAPE);
+  refuse_leader(program, &sizeless, &options, NULL, PS_SHAPE);
+  refuse_leader(program, &huge, &options, NULL, PS_SHAPE);
+  refuse_leader(program, &large, &options, NULL, PS_NO_MEMORY);
+  refuse_leader(program, &untyped, &options, NULL, PS_DTYPE);
+  refuse_leader(program, &odd, &options, NULL, PS_DTYPE);
+  refuse_leader(program, &good, &options, none, PS_INVALID);
+  refuse_leader(program, &good, &options, many, PS_INVALID);
+  refuse_leader(program, &good, &options, crowd, PS_INVALID);
+  ps_options bad[6] = {options, options, options, options, options, options};
+  bad[0].tolerance = NAN;
+  bad[1].tolerance = -0.1;
+  bad[2].order = 2;
+  bad[3].warmup = 0;
+  bad[4].deadline_ns = -1;
+  bad[5].policy = (ps_policy)9;
+  for (int k = 0; k < 6; ++k) {
+    refuse_leader(program, &good, &bad[k], NULL, PS_INVALID);
+  }
+  ps_program_release(program);
+}
+
+TEST(links_that_make_no_sense_are_refused)
+{
+  const ps_layout good = {1, 4, PS_F32, PS_F32}, empty = {0, 4, PS_F32, PS_F32};
+  const ps_layout large = {1, SIZE_MAX / 16, PS_F32, PS_F32};
+  ps_link *here, *there;
+  ps_follower *follower;
+  CHECK_STATUS(ps_threads_open(&empty, 1, &here, &there), PS_SHAPE);
+  CHECK_STATUS(ps_threads_open(&large, 16, &here, &there), PS_NO_MEMORY);
+  CHECK_STATUS(ps_threads_open(&good, 0, &here, &there), PS_INVALID);
+  CHECK_STATUS(ps_threads_open(&good, PS_SLOTS_MAX + 1, &here, &there), PS_INVALID);
+  CHECK(here == NULL && there == NULL);
+  CHECK_OK(ps_threads_open(&good, 1, &here, &there));
+  CHECK_STATUS(ps_follower_create(&empty, there, &follower), PS_SHAPE);
+  CHECK(follower == NULL);
+  here->ops->close(here);
+}
+
+/* ---- the report ------------------------------------------------------------------------------ */
+
+TEST(the_timeline_is_in_order)
+{
+  stage on;
+  double *x = begin(&on, stage_euler(12)), m[8];
+  for (int j = 2; j < 12; ++j) {
+    ps_verdict verdict = (j - 1) % 3 == 0 ? PS_EVALUATE : PS_ANSWER;
+    call(&on, j, x, m, verdict);
+    CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  }
+  stage_end(&on);
+  ps_report report = stage_report(&on);
+  int taken[12] = {0}, sum = 0;
+  for (int k = 0; k < report.records; ++k) {
+    const ps_record *record = &report.timeline[k];
+    CHECK(record->begin_ns >= 0 && record->begin_ns <= record->end_ns);
+    CHECK_LE(record->end_ns, report.seconds_ns);
+    CHECK(record->round >= 0 && record->round < report.rounds);
+    CHECK(k == 0 || record->round >= report.timeline[k - 1].round);
+    taken[record->step] += record->accepted;
+  }
+  for (int round = 0; round < report.rounds; ++round) {
+    sum += report.accepted[round];
+  }
+  for (int j = 0; j < 12; ++j) {
+    CHECK_EQ(taken[j], 1);
+  }
+  CHECK_EQ(sum, 12);
+  /* Followers evaluate step 0 and 7 guesses: 64 bytes each way. */
+  CHECK_EQ(report.bytes_sent, (2 + 7) * 2 * 64);
+  leave(&on, x);
+}
