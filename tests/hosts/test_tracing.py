@@ -470,8 +470,9 @@ def test_starting_in_the_middle(name: str) -> None:
     traced = chosen.trace(scheduler)
     assert len(traced) == len(scheduler.timesteps) - begin
     assert rollout_error(chosen, traced, scheduler) < 1e-6
-    if traced.s[0] > 1:
-        assert traced.s[0] == pytest.approx(float(scheduler.sigmas[begin]), rel=1e-6)
+    if name in ("EulerDiscrete", "HeunDiscrete", "LMSDiscrete", "FlowMatchEulerDiscrete"):
+        sigmas = scheduler.sigmas[begin : begin + len(traced)]
+        np.testing.assert_allclose(traced.s, sigmas, rtol=1e-6)
 
 
 def test_timesteps_of_the_loop() -> None:
@@ -518,6 +519,16 @@ def test_levels_and_slopes() -> None:
     np.testing.assert_allclose(traced.g, 0.5 / flow.sigmas[:-1].numpy(), rtol=1e-6)
 
 
+def test_clipping_leaves_the_rows_without_it() -> None:
+    for name in ("DDIM", "DDPM"):
+        plain = case(name, clip_sample=False).trace()
+        for config in ({}, {"thresholding": True}):
+            clipped = case(name, **config).trace()
+            np.testing.assert_allclose(clipped.a, plain.a, rtol=1e-12)
+            np.testing.assert_allclose(clipped.b, plain.b, rtol=1e-12)
+            np.testing.assert_allclose(clipped.c, plain.c, rtol=1e-12)
+
+
 def test_slope_of_velocities_towards_the_data() -> None:
     for name, config in (("FlowMatchEulerDiscrete", {"invert_sigmas": True}), ("MiniMaxH3", {})):
         traced = case(name, **config).trace()
@@ -556,7 +567,7 @@ def state_of(scheduler: Any) -> bytes:
     return pickle.dumps({k: v for k, v in kept.items() if not isinstance(v, types.FunctionType)})
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.steps != 1000], ids=str)
 def test_caller_is_left_alone(case: Case) -> None:
     scheduler = case.make()
     tracing._cache.clear()
