@@ -653,6 +653,20 @@ def test_producers_are_given_back():
     assert references(producer) == count
 
 
+def test_capsules_of_producers_are_given_back():
+    class Keeps(Producer):
+        def __dlpack__(self, *, max_version=None):
+            return self.capsule
+
+    keeper = Keeps(None)
+    keeper.capsule = Handmade(ramp(3)).capsule()
+    count = references(keeper.capsule)
+    _core._roundtrip(keeper)
+    refusal(ValueError, keeper, "used already")
+    after = references(keeper.capsule)
+    assert after == count
+
+
 # ---- the C exchange API --------------------------------------------------------------------------
 
 Allocate = ctypes.PYFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
