@@ -20,7 +20,7 @@ from typing import Any
 
 import diffusers
 import torch
-from table import arguments, show, verdict, write
+from _table import arguments, show, verdict, write
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

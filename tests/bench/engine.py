@@ -1,0 +1,140 @@
+"""What the engine costs beside the model: wall time over the rounds' own waiting.
+
+The denoiser only waits, so that ranks truly overlap on a machine with few cores. Beside each figure,
+in turns within one run, stand the same sleeps behind a bare barrier of Python threads.
+
+    python tests/bench/engine.py
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import threading
+import time
+import warnings
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from _table import arguments, show, verdict, write
+
+import parastep
+
+WAIT = 0.020  # seconds a forward
+STEPS = 50
+
+
+def barrier(ranks: int, rounds: int) -> float:
+    """Seconds that `ranks` threads need for `rounds` sleeps with a barrier after each."""
+    gate = threading.Barrier(ranks)
+
+    def body() -> None:
+        for _ in range(rounds):
+            time.sleep(WAIT)
+            gate.wait()
+
+    threads = [threading.Thread(target=body) for _ in range(ranks - 1)]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    body()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - began
+
+
+def sampled(ranks: int) -> tuple[float, int]:
+    """Seconds and rounds of `parastep.sample` with a denoiser that waits."""
+    program = parastep.Program.flow_euler(np.linspace(1.0, 0.0, STEPS + 1))
+    x = np.random.default_rng(0).standard_normal((1, 16, 32, 32)).astype(np.float32)
+
+    def denoiser(point: Any, step: int, rank: int) -> Any:
+        time.sleep(WAIT)
+        return point
+
+    began = time.perf_counter()
+    _, report = parastep.sample(program, denoiser, x, ranks=ranks, tolerance=math.inf)
+    return time.perf_counter() - began, report.rounds
+
+
+class Waiting(diffusers.SD3Transformer2DModel):
+    """A transformer of StableDiffusion3Pipeline that waits in place of computing."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        time.sleep(WAIT)
+        return (hidden_states * 0.9,)
+
+
+def waiting_pipeline() -> diffusers.StableDiffusion3Pipeline:
+    transformer = Waiting(
+        sample_size=32, patch_size=1, in_channels=16, num_layers=1, attention_head_dim=8,
+        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32,
+        pooled_projection_dim=64, out_channels=16,
+    )  # fmt: skip
+    names = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3")
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        tokenizer_3=None,
+        **dict.fromkeys(names),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call(pipe: Any) -> Any:
+    return pipe(
+        prompt_embeds=torch.zeros(1, 7, 32),
+        pooled_prompt_embeds=torch.zeros(1, 64),
+        num_inference_steps=STEPS,
+        guidance_scale=1.0,
+        height=256,
+        width=256,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def piped(pipe: Any, ranks: int) -> tuple[float, int]:
+    """Seconds and rounds of a call through `parallelize`."""
+    with parastep.parallelize(pipe, devices=["cpu"] * ranks, tolerance=math.inf) as parallel:
+        call(parallel)  # replicas are made once, at the first call
+        began = time.perf_counter()
+        call(parallel)
+        return time.perf_counter() - began, parallel.report.rounds
+
+
+def measure(repeats: int) -> tuple[list[list[Any]], list[dict[str, Any]]]:
+    pipe = waiting_pipeline()
+    rows, figures = [], []
+    goals = {("sample", p): 1.02 for p in (2, 4, 8)}
+    goals |= {("parallelize", 2): 1.05, ("parallelize", 4): 1.05, ("parallelize", 8): 1.10}
+    for (kind, ranks), goal in goals.items():
+        ratios, overheads = [], []
+        for _ in range(repeats):
+            seconds, rounds = sampled(ranks) if kind == "sample" else piped(pipe, ranks)
+            bare = barrier(ranks, rounds)
+            ratios.append(seconds / bare)
+            overheads.append((seconds - bare) / rounds * 1e3)
+        ratio = statistics.median(ratios)
+        overhead = statistics.median(overheads)
+        rows.append([kind, ranks, rounds, ratio, f"{overhead:.2f}", goal, verdict(ratio, goal)])
+        figures.append({"through": kind, "ranks": ranks, "rounds": rounds, "ratio": ratio,
+                        "overhead_ms": overhead, "target": goal})  # fmt: skip
+    return rows, figures
+
+
+def main() -> None:
+    options = arguments("engine", repeats=5)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rows, figures = measure(options.repeats)
+    columns = ["through", "ranks", "rounds", "wall / bare", "ms more a round", "target", ""]
+    show(f"engine: {STEPS} steps, a denoiser that waits {WAIT * 1e3:.0f} ms", columns, rows)
+    write(options.json, {"engine": figures})
+
+
+if __name__ == "__main__":
+    main()
