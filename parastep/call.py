@@ -2,7 +2,8 @@
 core.
 
 The core carries points and outputs. Here goes what is said once: encoder outputs, who has the run's
-other end, who failed before there was a run. A follower that waits is always let go at the end.
+other end, what a step returns, who failed before there was a run. A follower that waits is always
+let go: at the latest when the leader's call ends.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ import threading
 from collections import defaultdict
 from typing import Any
 
+import torch
+
 from . import _core
+from .noise import cloned_generator
+from .seam import map_tensors
 
 
 class Leave(BaseException):
@@ -28,22 +33,27 @@ class GoBack(BaseException):
 class Call:
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
+        self.returned: Any = None  # what the leader's first step returned: the followers' form
         self._changed = threading.Condition()
         self._encoded: dict[tuple[str, str], list[Any]] = defaultdict(list)
         self._followers: dict[int, _core.Follower] = {}
         self._failed: dict[int, str] = {}
+        self._begun = False  # no more encoder outputs will come
         self._over = False
 
     # Leader.
 
     def tell_encoded(self, key: tuple[str, str], output: Any) -> None:
+        """A copy: pipelines edit embeddings in place, the leader's and every follower's own."""
+        output = map_tensors(_own, output)
         with self._changed:
             self._encoded[key].append(output)
             self._changed.notify_all()
 
-    def open(self, leader: _core.Leader) -> None:
+    def open(self, leader: _core.Leader, returned: Any) -> None:
         """The run exists: followers may take their ends. Those that failed before are left out."""
         with self._changed:
+            self.returned, self._begun = returned, True
             for rank in range(1, self.ranks):
                 if rank in self._failed:
                     leader.leave_out(rank, self._failed[rank])
@@ -59,13 +69,17 @@ class Call:
 
     # Followers.
 
-    def encoded(self, key: tuple[str, str], ordinal: int) -> Any:
-        """The leader's output of this call of an encoder, as soon as it is there."""
+    def encoded(self, key: tuple[str, str], ordinal: int) -> list[Any]:
+        """[the leader's output of this call of an encoder], as soon as it is there.
+
+        Empty where the leader did not make this call before its loop, and never will.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._over or len(self._encoded[key]) > ordinal)
-            if len(self._encoded[key]) <= ordinal:
+            told = self._encoded[key]
+            self._changed.wait_for(lambda: self._over or self._begun or len(told) > ordinal)
+            if self._over:
                 raise Leave
-            return self._encoded[key][ordinal]
+            return told[ordinal : ordinal + 1]
 
     def follower(self, rank: int) -> _core.Follower:
         """This rank's end of the run, as soon as there is one."""
@@ -83,3 +97,24 @@ class Call:
                 self._failed[rank] = why
         if follower is not None:
             follower.fail(why)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone()
+
+
+def own_copy(value: Any) -> Any:
+    """A call's argument as nobody else has it: pipelines draw from generators and edit arguments in
+    place, and images are read from their files when first used.
+    """
+    if isinstance(value, torch.Generator):
+        return cloned_generator(value)
+    if isinstance(value, torch.Tensor):
+        return _own(value)
+    if type(value) in (list, tuple):
+        return type(value)(own_copy(item) for item in value)
+    if type(value) is dict:
+        return {key: own_copy(item) for key, item in value.items()}
+    if type(value).__module__.partition(".")[0] in ("PIL", "numpy") and hasattr(value, "copy"):
+        return value.copy()
+    return value

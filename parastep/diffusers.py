@@ -7,13 +7,12 @@ is patched between calls, no class is touched, and the pipe is as it was after e
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
-import logging
 import math
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,14 +20,16 @@ import torch
 
 from . import _core
 from .api import check_stride, describe, warn_of
-from .call import Call
+from .call import Call, own_copy
 from .following import Following
 from .leading import Leading
-from .noise import cloned_generator, cloned_global_generator
-from .replicas import denoisers_of, fingerprint, offloaded, replicate
+from .noise import cloned_global_generator
+from .quiet import name_of, quiet_followers
+from .replicas import denoisers_of, fingerprint, refresh, replicate, unfit
 from .report import Report
 from .seam import Hooks
 from .threads import HostContext
+from .watch import Watch
 
 _CALLBACKS = ("callback_on_step_end", "callback")
 _OWN = ("pipe", "devices", "report", "_options", "_replicas", "_made_from", "_lock", "_closed")
@@ -117,13 +118,6 @@ def _devices_of(pipe: Any, devices: Sequence[str | torch.device] | None) -> list
     return found
 
 
-class _FollowersAreQuiet(logging.Filter):
-    """Messages come from the leader alone, once."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.threadName or "").startswith("parastep-")
-
-
 class ParallelPipeline:
     """Called like the pipe; `.report` tells of the last call. Other attributes are the pipe's own.
 
@@ -143,7 +137,9 @@ class ParallelPipeline:
         self._closed = False
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["pipe"], name)
+        if name in _OWN:  # not made yet: a copy in the making
+            raise AttributeError(name)
+        return getattr(self.pipe, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OWN:
@@ -181,58 +177,52 @@ class ParallelPipeline:
             bound = inspect.signature(type(self.pipe).__call__).bind(self.pipe, *args, **kwargs)
         except TypeError:
             return self.pipe(*args, **kwargs)  # raises what it would without us
-        began = time.perf_counter()
-        ranks, reason = len(self.devices), self._ready()
-        call, hooks = Call(ranks if reason is None else 1), Hooks()
-        leading = Leading(self.pipe, call, bound.arguments.get("generator"), self._options)
+        began, reason = time.perf_counter(), self._unready(bound)
+        call = Call(len(self.devices) if reason is None else 1)
+        followers = _Followers(self, call, bound) if call.ranks > 1 else None
+        leading = Leading(
+            self.pipe,
+            call,
+            bound.arguments.get("generator"),
+            self._options,
+            followers.start if followers is not None else lambda: None,
+        )
         if reason is not None:
             leading.give_up(reason)
-        leading.active = leading.active and ranks > 1
-        threads: dict[int, threading.Thread] = {}
-        try:
-            if leading.active:
-                threads = self._start_followers(call, self._followers_arguments(bound))
+        if leading.active:
             for name in _CALLBACKS:
-                if leading.active and bound.arguments.get(name) is not None:
-                    bound.arguments[name] = leading.watched(bound.arguments[name])
-            with _quiet_followers():
-                leading.place(hooks)
-                result = self.pipe(*bound.args[1:], **bound.kwargs)
-        finally:
-            hooks.restore()
-            if leading.leader is not None:
-                leading.leader.finish()
-            call.end()
-            self._gather_threads(threads, leading)
-            self.report = self._reported(leading, time.perf_counter() - began)
+                if bound.arguments.get(name) is not None:
+                    leading.watch = leading.watch or Watch(self.pipe, leading.give_up)
+                    bound.arguments[name] = leading.watch.over(bound.arguments[name])
+        with contextlib.ExitStack() as leaving:  # whatever one of these raises, the others are done
+            leaving.callback(self._report_on, leading, followers, began)
+            leaving.enter_context(quiet_followers())
+            if followers is not None:
+                leaving.callback(followers.gather, leading)
+            leaving.callback(call.end)
+            leaving.callback(leading.finish)
+            hooks = Hooks()
+            leaving.callback(hooks.restore)
+            leading.place(hooks)
+            result = self.pipe(*bound.args[1:], **bound.kwargs)
+        assert self.report is not None
         warn_of(self.report, stacklevel=4)
         return result
 
-    def _ready(self) -> str | None:
-        """Replicas of the pipe as it is now, or why there can be none."""
+    def _unready(self, bound: inspect.BoundArguments) -> str | None:
+        """Makes replicas of the pipe as it is now; returns why there can be none, or None."""
         if len(self.devices) == 1:
             return None
-        reason = offloaded(self.pipe)
+        reason = unfit(self.pipe)
+        once = [k for k, v in bound.arguments.items() if isinstance(v, Iterator)]
+        if reason is None and once:
+            reason = f"the argument {once[0]!r} can be read only once"
         if reason is None:
             try:
                 self._refresh()
             except Exception as error:  # a component that cannot be copied
                 reason = f"replicas of the pipeline cannot be made: {describe(error)}"
         return reason
-
-    @staticmethod
-    def _followers_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
-        """The call's arguments by name, for replicas: callbacks are the leader's, generators
-        clones.
-        """
-        named = dict(bound.arguments)
-        named.pop("self", None)
-        named.update(named.pop("kwargs", {}))
-        for name in _CALLBACKS:
-            named.pop(name, None)
-        if "generator" in named:
-            named["generator"] = cloned_generator(named["generator"])
-        return named
 
     def _refresh(self) -> None:
         """Replicas of the pipe as it is now: made again where its weights or modules changed."""
@@ -243,33 +233,11 @@ class ParallelPipeline:
         for rank, device in enumerate(self.devices[1:], 1):
             if rank not in self._replicas:
                 self._replicas[rank] = replicate(self.pipe, device)
+            refresh(self._replicas[rank], self.pipe)
 
-    def _start_followers(
-        self, call: Call, arguments: dict[str, Any]
-    ) -> dict[int, threading.Thread]:
-        context, threads = HostContext(), {}
-        for rank, device in enumerate(self.devices[1:], 1):
-            replica = self._replicas[rank]
-            replica.scheduler = copy.deepcopy(self.pipe.scheduler)
-            following = Following(replica, rank, call, device)
-            body = functools.partial(following.run, arguments, cloned_global_generator(device))
-            # The leader keeps its own number of threads, which its bits may depend on.
-            intraop = 1 if device.type == "cpu" else None
-            threads[rank] = context.start(body, f"parastep-{rank}", intraop)
-        return threads
-
-    def _gather_threads(self, threads: dict[int, threading.Thread], leading: Leading) -> None:
-        """Waits for those that are about to leave; a replica whose thread hangs is not used again.
-        """
-        lost = set()
-        if leading.leader is not None:
-            lost = {line[0] for line in leading.leader.report()["failures"]}
-        for rank, thread in threads.items():
-            thread.join(timeout=0.05 if rank in lost else 10.0)
-            if thread.is_alive():
-                self._replicas.pop(rank, None)
-
-    def _reported(self, leading: Leading, seconds: float) -> Report:
+    def _report_on(
+        self, leading: Leading, followers: _Followers | None, began: float
+    ) -> None:
         """The core's report with times from the call's beginning, and what ran without the core."""
         if leading.leader is None:
             report = Report(ranks=len(self.devices), evaluations=[0] * len(self.devices))
@@ -283,21 +251,60 @@ class ParallelPipeline:
         report.accepted = report.accepted + [1] * max(alone, 0)
         report.steps = leading.steps
         report.rounds = report.evaluations[0] = leading.evaluated
+        if followers is not None:
+            for rank, following in followers.ranks.items():
+                report.evaluations[rank] = following.evaluated
         report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
-        report.seconds, report.fallback = seconds, leading.reason
-        return report
+        report.seconds, report.fallback = time.perf_counter() - began, leading.reason
+        self.report = report
 
 
-@contextlib.contextmanager
-def _quiet_followers() -> Iterator[None]:
-    """Messages come from the leader alone, once."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    handlers = [handler for logger in loggers for handler in logger.handlers]
-    quiet = _FollowersAreQuiet()
-    for handler in handlers:
-        handler.addFilter(quiet)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(quiet)
+class _Followers:
+    """The followers of one call: their arguments, their threads."""
+
+    def __init__(
+        self, parallel: ParallelPipeline, call: Call, bound: inspect.BoundArguments
+    ) -> None:
+        """To be made before the pipeline runs: the state of generators is taken here."""
+        self.ranks: dict[int, Following] = {}
+        self._call, self._replicas = call, parallel._replicas
+        self._devices = parallel.devices
+        quiet = {
+            name: None if parameter.default is parameter.empty else parameter.default
+            for name, parameter in bound.signature.parameters.items()
+            if name in _CALLBACKS and name in bound.arguments
+        }
+        bound = inspect.BoundArguments(bound.signature, OrderedDict(bound.arguments | quiet))
+        self._arguments = own_copy((bound.args[1:], bound.kwargs))
+        self._context = HostContext()
+        self._random = {
+            device: cloned_global_generator(device).get_state() for device in self._devices[1:]
+        }
+        self._threads: dict[int, threading.Thread] = {}
+
+    def start(self) -> None:
+        """When the leader is about to evaluate: by then it has encoded, warned and logged, or has
+        raised what is wrong with the arguments.
+        """
+        for rank, device in enumerate(self._devices[1:], 1):
+            following = Following(self._replicas[rank], rank, self._call, device)
+            random = torch.Generator(device)
+            random.set_state(self._random[device])
+            body = functools.partial(following.run, lambda: own_copy(self._arguments), random)
+            # The leader keeps its own number of threads, which its bits may depend on.
+            intraop = 1 if device.type == "cpu" else None
+            self.ranks[rank] = following
+            self._threads[rank] = self._context.start(body, name_of(rank), intraop)
+
+    def gather(self, leading: Leading) -> None:
+        """Waits for those that are about to leave. A replica of a lost rank, or whose thread hangs,
+        is not used again.
+        """
+        lost = set()
+        if leading.leader is not None:
+            lost = {line[0] for line in leading.leader.report()["failures"]}
+        patience = time.monotonic() + 10.0
+        for rank, thread in self._threads.items():
+            thread.join(0.05 if rank in lost else max(patience - time.monotonic(), 0.0))
+            if thread.is_alive() or rank in lost:
+                self._replicas.pop(rank, None)

@@ -8,8 +8,9 @@ the iterations before it. Nothing is stepped, encoded or decoded here.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,21 +19,9 @@ from . import _core
 from .api import describe
 from .call import Call, GoBack, Leave
 from .leading import ENCODER_CALLS
-from .noise import Draws, cloned_generator
+from .noise import Draws
 from .replicas import denoisers_of, encoders_of
-from .seam import Hooks, Outputs, main_input, map_tensors, same_bits
-
-
-class Stepped(tuple):
-    """What a replica's step returns: the next point, as a tuple or as an output object."""
-
-    @property
-    def prev_sample(self) -> Any:
-        return self[0]
-
-    @property
-    def pred_original_sample(self) -> Any:
-        return self[1]
+from .seam import Hooks, Outputs, inputs_in, is_compiled_in_place, is_rounded, map_tensors
 
 
 class Following:
@@ -40,23 +29,25 @@ class Following:
 
     def __init__(self, replica: Any, rank: int, call: Call, device: torch.device) -> None:
         self.replica, self.rank, self.call, self.device = replica, rank, call, device
+        self.evaluated = 0  # iterations whose denoisers ran
         self._outputs = Outputs()
         self._target = 0  # the step to evaluate next
         self._point: torch.Tensor | None = None  # where; None at step 0, which has its own latent
         self._end: _core.Follower | None = None
         self._restart()
 
-    def run(self, arguments: dict[str, Any], random: torch.Generator) -> None:
+    def run(self, arguments: Callable[[], Any], random: torch.Generator) -> None:
         """Follows until the run is over; whatever goes wrong is told to the leader.
 
-        `random` draws in place of torch's global generator, which is the leader's alone.
+        `arguments` gives the call's (args, kwargs), fresh ones for each entry. `random` draws in
+        place of torch's global generator, which is the leader's alone.
         """
+        state = random.get_state()
         try:
-            while self._enter(arguments, random):
+            while self._enter(arguments(), random):
+                random.set_state(state)
                 self._restart()
-        except Leave:
-            pass
-        except _core.AbandonedError:
+        except (Leave, _core.AbandonedError):
             pass
         except BaseException as error:
             self.call.fail(self.rank, describe(error))
@@ -67,17 +58,14 @@ class Following:
         self._encoded: dict[tuple[str, str], int] = defaultdict(int)
         self._began_ns = 0
 
-    def _enter(self, arguments: dict[str, Any], random: torch.Generator) -> bool:
+    def _enter(self, arguments: Any, random: torch.Generator) -> bool:
         """Runs the pipeline's call; True where it is to be entered again."""
-        hooks = Hooks()
-        own = dict(arguments)
-        if "generator" in own:
-            own["generator"] = cloned_generator(own["generator"])
-        self._private = Draws(lambda device: random, lambda drawn: drawn)
+        hooks, (args, kwargs) = Hooks(), arguments
+        self._private = _Private(random)
         try:
             self._place(hooks)
             with self._private:
-                self.replica(**own)
+                self.replica(*args, **kwargs)
         except GoBack:
             return True
         finally:
@@ -86,7 +74,7 @@ class Following:
 
     def _place(self, hooks: Hooks) -> None:
         for module in denoisers_of(self.replica).values():
-            hooks.wrap(module, "forward", self._forward_of(module))
+            hooks.wrap_call(module, self._forward_of(module))
         for name, module in encoders_of(self.replica).items():
             for method in ENCODER_CALLS:
                 if hasattr(module, method):
@@ -97,59 +85,57 @@ class Following:
         def hook(original: Any, *args: Any, **kwargs: Any) -> Any:
             ordinal = self._encoded[key]
             self._encoded[key] += 1
-            output = self.call.encoded(key, ordinal)
-            return map_tensors(lambda tensor: tensor.to(self.device), output)
+            told = self.call.encoded(key, ordinal)
+            if not told:
+                return original(*args, **kwargs)
+            return map_tensors(lambda tensor: tensor.to(self.device, copy=True), told[0])
 
         return hook
 
-    @contextlib.contextmanager
-    def _public(self) -> Iterator[None]:
-        """The denoiser itself runs without the watch over random draws, which costs time a call."""
-        self._private.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            self._private.__enter__()
-
     def _forward_of(self, module: torch.nn.Module) -> Any:
-        def hook(original: Any, *args: Any, **kwargs: Any) -> Any:
-            ordinal, given = self._ordinals[id(module)], main_input(args, kwargs)
+        compiled = is_compiled_in_place(module) or hasattr(module, "_orig_mod")
+
+        def hook(run: Any, *args: Any, **kwargs: Any) -> Any:
+            ordinal, inputs = self._ordinals[id(module)], inputs_in(args, kwargs)
             self._ordinals[id(module)] += 1
             if self._step != self._target:
-                fake = self._outputs.fake(module, ordinal, given)
+                fake = self._outputs.fake(module, ordinal, inputs)
                 if fake is not None:
                     return fake
             elif self._began_ns == 0:
                 self._began_ns = _core.now_ns()
-            with self._public():
-                output = original(*args, **kwargs)
+                self.evaluated += 1
+            watched = self._step == 0 and not compiled
+            with self._private.forbidden() if watched else self._private.lifted():
+                output = run(*args, **kwargs)
             if self._step == 0:
-                self._outputs.keep(module, ordinal, given, output)
+                self._outputs.keep(module, ordinal, inputs, output)
             return output
 
         return hook
 
     def _step_hook(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
-        named = dict(zip(("model_output", "timestep", "sample"), args)) | kwargs
-        if "old_pred_original_sample" in original.__func__.__code__.co_varnames[:4]:
-            names = (
-                "model_output",
-                "old_pred_original_sample",
-                "timestep",
-                "timestep_back",
-                "sample",
-            )
-            named = dict(zip(names, args)) | kwargs
+        if scheduler is not self.replica.scheduler:
+            return original(*args, **kwargs)
+        named = inspect.signature(original).bind(*args, **kwargs).arguments
         if self._step == self._target:
             self._submit(named["model_output"], named["sample"])
             self._take_work()
         self._step += 1
         self._ordinals.clear()
-        self._count_step(scheduler, named["timestep"])
+        _count_step(scheduler, named["timestep"])
         if self._target < self._step:
             raise GoBack
+        return map_tensors(self._as_returned, self.call.returned)
+
+    def _as_returned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The point, in place of a sample that the leader's first step returned; a copy, since the
+        host may edit it in place.
+        """
         assert self._point is not None
-        return Stepped((self._point, self._point))
+        if tensor.shape != self._point.shape or not tensor.is_floating_point():
+            return tensor.to(self.device, copy=True)
+        return self._point.to(tensor.dtype, copy=True)
 
     def _submit(self, m: torch.Tensor, sample: torch.Tensor) -> None:
         if self._end is None:
@@ -159,8 +145,8 @@ class Following:
             self._take_work()
         assert self._point is not None
         moved = None
-        if not same_bits(sample, self._point):
-            moved = [sample.to(self._point.dtype).contiguous()]
+        if not is_rounded(sample, self._point):
+            moved = [sample.detach().to(self._point.dtype).contiguous()]
         self._end.submit([m.detach()], moved, self._began_ns)
 
     def _take_work(self) -> None:
@@ -172,11 +158,60 @@ class Following:
         self._point = point.to(self.device)
         self._began_ns = 0
 
-    @staticmethod
-    def _count_step(scheduler: Any, timestep: Any) -> None:
-        """Moves the scheduler's own counter on, which scale_model_input and sigmas are read by."""
-        if not hasattr(scheduler, "_step_index"):
-            return
-        if scheduler._step_index is None:
-            scheduler._init_step_index(timestep)
-        scheduler._step_index += 1
+
+def _count_step(scheduler: Any, timestep: Any) -> None:
+    """Moves the scheduler's own counter on, which scale_model_input and sigmas are read by."""
+    if not hasattr(scheduler, "_step_index"):
+        return
+    if scheduler._step_index is None:
+        scheduler._init_step_index(timestep)
+    scheduler._step_index += 1
+
+
+class _Private(Draws):
+    """Random draws of a follower's thread come from a generator of its own.
+
+    A denoiser that draws, by dropout in a module left in training mode for one, is not a function
+    of its inputs: no other rank can evaluate it, and torch's own dropout would draw from the global
+    generator, which is the leader's. Its first call is watched for that; later ones are not, which
+    costs time.
+    """
+
+    def __init__(self, random: torch.Generator) -> None:
+        super().__init__(lambda device: random, self._seen)
+        self._forbidden = False
+
+    def _seen(self, drawn: torch.Tensor) -> torch.Tensor:
+        if self._forbidden:
+            raise RuntimeError("its denoiser draws random numbers")
+        return drawn
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "dropout" in getattr(func, "__name__", "") and _draws(func, args, kwargs or {}):
+            raise RuntimeError("its denoiser draws random numbers (dropout in training mode)")
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @contextlib.contextmanager
+    def forbidden(self) -> Iterator[None]:
+        self._forbidden = True
+        try:
+            yield
+        finally:
+            self._forbidden = False
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+
+def _draws(dropout: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    try:
+        given = inspect.signature(dropout).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # a built-in one, called below those with a signature
+        return False
+    given.apply_defaults()
+    return bool(given.arguments.get("training", True)) and given.arguments.get("p", 0.5) > 0

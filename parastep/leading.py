@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import inspect
 import time
-import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,83 +21,76 @@ from .api import describe
 from .call import Call
 from .noise import NoiseAhead
 from .replicas import denoisers_of, encoders_of
-from .seam import Hooks, Outputs, latent_in, main_input, same_bits
-from .tracing import trace_rows
+from .seam import Hooks, Outputs, inputs_in, is_rounded, latent_in, sample_in
+from .tracing import Traced, trace_rows
+from .watch import Watch
 
 ENCODER_CALLS = ("forward", "encode", "get_text_features", "get_image_features")
+_STEP_TENSORS = ("model_output", "sample", "timestep", "old_pred_original_sample", "timestep_back")
 
 
-class Watch:
-    """Notices when an input that was the same in every iteration is another one in this.
+class _First(NamedTuple):
+    """What the first step was handed, from before it ran."""
 
-    Followers evaluate with the inputs that they began with: a callback that puts new embeddings in,
-    or edits them in place, makes another function of the denoiser (DESIGN 2.1).
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[Any, tuple[Any, Any, int]] = {}
-
-    def changed(self, key: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
-        """The name of a changed input, or None: tensors by identity and version, else by value."""
-        found = None
-        for name, value in (*enumerate(args), *kwargs.items()):
-            if isinstance(value, torch.Tensor):
-                mark: Any = 0 if value.is_inference() else value._version
-            elif isinstance(value, (int, float, bool)):
-                mark = value
-            else:
-                continue
-            kept, last, times = self._seen.get((key, name), (None, None, 0))
-            # A reference keeps no temporary alive, and tells a new tensor at an old one's address.
-            is_tensor = isinstance(value, torch.Tensor)
-            same = mark == last and (not is_tensor or (kept is not None and kept() is value))
-            if not same and times > 1:
-                found = str(name)
-            self._seen[key, name] = (
-                weakref.ref(value) if is_tensor else None,
-                mark,
-                times + 1 if same else 0,
-            )
-        return found
+    m: torch.Tensor
+    x: torch.Tensor
+    traced: Traced
 
 
 class Leading:
-    """Hooks on the user's pipeline for one call."""
+    """Hooks on the user's pipeline for one call.
 
-    def __init__(self, pipe: Any, call: Call, generator: Any, options: dict[str, Any]) -> None:
+    `begin` is called when the loop begins, before its first denoiser call: the time for followers.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        call: Call,
+        generator: Any,
+        options: dict[str, Any],
+        begin: Callable[[], None],
+    ) -> None:
         self.pipe, self.call, self.options = pipe, call, options
-        self.generator = generator
+        self.generator, self._begin = generator, begin
         self.leader: _core.Leader | None = None
-        self.active = True  # the core is asked
+        self.active = call.ranks > 1  # the core is asked
         self.reason: str | None = None  # why it is not any more
         self.steps = 0  # calls of the scheduler's step so far
         self.evaluated = 0  # those whose denoisers ran
         self.opened = 0.0  # seconds from the call's beginning to the run's
+        self.watch: Watch | None = None
         self._began = time.perf_counter()
-        self._outputs, self._watch = Outputs(), Watch()
+        self._outputs = Outputs()
         self._fresh = True  # no denoiser call yet since the last step
         self._ordinals: dict[int, int] = {}
-        self._scaled: torch.Tensor | None = None
-        self._previous: torch.Tensor | None = None
-        self._previous_is_next: bool | None = None
+        self._scheduler: Any = None  # the one that steps: the pipeline's own, or its copy of that
+        self._scaled: torch.Tensor | None = None  # what scale_model_input was given
+        self._previous: torch.Tensor | None = None  # what the last step returned
+        self._previous_is_next: bool | None = None  # and the next step was handed, so far
+        self._shown: list[torch.Tensor] = []  # inputs of the iteration's first denoiser call
+        self._shown_at: int | None = None  # which of them is the latent; None where none is
         self._asked: torch.Tensor | None = None
         self._answer: torch.Tensor | None = None
         self._unseen = 0
         self._forward_ns = 0
-        self._like: torch.Tensor | None = None  # a model output, for its dtype and device
+        self._m_dtype = self._dtype = torch.float32
+        self._shape: tuple[int, ...] = ()
         self._noise: NoiseAhead | None = None
         self._noise_given = 0
-        self._dtype = torch.float32
 
     def place(self, hooks: Hooks) -> None:
+        """All hooks; where the pipeline runs alone from the start, only what counts its steps."""
+        scheduler = self.pipe.scheduler
+        hooks.wrap_method(scheduler, "step", self._step)
+        if not self.active:
+            return
         for module in denoisers_of(self.pipe).values():
-            hooks.wrap(module, "forward", self._forward_of(module))
+            hooks.wrap_call(module, self._forward_of(module))
         for name, module in encoders_of(self.pipe).items():
             for method in ENCODER_CALLS:
                 if hasattr(module, method):
                     hooks.wrap(module, method, self._recording((name, method)))
-        scheduler = self.pipe.scheduler
-        hooks.wrap_method(scheduler, "step", self._step)
         if hasattr(scheduler, "set_timesteps"):
             hooks.wrap_method(scheduler, "set_timesteps", self._set_timesteps)
         if hasattr(scheduler, "scale_model_input"):
@@ -105,17 +98,32 @@ class Leading:
 
     def give_up(self, reason: str) -> None:
         """From here on the pipeline runs as it would without us."""
-        if self.active:
+        if self.reason is None:
             self.active, self.reason = False, reason
             if self.leader is not None:
                 self.leader.stop(reason)
+
+    def finish(self) -> None:
+        """The call is over, one way or another: followers leave."""
+        if self.leader is not None:
+            self.leader.finish()
+
+    def _told(self, ask: Callable[..., Any], *args: Any) -> Any:
+        """What the core says; an error of its own ends speculation, not the pipeline's call."""
+        try:
+            return ask(*args)
+        except (_core.LostError, _core.InterruptedRunError):
+            raise
+        except (_core.Error, BufferError) as error:
+            self.give_up(str(error))
+            return None
 
     # ---- encoders --------------------------------------------------------------------------------
 
     def _recording(self, key: tuple[str, str]) -> Any:
         def hook(original: Any, *args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            if self.steps == 0:
+            if self.steps == 0 and self.active:
                 self.call.tell_encoded(key, output)
             return output
 
@@ -124,69 +132,77 @@ class Leading:
     # ---- denoisers -------------------------------------------------------------------------------
 
     def _forward_of(self, module: torch.nn.Module) -> Any:
-        def hook(original: Any, *args: Any, **kwargs: Any) -> Any:
-            given = main_input(args, kwargs)
+        def hook(run: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.active and self._answer is None:
+                self._fresh = False
+                return run(*args, **kwargs)
+            inputs = inputs_in(args, kwargs)
             if self._fresh:
-                self._begin_iteration(module, given, args, kwargs)
+                self._begin_iteration(inputs)
+            if self.watch is not None:
+                self.watch.note_inputs(args, kwargs)
             ordinal = self._ordinals.get(id(module), 0)
             self._ordinals[id(module)] = ordinal + 1
-            if self.active and self.steps > 0 and ordinal > 0:
-                self._check_inputs(module, ordinal, args, kwargs)
             if self._answer is not None:
-                fake = self._outputs.fake(module, ordinal, given)
+                fake = self._outputs.fake(module, ordinal, inputs)
                 if fake is not None:
                     return fake
-            output = original(*args, **kwargs)
-            if self.steps == 0 and self.active:
-                self._outputs.keep(module, ordinal, given, output)
+            output = run(*args, **kwargs)
+            if self.steps == 0:
+                self._outputs.keep(module, ordinal, inputs, output)
             return output
 
         return hook
 
-    def _check_inputs(self, module: Any, ordinal: int, args: Any, kwargs: dict[str, Any]) -> None:
-        name = self._watch.changed((id(module), ordinal), args, kwargs)
-        if name is not None:
-            self.give_up(f"input {name!r} of the denoiser was changed in mid-run (a callback?)")
-
-    def _begin_iteration(
-        self, module: Any, given: torch.Tensor | None, args: Any, kwargs: dict[str, Any]
-    ) -> None:
+    def _begin_iteration(self, inputs: list[torch.Tensor]) -> None:
         """The first denoiser call since the last step: the moment to ask."""
         self._fresh, self._answer, self._asked = False, None, None
         self._ordinals.clear()
+        self._shown = inputs if self._scaled is None else [self._scaled, *inputs]
+        if self.steps == 0:
+            self._begin()
         self._forward_ns = _core.now_ns()
-        if self.active and self.steps > 0:
-            self._check_inputs(module, 0, args, kwargs)
-        if not self.active or self.leader is None:
+        if self.leader is None:
             return
-        x = self._coming_latent(given)
+        x = self._coming_latent()
         if x is None:
             self._unseen += 1
             if self._unseen > 2:
                 self.give_up("the latents cannot be seen in the denoiser's input")
             return
-        self._unseen = 0
         self._give_noise()
-        answer = torch.empty(self._shape, dtype=self._like.dtype, device=self._like.device)
-        self._asked = x
-        if self.leader.ask(self.steps, x, answer):
+        answer = torch.empty(self._shape, dtype=self._m_dtype, device=x.device)
+        self._asked = x.detach().clone()  # the host may edit x in place
+        if self._told(self.leader.ask, self.steps, self._as_latent(x), answer):
             self._answer = answer
 
-    def _coming_latent(self, given: torch.Tensor | None) -> torch.Tensor | None:
+    def _coming_latent(self) -> torch.Tensor | None:
         """The sample that the next step will be handed, as far as can be told now.
 
         What the last step returned, if the input agrees; the input itself where the host edited or
-        cast it. The step hook sees the sample itself and corrects what was wrong here.
+        cast it. Where the input shows no latent, what the last step returned, as long as that has
+        always been the next sample. The step hook sees the sample itself and corrects what was
+        wrong here.
         """
-        previous = self._previous
-        found = latent_in(self._scaled if self._scaled is not None else given, self._shape)
-        if found is None or previous is None:
+        previous, shown = self._previous, self._shown_latent()
+        edited = self.watch is not None and self.watch.latents_edited
+        if shown is None:
+            trusted = self._previous_is_next is not False and not edited
+            seen = previous is not None and tuple(previous.shape) == self._shape
+            return previous if trusted and seen else None
+        if previous is None or self._previous_is_next is False or not is_rounded(previous, shown):
+            return shown
+        return previous
+
+    def _shown_latent(self) -> torch.Tensor | None:
+        if self._shown_at is None:
             return None
-        same = previous.shape == found.shape and torch.equal(previous.to(found.dtype), found)
-        if self._previous_is_next is None:
-            self._previous_is_next = previous.dtype == self._dtype
-        chosen = previous if same and self._previous_is_next else found
-        return chosen.to(self._dtype).contiguous()
+        first = self._shown[self._shown_at : self._shown_at + 1]
+        found = (latent_in(given, self._shape) for given in (*first, *self._shown))
+        return next((latent for latent in found if latent is not None), None)
+
+    def _as_latent(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach().to(self._dtype).contiguous()
 
     def _give_noise(self) -> None:
         """Noise of the steps that the next guesses may pass, drawn ahead by a clone."""
@@ -196,13 +212,13 @@ class Leading:
         for step in range(max(self._noise_given, self.steps), self.leader.horizon):
             drawn = self._noise.noise(step)
             if drawn is not None:
-                self.leader.noise(step, drawn.to(self._dtype))
+                self._told(self.leader.noise, step, self._as_latent(drawn))
         self._noise_given = max(self._noise_given, self.leader.horizon)
 
     # ---- scheduler -------------------------------------------------------------------------------
 
     def _set_timesteps(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.steps > 0 and scheduler is self.pipe.scheduler:
+        if self.steps > 0 and scheduler is self._scheduler:
             self.give_up("the pipeline runs a second sampling loop in one call")
         return original(*args, **kwargs)
 
@@ -212,24 +228,30 @@ class Leading:
         return original(*args, **kwargs)
 
     def _step(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+        first = None
         if self.active or self._answer is not None:
             try:
                 bound = inspect.signature(original).bind(*args, **kwargs)
             except TypeError:
                 return original(*args, **kwargs)  # raises what it would without us
-            if self.steps == 0:
-                self._open(scheduler, bound.arguments)
+            if self._scheduler is None:
+                first = self._prepared(scheduler, bound.arguments)
             else:
                 self._turn(scheduler, bound.arguments)
             args, kwargs = bound.args, bound.kwargs
         result = original(*args, **kwargs)
-        if scheduler is not self.pipe.scheduler:
+        if self._scheduler is None:
+            self._scheduler = scheduler
+        if scheduler is not self._scheduler:
             return result  # a copy that steps something else, sound beside video
+        if first is not None:
+            self._open(first, result)
         self.steps += 1
         self.evaluated += self._answer is None
         self._fresh, self._scaled, self._answer = True, None, None
-        previous = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
-        self._previous = previous if isinstance(previous, torch.Tensor) else None
+        self._previous = sample_in(result)
+        if self.watch is not None:
+            self.watch.latents_edited = False
         return result
 
     def _refusal(self, scheduler: Any, arguments: dict[str, Any]) -> str | None:
@@ -244,52 +266,58 @@ class Leading:
             return "the pipeline steps a copy of its scheduler"
         if self._fresh:
             return "the scheduler stepped before a denoiser was called"
-        known = ("model_output", "sample", "timestep", "old_pred_original_sample", "timestep_back")
         for name, value in arguments.items():
-            if name not in known and isinstance(value, torch.Tensor) and value.numel() > 1:
+            if name not in _STEP_TENSORS and isinstance(value, torch.Tensor) and value.numel() > 1:
                 return f"step is handed a tensor as {name!r}"
         return None
 
-    def _open(self, scheduler: Any, arguments: dict[str, Any]) -> None:
-        """The first step: shapes and dtypes are known, the leader's output is there. Begins the
-        run.
-        """
+    def _prepared(self, scheduler: Any, arguments: dict[str, Any]) -> _First | None:
+        """Before the first step: whether the loop can be carried, and the draws to come."""
         reason = self._refusal(scheduler, arguments)
         if reason is not None:
             self.give_up(reason)
-            return
-        m, x = arguments["model_output"], arguments["sample"]
+            return None
+        m, x = (arguments[name].detach().clone() for name in ("model_output", "sample"))
         timesteps = self._timesteps(scheduler, arguments["timestep"])
-        step_kwargs = {
-            k: v for k, v in arguments.items() if k not in ("model_output", "sample", "timestep")
-        }
+        step_kwargs = {k: v for k, v in arguments.items() if k not in _STEP_TENSORS[:3]}
         try:
             traced = trace_rows(scheduler, timesteps, step_kwargs=step_kwargs)
+            if traced.stochastic:
+                self._noise = NoiseAhead(
+                    scheduler,
+                    timesteps,
+                    x.shape,
+                    x.dtype,
+                    x.device,
+                    arguments.get("generator", self.generator),
+                    step_kwargs,
+                    model_dtype=m.dtype,
+                )
         except Exception as error:  # a class of the user's own may do anything on a trace
             self.give_up(f"the scheduler cannot be traced: {describe(error)}")
-            return
-        if traced.stochastic and self.call.ranks > 1:
-            self._noise = NoiseAhead(
-                scheduler,
-                timesteps,
-                x.shape,
-                x.dtype,
-                x.device,
-                arguments.get("generator", self.generator),
-                step_kwargs,
-                model_dtype=m.dtype,
-            )
-        self._like, self._shape, self._dtype = m, tuple(x.shape), x.dtype
-        try:
-            program = traced.program(noise_ahead=True)
-            self.leader = _core.Leader(program, x, ranks=self.call.ranks, **self.options)
-        except _core.Error as error:
-            self.give_up(str(error))
+            return None
+        return _First(m, x, traced)
+
+    def _open(self, first: _First, result: Any) -> None:
+        """After the first step: shapes and dtypes are known, the leader's output is there. Begins
+        the run.
+        """
+        m, x = first.m, first.x
+        self._shape, self._m_dtype = tuple(x.shape), m.dtype
+        shown = [latent_in(given, self._shape) for given in self._shown]
+        seen = [k for k, latent in enumerate(shown) if latent is not None and is_rounded(x, latent)]
+        self._shown_at = seen[0] if seen else None
+        self._dtype = _latents_dtype(x, sample_in(result), shown[seen[0]] if seen else None)
+        self._shown = []
+        program = first.traced.program(noise_ahead=True)
+        ranks, x = self.call.ranks, self._as_latent(x)
+        self.leader = self._told(lambda: _core.Leader(program, x, ranks=ranks, **self.options))
+        if self.leader is None:
             return
         self.opened = time.perf_counter() - self._began
-        self.call.open(self.leader)
-        self.leader.ask(0, x)
-        self.leader.submit(m, self._forward_ns)
+        self.call.open(self.leader, result)
+        self._told(self.leader.ask, 0, x)
+        self._told(self.leader.submit, m, self._forward_ns)
 
     def _timesteps(self, scheduler: Any, first: Any) -> Any:
         """What the loop will hand to step, by the scheduler's list from the first one on."""
@@ -304,93 +332,56 @@ class Leading:
 
     def _turn(self, scheduler: Any, arguments: dict[str, Any]) -> None:
         """A later step: hands in the leader's output, or puts the answer in its place."""
-        leader, m, x = self.leader, arguments["model_output"], arguments["sample"]
-        assert leader is not None
-        if scheduler is not self.pipe.scheduler or self._fresh:
+        m, x = arguments["model_output"], arguments["sample"]
+        if scheduler is not self._scheduler or self._fresh:
             self.give_up("two steps of a scheduler in one iteration")
             return
-        if tuple(x.shape) != self._shape or x.dtype != self._dtype:
-            if self._answer is None and self._shape == tuple(x.shape):
-                x = x.to(self._dtype)  # a host that changes its dtype after the first step
-            else:
-                self.give_up(f"the latents became {tuple(x.shape)} of {x.dtype} in mid-run")
-        if self._answer is not None:
-            self._check_answer(x)
-            arguments["model_output"] = self._answer
-        elif self.active:
-            self._hand_in(x, m)
-
-    def _check_answer(self, x: torch.Tensor) -> None:
-        """Measures and rebases on the sample that the step is really handed."""
-        assert self.leader is not None and self._asked is not None
-        if same_bits(x, self._asked) or tuple(x.shape) != self._shape:
+        if tuple(x.shape) != self._shape:
+            if self._answer is not None:
+                raise _core.ShapeError(
+                    f"the latents are {tuple(x.shape)} in step {self.steps} where the denoiser was "
+                    f"shown {self._shape}; this pipeline cannot be run in parallel"
+                )
+            self.give_up(f"the latents became {tuple(x.shape)} where they were {self._shape}")
             return
-        self._learn(x)
-        drift = self.leader.amend(x.contiguous(), self._answer)
-        if not drift < self.options["tolerance"] and self.options["policy"] == "verified":
-            self.give_up("the host edited the latents after the denoiser's call, beyond tolerance")
+        if self._asked is None or not is_rounded(self._asked, x):
+            self._correct(x)
+        if self._answer is not None:
+            arguments["model_output"] = self._answer
+        elif self.active and self.leader is not None:
+            self._told(self.leader.submit, m.detach(), self._forward_ns)
 
-    def _hand_in(self, x: torch.Tensor, m: torch.Tensor) -> None:
-        assert self.leader is not None
-        x = x.contiguous()
-        if self._asked is None:
-            self.leader.ask(self.steps, x)
-        elif not same_bits(x, self._asked):
-            self._learn(x)
-            self.leader.amend(x)
-        try:
-            self.leader.submit(m, self._forward_ns)
-        except (_core.ShapeError, _core.DtypeError) as error:
-            self.give_up(str(error))
-
-    def _learn(self, x: torch.Tensor) -> None:
-        """Whether the sample is what the last step returned, or what the denoiser was shown."""
-        if self._previous is not None:
-            self._previous_is_next = same_bits(x, self._previous.to(x.dtype))
-
-    # ---- callbacks -------------------------------------------------------------------------------
-
-    def watched(self, callback: Any) -> Any:
-        """The user's callback, with a look at what it changes besides the latents.
-
-        Followers go on with what they began with: another guidance scale or other embeddings end
-        speculation. A callback of diffusers' own classes stays an instance of its class.
+    def _correct(self, x: torch.Tensor) -> None:
+        """The sample that the step is handed is not what the core was asked with: it measures and
+        rebases on this one.
         """
-
-        def watching(call: Any, *args: Any, **kwargs: Any) -> Any:
-            before = self._settings()
-            given = next((a for a in (*args, *kwargs.values()) if type(a) is dict), {})
-            kept = {k: (v, _version(v)) for k, v in given.items() if k != "latents"}
-            result = call(*args, **kwargs)
-            after = result if isinstance(result, dict) else {}
-            for name, (value, version) in kept.items():
-                if after.get(name, value) is not value or _version(value) != version:
-                    self.give_up(f"the callback changed {name}")
-            changed = [k for k, v in self._settings().items() if before.get(k, v) != v]
-            if changed:
-                self.give_up(f"the callback changed {changed[0].strip('_')}")
-            return result
-
-        cls = type(callback)
-        if inspect.isroutine(callback):
-            return lambda *args, **kwargs: watching(callback, *args, **kwargs)
-
-        def __call__(own: Any, *args: Any, **kwargs: Any) -> Any:
-            return watching(super(watching_class, own).__call__, *args, **kwargs)
-
-        watching_class = type(cls.__name__, (cls,), {"__call__": __call__})
-        twin = object.__new__(watching_class)
-        twin.__dict__ = callback.__dict__  # one state: what the callback counts, it counts itself
-        return twin
-
-    def _settings(self) -> dict[str, Any]:
-        """The numbers among the pipeline's own attributes: guidance scales and the like."""
-        own = vars(self.pipe)
-        numbers = {k: v for k, v in own.items() if isinstance(v, (int, float, bool, str))}
-        numbers.pop("_interrupt", None)
-        numbers.pop("_current_timestep", None)
-        return numbers
+        leader = self.leader
+        if leader is None:
+            return
+        if self._previous is not None:
+            self._previous_is_next = is_rounded(self._previous, x)
+        if self._asked is None:
+            self._told(leader.ask, self.steps, self._as_latent(x))
+        elif self._answer is None:
+            self._told(leader.amend, self._as_latent(x))
+        else:
+            drift = self._told(leader.amend, self._as_latent(x), self._answer)
+            exceeds = drift is not None and not drift < self.options["tolerance"]
+            if exceeds and self.options["policy"] == "verified":
+                self.give_up("the host edited the latents after the denoiser was called")
 
 
-def _version(value: Any) -> int | None:
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
+def _latents_dtype(
+    x: torch.Tensor, stepped: torch.Tensor | None, shown: torch.Tensor | None
+) -> torch.dtype:
+    """How finely the host keeps its latents, in which guesses travel and drift is measured.
+
+    Some begin in float32 and go on in the model's dtype, others hand step a wider copy of what the
+    denoiser is shown.
+    """
+    if stepped is not None and stepped.dtype.itemsize < x.dtype.itemsize:
+        return stepped.dtype
+    if shown is not None and shown.dtype.itemsize < x.dtype.itemsize:
+        if torch.equal(shown.to(x.dtype), x):
+            return shown.dtype
+    return x.dtype

@@ -1,8 +1,8 @@
 """Replicas of a pipeline, one a follower, and what of a pipeline is denoiser and what encoder.
 
-A replica has a module tree and a scheduler of its own; parameters are shared where the device is
-the same and copied where it is not. It is made before any hook is placed, since a deep copy of a
-hooked module would keep the original's closure.
+A replica has a module tree and schedulers of its own; parameters are shared where the device is the
+same and copied where it is not. It is made before any hook is placed, since a deep copy of a hooked
+module would keep the original's closure.
 """
 
 from __future__ import annotations
@@ -13,24 +13,31 @@ from typing import Any
 
 import torch
 
-_DENOISER = re.compile(
-    r"^(unet|transformer|controlnet|prior|denoiser|dit|unconditional_transformer)"
+# The first of these that some component fits says what the loop calls.
+_DENOISERS = (
+    re.compile(r"(unet|transformer|controlnet|denoiser|dit|unconditional_transformer)"),
+    re.compile(r"(decoder|generator)$"),
+    re.compile(r"prior"),
 )
 _ENCODER = re.compile(
-    r"(encoder|vae|vocoder|safety|language_model|projection|movq|vq|vision|clip|tokenizer|watermark)"
+    r"(encoder|embed|text_model|vae|vocoder|safety|language_model|projection|connector|movq|vq|"
+    r"vision|clip|tokenizer|watermark|upsampl|adapter)"
 )
 
 
 def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
     """The pipeline's components that are modules, by name."""
-    return {k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
+    return {k: v for k, v in vars(pipe).items() if isinstance(v, torch.nn.Module)}
 
 
 def denoisers_of(pipe: Any) -> dict[str, torch.nn.Module]:
     """The modules that its loop calls: by their usual names, else all that are not encoders."""
     modules = modules_of(pipe)
-    found = {name: module for name, module in modules.items() if _DENOISER.match(name)}
-    return found or {name: m for name, m in modules.items() if not _ENCODER.search(name)}
+    for pattern in _DENOISERS:
+        found = {name: module for name, module in modules.items() if pattern.match(name)}
+        if found:
+            return found
+    return {name: m for name, m in modules.items() if not _ENCODER.search(name)} or modules
 
 
 def encoders_of(pipe: Any) -> dict[str, torch.nn.Module]:
@@ -39,39 +46,55 @@ def encoders_of(pipe: Any) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in modules_of(pipe).items() if name not in denoisers}
 
 
-def offloaded(pipe: Any) -> str | None:
-    """Why replicas cannot be made: hooks that move weights between devices, or None."""
-    for name, module in modules_of(pipe).items():
-        if getattr(module, "_hf_hook", None) is not None:
-            return f"{name} has an offload hook of accelerate, which moves its weights in mid-run"
+def is_scheduler(value: Any) -> bool:
+    return hasattr(value, "step") and not isinstance(value, torch.nn.Module)
+
+
+def unfit(pipe: Any) -> str | None:
+    """Why replicas of the pipeline would not compute what it does itself, or None."""
     if getattr(pipe, "_all_hooks", None):
         return "the pipeline has CPU offload enabled, which moves its weights in mid-run"
+    for name, module in modules_of(pipe).items():
+        if getattr(module, "_hf_hook", None) is not None:
+            return f"{name} has a hook of accelerate (offload, device map), which moves its weights"
+    for name, module in denoisers_of(pipe).items():
+        for part in module.modules():
+            hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", None)
+            if hooks:  # their closures hold the module that they were made for
+                return f"{name} has hooks of diffusers that cannot be copied: {', '.join(hooks)}"
+    if getattr(getattr(pipe, "guider", None), "adaptive_projected_guidance_momentum", None):
+        return "its guider averages over the outputs of earlier steps"
     return None
 
 
 def _share(pipe: Any, device: torch.device, memo: dict[int, Any]) -> None:
-    """Parameters and buffers of the copy: the same ones on the same device, else moved ones."""
+    """Parameters of the copy: the same ones on the same device, else moved ones. The denoisers'
+    buffers are its own, for modules that write to them.
+    """
     moved = denoisers_of(pipe)
     for name, module in modules_of(pipe).items():
-        for tensor in (*module.parameters(), *module.buffers()):
+        for tensor in module.parameters():
             near = name not in moved or tensor.device == device
             memo[id(tensor)] = tensor if near else _moved(tensor, device)
+        for tensor in module.buffers():
+            memo[id(tensor)] = tensor if name not in moved else _moved(tensor, device)
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    copied = tensor.detach().to(device)
+    copied = tensor.detach().to(device, copy=True)
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(copied, requires_grad=tensor.requires_grad)
     return copied
 
 
 def replicate(pipe: Any, device: torch.device) -> Any:
-    """A pipeline of the same class with its own modules and scheduler, for a follower."""
+    """A pipeline of the same class with its own modules and schedulers, for a follower."""
     memo: dict[int, Any] = {}
     _share(pipe, device, memo)
     replica = copy.deepcopy(pipe, memo)
-    replica.set_progress_bar_config(disable=True)
-    home = pipe._execution_device if hasattr(pipe, "_execution_device") else pipe.device
+    if hasattr(replica, "set_progress_bar_config"):
+        replica.set_progress_bar_config(disable=True)
+    home = pipe._execution_device if hasattr(pipe, "_execution_device") else device
     if device != home:
         # Its encoders stay where the leader's are, so it cannot tell its own device from them.
         here = {name: property(lambda self: device) for name in ("_execution_device", "device")}
@@ -79,28 +102,57 @@ def replicate(pipe: Any, device: torch.device) -> Any:
     return replica
 
 
-def _plain(value: Any, depth: int = 2) -> Any:
+def refresh(replica: Any, pipe: Any) -> None:
+    """Brings over what may differ from call to call: schedulers, and settings of the pipeline."""
+    for name, value in vars(pipe).items():
+        if is_scheduler(value):
+            _become(getattr(replica, name), value)
+        elif name == "_internal_dict" or isinstance(value, (int, float, str, type(None))):
+            vars(replica)[name] = value
+
+
+def _become(own: Any, scheduler: Any) -> None:
+    """In place, as a pipeline within the pipeline may hold the same scheduler."""
+    state = copy.deepcopy(vars(scheduler), {id(scheduler): own})
+    own.__class__ = type(scheduler)
+    vars(own).clear()
+    vars(own).update(state)
+
+
+def plain(value: Any, depth: int = 2) -> Any:
     """A value as something to compare later: numbers and names by value, the rest by id."""
     if isinstance(value, (int, float, str, bool, torch.dtype, torch.device, type(None))):
         return value
     if isinstance(value, torch.Tensor):
-        return id(value), 0 if value.is_inference() else value._version
+        version = 0 if value.is_inference() else value._version
+        return id(value), version, value.dtype, value.device, _address(value)
     if depth and isinstance(value, (list, tuple)):
-        return tuple(_plain(item, depth - 1) for item in value)
+        return tuple(plain(item, depth - 1) for item in value)
     if depth and isinstance(value, dict):
-        return tuple((str(k), _plain(v, depth - 1)) for k, v in value.items())
+        return tuple((str(k), plain(v, depth - 1)) for k, v in value.items())
     return id(value)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a subclass without storage of its own
+        return 0
 
 
 def fingerprint(pipe: Any) -> int:
     """Changes when what a replica was made from changes: modules, weights, processors, adapters."""
     seen: list[Any] = [type(pipe)]
-    for name, module in modules_of(pipe).items():
+    for name, value in vars(pipe).items():
+        if not name.startswith("_") and not is_scheduler(value):
+            seen.append((name, id(value), type(value)))
+    for module in modules_of(pipe).values():
         for part in module.modules():
-            seen.append((name, id(part), type(part)))
             for key, value in vars(part).items():
                 if key == "processor":  # attention processors hold scales and sometimes weights
-                    seen.append((id(value), _plain(getattr(value, "__dict__", None))))
-                elif key not in ("forward", "_modules"):
-                    seen.append((key, _plain(value)))
+                    own = getattr(value, "__dict__", None)
+                    seen.append((id(value), type(value), plain(own)))
+                elif key not in ("_modules", "_diffusers_hook"):
+                    seen.append((key, plain(value)))
+            seen.append((id(part), type(part)))
     return hash(tuple(seen))

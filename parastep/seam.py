@@ -1,12 +1,13 @@
 """What leader and followers share at the seam with a pipeline: hooks, containers, latents in
 inputs.
 
-Hooks are attributes set on instances for the length of a call: the denoisers' `forward`, the
+Hooks are attributes set on instances for the length of a call: on the denoisers' calls, the
 scheduler's `step`, the encoders' methods. Nothing here knows of rounds.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import types
@@ -35,11 +36,35 @@ class Hooks:
         def replaced(*args: Any, **kwargs: Any) -> Any:
             return hook(original, *args, **kwargs)
 
-        if getattr(obj, "_compiled_call_impl", None) is not None:
-            # A module compiled in place would trace into the hook; what the hook calls stays
-            # compiled.
-            replaced = torch.compiler.disable(replaced, recursive=False)
         self.place(obj, name, replaced)
+
+    def wrap_call(self, module: torch.nn.Module, hook: Callable[..., Any]) -> None:
+        """`hook(run, *args, **kwargs)` in place of a call of the module, forward hooks and all.
+
+        `forward` has it too, for who calls that directly; not where the module is compiled in
+        place, since the compiled code would trace into it.
+        """
+        running = False
+
+        def outermost(original: Any, *args: Any, **kwargs: Any) -> Any:
+            if running:
+                return original(*args, **kwargs)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                nonlocal running
+                running = True
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    running = False
+
+            return hook(run, *args, **kwargs)
+
+        if is_compiled_in_place(module):
+            self.wrap(module, "_compiled_call_impl", outermost)
+        else:
+            self.wrap(module, "_call_impl", outermost)
+            self.wrap(module, "forward", outermost)
 
     def wrap_method(self, obj: Any, name: str, hook: Callable[..., Any]) -> None:
         """`hook(instance, original, *args, **kwargs)` as a bound method, as pipelines inspect it.
@@ -66,13 +91,18 @@ class Hooks:
                     del own[name]
 
 
+def is_compiled_in_place(module: torch.nn.Module) -> bool:
+    """Whether `module.compile()` was called."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """The same containers with every tensor mapped; what holds no tensor is passed on as it is."""
+    """New containers of the same kinds with every tensor mapped; the rest is passed on as it is."""
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, dict):  # diffusers' and transformers' outputs are dicts too
         mapped = {key: map_tensors(function, item) for key, item in value.items()}
-        return mapped if type(value) is dict else type(value)(**mapped)
+        return type(value)(**mapped) if dataclasses.is_dataclass(value) else type(value)(mapped)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(map_tensors(function, item) for item in value))
     if isinstance(value, (list, tuple)):
@@ -80,19 +110,38 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **map_tensors(function, fields))
+    own = getattr(value, "__dict__", {})
+    if any(isinstance(item, torch.Tensor) for item in own.values()):
+        value = copy.copy(value)  # a distribution of latents, an output class of the user's own
+        vars(value).update(map_tensors(function, dict(own)))
     return value
 
 
-def main_input(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The tensor that a denoiser's forward denoises: its first one of more than one dimension."""
+def sample_in(result: Any) -> torch.Tensor | None:
+    """The new sample in what a scheduler's step returned."""
+    if isinstance(result, (tuple, list)) and result:
+        result = result[0]
+    elif isinstance(result, dict):
+        result = result.get("prev_sample")
+    elif not isinstance(result, torch.Tensor):
+        result = getattr(result, "prev_sample", None)
+    return result if isinstance(result, torch.Tensor) else None
+
+
+def inputs_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors of more than one dimension that a denoiser is called with, its likely latent
+    first.
+    """
+    found = []
     named = [kwargs[k] for k in ("hidden_states", "sample") if k in kwargs]
-    for value in (*args, *named, *kwargs.values()):
-        if isinstance(value, torch.Tensor) and value.dim() > 1:
-            return value
+    rest = [v for k, v in kwargs.items() if k not in ("hidden_states", "sample")]
+    for value in (*named, *args, *rest):
         if isinstance(value, list) and value and all(isinstance(v, torch.Tensor) for v in value):
             if all(v.shape == value[0].shape for v in value):  # one tensor an item of the batch
-                return torch.stack(value)
-    return None
+                value = torch.stack(value)
+        if isinstance(value, torch.Tensor) and value.dim() > 1:
+            found.append(value)
+    return found
 
 
 def latent_in(given: torch.Tensor | None, shape: Sequence[int]) -> torch.Tensor | None:
@@ -118,8 +167,9 @@ def latent_in(given: torch.Tensor | None, shape: Sequence[int]) -> torch.Tensor 
     return None
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a is b or (a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b))
+def is_rounded(x: torch.Tensor, rounded: torch.Tensor) -> bool:
+    """Whether `rounded` is x in another dtype, or x itself."""
+    return x.shape == rounded.shape and torch.equal(x.to(rounded.dtype), rounded)
 
 
 class Outputs:
@@ -133,20 +183,18 @@ class Outputs:
     def __init__(self) -> None:
         self._kept: dict[tuple[int, int], tuple[torch.Size | None, Any]] = {}
 
-    def keep(self, module: Any, ordinal: int, given: torch.Tensor | None, output: Any) -> None:
-        shape = None if given is None else given.shape
+    def keep(self, module: Any, ordinal: int, inputs: list[torch.Tensor], output: Any) -> None:
+        shape = inputs[0].shape if inputs else None
         self._kept[id(module), ordinal] = (shape, map_tensors(torch.Tensor.detach, output))
 
-    def fake(self, module: Any, ordinal: int, given: torch.Tensor | None) -> Any:
+    def fake(self, module: Any, ordinal: int, inputs: list[torch.Tensor]) -> Any:
         """An output for this call; None where none can be made and the caller must evaluate."""
-        shape = None if given is None else given.shape
+        shape = inputs[0].shape if inputs else None
         exact = self._kept.get((id(module), ordinal))
-        if exact is not None and exact[0] == shape:
-            return exact[1]
         own = [kept for (key, _), kept in self._kept.items() if key == id(module)]
-        for seen, output in own or self._kept.values():
+        for seen, output in (*([exact] if exact else []), *(own or self._kept.values())):
             if seen == shape:
-                return output
+                return map_tensors(torch.Tensor.detach, output)  # the container may be edited too
         for seen, output in own:
             if seen is not None and shape is not None and seen[1:] == shape[1:]:
                 return _with_batch(output, seen[0], shape[0])
@@ -158,7 +206,7 @@ def _with_batch(output: Any, before: int, after: int) -> Any:
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dim() == 0 or tensor.shape[0] != before:
-            return tensor
+            return tensor.detach()
         picks = torch.arange(after, device=tensor.device) % before
         return tensor.index_select(0, picks)
 

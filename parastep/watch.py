@@ -1,0 +1,120 @@
+"""What a user's callback changes besides the latents, which followers cannot know of.
+
+They go on with the conditioning and the settings that they began with: another guidance scale,
+other embeddings, another scale of an adapter end speculation (DESIGN 2.1). The pipeline's own
+changes between steps are no concern: followers run the same code.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .replicas import denoisers_of, is_scheduler, plain
+
+_OWN_COURSE = ("_interrupt", "_current_timestep")  # where the loop is, not what it computes
+
+
+class Watch:
+    """Looks at the pipeline and at the denoisers' inputs before and after each callback."""
+
+    def __init__(self, pipe: Any, changed: Callable[[str], None]) -> None:
+        self.latents_edited = False  # by the callback since the last step
+        self._pipe, self._changed = pipe, changed
+        self._names = names_used(type(pipe)) - set(_OWN_COURSE)
+        self._inputs: dict[str, weakref.ref[torch.Tensor]] = {}
+        self._scales = [vars(part) for part in _adapters(pipe)]
+
+    def note_inputs(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Weakly: an input that lives on is the same one in the next step."""
+        for name, value in (*enumerate(args), *kwargs.items()):
+            if isinstance(value, torch.Tensor):
+                self._inputs[str(name)] = weakref.ref(value)
+
+    def over(self, callback: Any) -> Any:
+        """The callback, watched. One of diffusers' own classes stays an instance of its class."""
+        if inspect.isroutine(callback) or not isinstance(callback, _callback_classes()):
+            return lambda *args, **kwargs: self._called(callback, *args, **kwargs)
+        cls, called = type(callback), self._called
+
+        def __call__(own: Any, *args: Any, **kwargs: Any) -> Any:
+            return called(functools.partial(cls.__call__, own), *args, **kwargs)
+
+        twin: Any = object.__new__(type(cls.__name__, (cls,), {"__call__": __call__}))
+        twin.__dict__ = callback.__dict__  # one state: what the callback counts, it counts itself
+        return twin
+
+    def _called(self, callback: Any, *args: Any, **kwargs: Any) -> Any:
+        given = next((a for a in (*args, *kwargs.values()) if type(a) is dict), {})
+        latents = given.get("latents", args[-1] if args else None)
+        tensors = {k: v for k, v in given.items() if k != "latents"}
+        before, seen = self._state(tensors), plain(latents)
+        result = callback(*args, **kwargs)
+        after = result if isinstance(result, dict) else {}
+        self.latents_edited = seen != plain(after.get("latents", latents))
+        now = self._state({name: after.get(name, value) for name, value in tensors.items()})
+        for name, value in now.items():
+            if before.get(name) != value:
+                self._changed(f"the callback changed {name.strip('_')}")
+                break
+        return result
+
+    def _state(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        own = {k: v for k, v in vars(self._pipe).items() if k in self._names}
+        own = {k: v for k, v in own.items() if not isinstance(v, torch.nn.Module)}
+        state = {k: plain(v) for k, v in (own | tensors).items() if not is_scheduler(v)}
+        for name, alive in self._inputs.items():
+            tensor = alive()
+            if tensor is not None:
+                state[f"the denoiser's input {name}"] = plain(tensor)
+        keys = ("scale", "scaling", "_active_adapter", "_disable_adapters")
+        state["an adapter's scale"] = [[plain(own.get(k)) for k in keys] for own in self._scales]
+        return state
+
+
+def _adapters(pipe: Any) -> list[Any]:
+    """Layers with a LoRA and attention processors: what adapters' scales are kept in."""
+    found = []
+    for module in denoisers_of(pipe).values():
+        for part in module.modules():
+            found += [p for p in (part, getattr(part, "processor", None)) if _has_scale(p)]
+    return found
+
+
+def _has_scale(part: Any) -> bool:
+    own = getattr(part, "__dict__", {})
+    return "scaling" in own or ("scale" in own and not isinstance(part, torch.nn.Module))
+
+
+def names_used(cls: type) -> frozenset[str]:
+    """The names that a class's code reads or writes on anything: what else its instances hold,
+    counters of a callback for one, cannot matter to it.
+    """
+    names: set[str] = set()
+    for base in cls.__mro__:
+        for member in vars(base).values():
+            member = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            while hasattr(member, "__wrapped__"):
+                member = member.__wrapped__
+            names.update(_names_in(getattr(member, "__code__", None)))
+    return frozenset(names)
+
+
+def _names_in(code: types.CodeType | None) -> set[str]:
+    if code is None:
+        return set()
+    inner = (_names_in(c) for c in code.co_consts if isinstance(c, types.CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def _callback_classes() -> tuple[type, ...]:
+    module = sys.modules.get("diffusers.callbacks")
+    names = ("PipelineCallback", "MultiPipelineCallbacks")
+    return tuple(getattr(module, name) for name in names if hasattr(module, name))
