@@ -86,6 +86,11 @@ $(1)/tests: $(TEST_SRC:%.c=$(1)/obj/%.o) $(1)/libparastep.a
 	@echo "ld $$@"
 	@$$(CC) $(2) $$(CFLAGS) -pthread $$^ -ldl -lm -o $$@
 
+$(1)/bench/%: $(1)/obj/tests/bench/%.o $(1)/libparastep.a
+	@mkdir -p $$(@D)
+	@echo "ld $$@"
+	@$$(CC) $(2) $$(CFLAGS) -pthread $$^ -ldl -lm -o $$@
+
 $(1)/programs/%: $(1)/obj/workflows/c/%.o $(1)/libparastep.a
 	@mkdir -p $$(@D)
 	@echo "ld $$@"
@@ -139,12 +144,15 @@ test-py: $(EDITABLE_STAMP) ## Run the Python tests (PYTEST_ARGS="-k name" for so
 
 # ---- demo and benches ----------------------------------------------------------------------------
 
-.PHONY: demo bench
+.PHONY: demo bench bench-c
 demo: $(EDITABLE_STAMP) ## Write out/demo.png
 	@mkdir -p out
 	$(PY) -m parastep.demo
 
-bench: $(EDITABLE_STAMP) ## Run tests/bench/*.py, except those whose name begins with _
+bench-c: build/c/bench/round_c ## Time a round without a model, in C
+	$<
+
+bench: $(EDITABLE_STAMP) bench-c ## Run tests/bench/*.py, except those whose name begins with _
 	@mkdir -p out
 	@set -e; for bench in $(filter-out tests/bench/_%,$(sort $(wildcard tests/bench/*.py))); do \
 	  echo "== $$bench"; $(PY) $$bench; \

@@ -280,7 +280,7 @@ static ps_status serve_by_library(stage_rank *self)
 static void sample_plainly(const stage *on, const double *noise, double *x)
 {
   size_t n = stage_elements(on);
-  double *past[2 * STEPS_MOST];
+  double *past[2 * STEPS_MOST] = {NULL};
   int steps = ps_program_steps(on->program), history = ps_program_history(on->program);
   stage_rank self = {.on = (stage *)on};
   for (int j = 0; j < steps; ++j) {

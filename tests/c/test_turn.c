@@ -381,7 +381,9 @@ TEST(follower_calls_out_of_order)
   CHECK_OK(ps_follower_next(follower, NULL, &work));
   CHECK_EQ(work.count, 1);
   CHECK_EQ(work.step[0], 0);
-  CHECK(memcmp(work.point[0], x, sizeof x) == 0);
+  for (int i = 0; i < 4; ++i) {
+    CHECK_EQ(((const float *)work.point[0])[i], x[i]);
+  }
   CHECK_STATUS(ps_follower_next(follower, NULL, &work), PS_STATE);
   CHECK_STATUS(ps_follower_submit(follower, PS_F64, 0, 0), PS_DTYPE); /* there is no room for it */
   CHECK_STATUS(ps_follower_submit(follower, PS_NONE, 0, 0), PS_DTYPE);
@@ -436,13 +438,16 @@ TEST(leaders_that_make_no_sense_are_refused)
 {
   const ps_layout good = {1, 4, PS_F32, PS_F32};
   const ps_layout empty = {0, 4, PS_F32, PS_F32}, sizeless = {1, 0, PS_F32, PS_F32};
-  const ps_layout untyped = {1, 4, PS_NONE, PS_F32}, odd = {1, 4, PS_F32, (ps_dtype)77};
+  const ps_layout untyped = {1, 4, PS_NONE, PS_F32};
   const ps_layout huge = {SIZE_MAX / 2, SIZE_MAX / 2, PS_F32, PS_F32};
   const ps_layout large = {1, SIZE_MAX / 16, PS_F32, PS_F32};
   const int none[2] = {1, 0}, many[2] = {1, 3}, crowd[2] = {PS_SLOTS_MAX + 1, 1};
+  const int unknown = 77; /* of an enum: what a caller in another language may pass */
+  ps_layout odd = {1, 4, PS_F32, PS_F32};
   ps_program *program = stage_euler(4);
   ps_options options;
   ps_options_init(&options);
+  memcpy(&odd.m, &unknown, sizeof odd.m);
   refuse_leader(program, &empty, &options, NULL, PS_SHAPE);
   refuse_leader(program, &sizeless, &options, NULL, PS_SHAPE);
   refuse_leader(program, &huge, &options, NULL, PS_SHAPE);
@@ -458,7 +463,7 @@ TEST(leaders_that_make_no_sense_are_refused)
   bad[2].order = 2;
   bad[3].warmup = 0;
   bad[4].deadline_ns = -1;
-  bad[5].policy = (ps_policy)9;
+  memcpy(&bad[5].policy, &unknown, sizeof unknown);
   for (int k = 0; k < 6; ++k) {
     refuse_leader(program, &good, &bad[k], NULL, PS_INVALID);
   }
