@@ -1,23 +1,23 @@
-/* block.h - arithmetic on short blocks of vectors, for one accumulator type and one instruction
- * set.
+/* block.h - arithmetic on short blocks, for one accumulator type and one instruction set.
  *
- * cpu.c includes this file once for each pair of them and calls what it defines through a table. It
+ * cpu.c includes this file once for each pair of them and calls what it defines through a table.  It
  * expects REAL (float or double) and REAL_DTYPE, TARGET (a function attribute, or nothing) and its
  * VECTOR_BYTES, and NAME(verb).  Loops are elementwise, or a tree of fixed shape, and nothing is
  * contracted: every instruction set gives the same bits.
  */
 
+enum { NAME(LANES) = TILE_BYTES / VECTOR_BYTES };
 typedef REAL NAME(vector)
     __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
 
-/* to = from (NULL: 0) + sum_j weight[j] v[j], over LANES vectors, which stay in registers all
- * along. A term of weight 0 is not read. */
+/* to = from (NULL: 0) + sum_j weight[j] v[j], over a tile, which stays in registers all along.  A
+ * term of weight 0 is not read. */
 TARGET static void NAME(combine)(void *to, const void *from, size_t terms, const double *weight,
                                  const void *const *v)
 {
-  NAME(vector) sum[LANES];
+  NAME(vector) sum[NAME(LANES)];
   UNROLL
-  for (int l = 0; l < LANES; l++) {
+  for (int l = 0; l < NAME(LANES); l++) {
     sum[l] = from ? ((const NAME(vector) *)from)[l] : (NAME(vector)){0};
   }
   for (size_t j = 0; j < terms; j++) {
@@ -27,12 +27,12 @@ TARGET static void NAME(combine)(void *to, const void *from, size_t terms, const
       continue;
     }
     UNROLL
-    for (int l = 0; l < LANES; l++) {
+    for (int l = 0; l < NAME(LANES); l++) {
       sum[l] += w * term[l];
     }
   }
   UNROLL
-  for (int l = 0; l < LANES; l++) {
+  for (int l = 0; l < NAME(LANES); l++) {
     ((NAME(vector) *)to)[l] = sum[l];
   }
 }
@@ -125,7 +125,7 @@ TARGET static size_t NAME(count_not_finite)(const void *v, size_t n)
 static const arithmetic NAME(arithmetic) = {
     .dtype = REAL_DTYPE,
     .size = sizeof(REAL),
-    .width = LANES * VECTOR_BYTES / sizeof(REAL),
+    .width = TILE_BYTES / sizeof(REAL),
     .combine = NAME(combine),
     .load = NAME(load),
     .store = NAME(store),

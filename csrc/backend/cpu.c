@@ -17,8 +17,7 @@
 _Static_assert(FLT_EVAL_METHOD == 0, "every float operation must round to float");
 
 enum {
-  LANES = 8,          /* vectors of an output that lincomb holds in registers: one tile */
-  TILE_BYTES = 256,   /* of these, at most */
+  TILE_BYTES = 256,   /* of an output, held in registers by lincomb */
   TERMS_AT_ONCE = 64, /* inputs converted before they are combined */
   OUTS_AT_ONCE = 64,  /* outputs combined in one pass over memory */
   BLOCK = 256,        /* elements that a sweep handles at a time; a power of 2 */
@@ -51,7 +50,7 @@ typedef struct arithmetic {
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #endif
 
 #define REAL       float
@@ -68,8 +67,7 @@ typedef struct arithmetic {
 #define NAME(verb)   verb##_double
 #include "backend/block.h"
 
-/* PS__PLAIN leaves these out, for the test that compares their bits with those of the others. */
-#if defined(__x86_64__) && !defined(PS__PLAIN)
+#if defined(__x86_64__)
 #define REAL         float
 #define REAL_DTYPE   PS_F32
 #define TARGET       __attribute__((target("avx2")))
@@ -83,13 +81,35 @@ typedef struct arithmetic {
 #define VECTOR_BYTES 32
 #define NAME(verb)   verb##_double_avx2
 #include "backend/block.h"
+
+#define REAL         float
+#define REAL_DTYPE   PS_F32
+#define TARGET       __attribute__((target("avx512f")))
+#define VECTOR_BYTES 64
+#define NAME(verb)   verb##_float_avx512
+#include "backend/block.h"
+
+#define REAL         double
+#define REAL_DTYPE   PS_F64
+#define TARGET       __attribute__((target("avx512f")))
+#define VECTOR_BYTES 64
+#define NAME(verb)   verb##_double_avx512
+#include "backend/block.h"
+#endif
+
+/* Tests put something in its place, to compare the bits of all instruction sets. */
+#ifndef PS__CPU_SUPPORTS
+#define PS__CPU_SUPPORTS(feature) __builtin_cpu_supports(feature)
 #endif
 
 /* What combines to an output of this dtype. */
 static const arithmetic *find_arithmetic(ps_dtype dtype)
 {
-#if defined(__x86_64__) && !defined(PS__PLAIN)
-  if (__builtin_cpu_supports("avx2")) {
+#if defined(__x86_64__)
+  if (PS__CPU_SUPPORTS("avx512f")) {
+    return dtype == PS_F64 ? &arithmetic_double_avx512 : &arithmetic_float_avx512;
+  }
+  if (PS__CPU_SUPPORTS("avx2")) {
     return dtype == PS_F64 ? &arithmetic_double_avx2 : &arithmetic_float_avx2;
   }
 #endif
@@ -171,6 +191,9 @@ static void combine_tile(const combination *c, size_t at, size_t n)
       v[t] = load_term(c, &c->in[j + t], at, n, &terms[t]);
     }
     for (size_t k = 0; k < c->outs; k++) {
+      if (direct) {
+        prefetch((uintptr_t)c->out[k] + offset + n * c->real->size);
+      }
       void *to = direct ? (char *)c->out[k] + offset : (void *)&sums[k];
       c->real->combine(to, j > 0 ? to : NULL, count, c->weight + k * c->terms + j, v);
     }
