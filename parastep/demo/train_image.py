@@ -14,6 +14,8 @@ import copy
 import math
 import pathlib
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from . import image
+
+Trained = TypeVar("Trained", bound=torch.nn.Module)
 
 
 def load_strokes() -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,14 +92,19 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - 0.03) / 0.97)))
 
 
-def train(options: argparse.Namespace) -> image.Conditioned:
-    """The averaged model after `options.steps` steps of AdamW on the noise prediction loss."""
-    torch.manual_seed(options.seed)
+def fit(
+    model: Trained,
+    loss_of: Callable[[Trained, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    options: argparse.Namespace,
+) -> Trained:
+    """The averaged model after `options.steps` steps of AdamW on digits.
+
+    `loss_of(model, clean, label, level)` is the loss of one batch of latents (B, 12, 16, 16) with
+    classes (B), the last one the empty prompt, at noise levels (B) that are even in 0 to 1.
+    """
     ink, target = load_strokes()
-    scheduler = image.make_scheduler("ddpm")
-    model = image.Conditioned()
-    print(f"{sum(p.numel() for p in model.parameters())} parameters")
     average = copy.deepcopy(model).requires_grad_(False)
+    print(f"{sum(p.numel() for p in model.parameters())} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, weight_decay=0.01)
     empty, size = len(image.CLASSES), options.batch
     begin, total = time.perf_counter(), 0.0
@@ -103,16 +112,11 @@ def train(options: argparse.Namespace) -> image.Conditioned:
         if step % 200 == 0:  # a fresh set of pictures now and then: none is seen often
             pictures, classes = render(ink, target, 200 * size, options.seed + step)
         part = slice(step % 200 * size, (step % 200 + 1) * size)
-        clean, label = pictures[part], classes[part].clone()
+        label = classes[part].clone()
         label[torch.rand(size) < 0.12] = empty
-        # Times are spread evenly over a batch, which takes noise out of the gradient.
-        times = ((torch.randperm(size) + torch.rand(1)) / size * 1000).long().clamp(max=999)
-        noise = torch.randn_like(clean)
-        noisy = scheduler.add_noise(clean, noise, times)
-        found = model.unet(noisy, times, model.prompts[label], return_dict=False)[0]
-        # Over alpha^2 the error of the noise is that of the velocity, even over all noise levels.
-        error = (found - noise).square().mean((1, 2, 3))
-        loss = (error / scheduler.alphas_cumprod[times].clamp(min=0.01)).mean()
+        # Levels are spread evenly over a batch, which takes noise out of the gradient.
+        level = (torch.randperm(size) + torch.rand(1)) / size
+        loss = loss_of(model, pictures[part], label, level)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step / options.steps, options.rate)
         optimizer.zero_grad()
@@ -133,22 +137,48 @@ def train(options: argparse.Namespace) -> image.Conditioned:
     return average
 
 
-def save(model: image.Conditioned, out: pathlib.Path) -> None:
-    """Writes the weights as float16, under the names of `image.Conditioned`."""
+def noise_loss() -> Callable[..., torch.Tensor]:
+    """The loss of a noise prediction on the schedule of `image`."""
+    scheduler = image.make_scheduler("ddpm")
+
+    def loss_of(
+        model: image.Conditioned, clean: torch.Tensor, label: torch.Tensor, level: torch.Tensor
+    ) -> torch.Tensor:
+        times = (level * 1000).long().clamp(max=999)
+        noise = torch.randn_like(clean)
+        noisy = scheduler.add_noise(clean, noise, times)
+        found = model.unet(noisy, times, model.prompts[label], return_dict=False)[0]
+        # Over alpha^2 the error of the noise is that of the velocity, even over all noise levels.
+        error = (found - noise).square().mean((1, 2, 3))
+        return (error / scheduler.alphas_cumprod[times].clamp(min=0.01)).mean()
+
+    return loss_of
+
+
+def save(model: torch.nn.Module, out: pathlib.Path) -> None:
+    """Writes the weights as float16, under their own names."""
     save_file({key: value.half() for key, value in model.state_dict().items()}, out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the image model of parastep's demos.")
-    parser.add_argument("--steps", type=int, default=4000)
+def read_options(what: str, steps: int, rate: float, out: pathlib.Path) -> argparse.Namespace:
+    """The command line of a training script, with its own defaults."""
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=rate)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=pathlib.Path, default=image.WEIGHTS)
+    parser.add_argument("--out", type=pathlib.Path, default=out)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    save(train(options), options.out)
+    torch.manual_seed(options.seed)
+    return options
+
+
+def main() -> None:
+    what = "Train the image model of parastep's demos."
+    options = read_options(what, steps=4000, rate=2e-3, out=image.WEIGHTS)
+    save(fit(image.Conditioned(), noise_loss(), options), options.out)
 
 
 if __name__ == "__main__":
