@@ -1,6 +1,6 @@
 /* block.h - arithmetic on short blocks, for one accumulator type and one instruction set.
  *
- * cpu.c includes this file once for each pair of them and calls what it defines through a table.  It
+ * cpu.c includes this file once for each pair of them and calls what it defines through a table. It
  * expects REAL (float or double) and REAL_DTYPE, TARGET (a function attribute, or nothing) and its
  * VECTOR_BYTES, and NAME(verb).  Loops are elementwise, or a tree of fixed shape, and nothing is
  * contracted: every instruction set gives the same bits.
