@@ -10,199 +10,6 @@
 
 #include "core/internal.h"
 
-/* ---- life ------------------------------------------------------------------------------------ */
-
-void ps_options_init(ps_options *options)
-{
-  *options = (ps_options){.policy = PS_VERIFIED, .tolerance = 0.02, .order = 1, .warmup = 5};
-}
-
-static ps_status check_options(const ps_options *options)
-{
-  if (options->policy != PS_VERIFIED && options->policy != PS_PAPER) {
-    return ps__fail(PS_INVALID, "policy %d: must be verified or paper", (int)options->policy);
-  }
-  if (!(options->tolerance >= 0.0)) {
-    return ps__fail(PS_INVALID, "tolerance %g: must be 0 (exact) or above, in units of the noise "
-                    "scale; infinity accepts everything", options->tolerance);
-  }
-  if (options->order != 0 && options->order != 1) {
-    return ps__fail(PS_INVALID, "order %d: must be 0 or 1", options->order);
-  }
-  if (options->warmup < 1) {
-    return ps__fail(PS_INVALID, "warmup %d: must be 1 or above", options->warmup);
-  }
-  if (options->deadline_ns < 0) {
-    return ps__fail(PS_INVALID, "a deadline of %lld ns: must be above 0, or 0 for the default rule",
-                    (long long)options->deadline_ns);
-  }
-  return PS_OK;
-}
-
-static ps_status check_ranks(int followers, ps_link *const *links, const int *slots)
-{
-  if (followers < 0 || followers >= PS_RANKS_MAX) {
-    return ps__fail(PS_INVALID, "%d ranks: must be 1 to %d", followers + 1, PS_RANKS_MAX);
-  }
-  for (int rank = 0; slots != NULL && rank <= followers; ++rank) {
-    int room = rank == 0 ? PS_SLOTS_MAX : links[rank - 1]->slots;
-    if (slots[rank] < 1 || slots[rank] > room) {
-      return ps__fail(PS_INVALID, "rank %d: %d slots: must be 1 to %d", rank, slots[rank], room);
-    }
-  }
-  return PS_OK;
-}
-
-static void **carve_buffers(ps__arena *arena, size_t count, size_t bytes)
-{
-  void **buffers = ps__carve(arena, count, sizeof(void *));
-  for (size_t k = 0; k < count; ++k) {
-    void *buffer = ps__carve(arena, 1, bytes);
-    if (buffers != NULL) {
-      buffers[k] = buffer;
-    }
-  }
-  return buffers;
-}
-
-/* The leader's first slot is the exact one: its point is the host's latent, its output goes into the
- * trajectory.  Its further slots, and nothing of the followers', live in the arena. */
-static void carve_rank(ps_leader *leader, ps__arena *arena, int rank, int slots, ps_link *link)
-{
-  void **point = ps__carve(arena, (size_t)slots, sizeof(void *));
-  void **output = ps__carve(arena, (size_t)slots, sizeof(void *));
-  for (int slot = rank == 0 ? 1 : 0; slot < slots; ++slot) {
-    void *p = rank == 0 ? ps__carve(arena, 1, ps__x_bytes(&leader->layout))
-                        : link->ops->point(link, slot);
-    void *m = rank == 0 ? ps__carve(arena, 1, ps__m_bytes(&leader->layout))
-                        : link->ops->output(link, slot);
-    if (point != NULL) {
-      point[slot] = p;
-      output[slot] = m;
-    }
-  }
-  if (leader->rank != NULL) {
-    leader->rank[rank] =
-        (ps__rank){.link = link, .slots = slots, .point = point, .output = output};
-  }
-}
-
-/* Runs twice: on a leader on the stack to count, on the one in the arena to hand out. */
-static void carve_leader(ps_leader *leader, ps__arena *arena, ps_link *const *links,
-                         const int *slots)
-{
-  size_t window = (size_t)leader->window_max, depth = (size_t)leader->depth;
-  size_t row = 2 * (size_t)leader->program->history + 1;
-  leader->rank = ps__carve(arena, (size_t)leader->ranks, sizeof(ps__rank));
-  for (int rank = 0; rank < leader->ranks; ++rank) {
-    carve_rank(leader, arena, rank, slots != NULL ? slots[rank] : 1,
-               rank > 0 ? links[rank - 1] : NULL);
-  }
-  leader->x = carve_buffers(arena, depth, ps__x_bytes(&leader->layout));
-  leader->m = carve_buffers(arena, depth, ps__m_bytes(&leader->layout));
-  leader->node = ps__carve(arena, window, sizeof(ps__node));
-  leader->fresh = ps__carve(arena, window, sizeof(ps__node));
-  leader->row_term = ps__carve(arena, row, sizeof(ps_term));
-  leader->row_weight = ps__carve(arena, row, sizeof(double));
-  if (leader->program->draws) {
-    leader->noise = carve_buffers(arena, window, ps__x_bytes(&leader->layout));
-    leader->noise_step = ps__carve(arena, window, sizeof(int));
-  }
-  for (size_t k = 0; leader->noise_step != NULL && k < window; ++k) {
-    leader->noise_step[k] = -1;
-  }
-  ps__guesser_carve(leader, arena);
-  ps__report_carve(leader, arena);
-}
-
-static int window_of(int followers, const int *slots)
-{
-  int window = 0;
-  for (int rank = 0; rank <= followers; ++rank) {
-    window += slots != NULL ? slots[rank] : 1;
-  }
-  return window;
-}
-
-static ps_leader *leader_new(const ps_leader *like, ps_link *const *links, const int *slots)
-{
-  ps_leader plan = *like;
-  ps__arena arena = {NULL, 0};
-  ps__carve(&arena, 1, sizeof plan);
-  carve_leader(&plan, &arena, links, slots);
-  arena.base = ps__alloc(arena.used);
-  arena.used = 0;
-  if (arena.base == NULL) {
-    return NULL;
-  }
-  ps_leader *leader = ps__carve(&arena, 1, sizeof plan);
-  *leader = *like;
-  carve_leader(leader, &arena, links, slots);
-  return leader;
-}
-
-ps_status ps_leader_create(ps_program *program, const ps_layout *layout, const ps_options *options,
-                           const ps_backend *backend, ps_link *const *links, int followers,
-                           const int *slots, ps_leader **out)
-{
-  *out = NULL;
-  ps_status status = ps__layout_check(layout);
-  if (status == PS_OK) {
-    status = check_options(options);
-  }
-  if (status == PS_OK) {
-    status = check_ranks(followers, links, slots);
-  }
-  if (status != PS_OK) {
-    goto fail;
-  }
-  int64_t now = ps_now_ns();
-  ps_leader like = {
-      .program = program,
-      .layout = *layout,
-      .options = *options,
-      .backend = backend,
-      .run = (uint64_t)now,
-      .step = -1,
-      .window_max = window_of(followers, slots),
-      .ranks = followers + 1,
-      .depth = (program->history > 2 ? program->history : 2) + 1,
-      .began_ns = now,
-  };
-  *out = leader_new(&like, links, slots);
-  if (*out == NULL) {
-    status = PS_NO_MEMORY;
-    goto fail;
-  }
-  ps_program_retain(program);
-  return PS_OK;
-
-fail:
-  for (int k = 0; k < followers; ++k) {
-    links[k]->ops->close(links[k]);
-  }
-  return status;
-}
-
-ps_status ps_leader_finish(ps_leader *leader)
-{
-  if (leader->phase != PS__FINISHED) {
-    ps__close_links(leader);
-    leader->finished_ns = ps_now_ns();
-    leader->phase = PS__FINISHED;
-  }
-  return PS_OK;
-}
-
-void ps_leader_destroy(ps_leader *leader)
-{
-  if (leader != NULL) {
-    ps_leader_finish(leader);
-    ps_program_release(leader->program);
-    ps__free(leader);
-  }
-}
-
 /* ---- ask ------------------------------------------------------------------------------------- */
 
 static ps_status check_phase(const ps_leader *leader, ps__phase wanted, const char *call)
@@ -244,7 +51,8 @@ static bool is_accepted(const ps_leader *leader, double drift)
   return leader->options.policy == PS_PAPER || drift < leader->options.tolerance;
 }
 
-/* Whether the guess for this step answers the host.  x and, if it does, m_j enter the trajectory. */
+/* Whether the guess for this step answers the host.  x and, if it does, m_j enter the trajectory.
+ */
 static ps_status try_answer(ps_leader *leader, const void *x, void *m_out, bool *answered)
 {
   int step = leader->step;
@@ -377,8 +185,8 @@ ps_status ps_leader_amend(ps_leader *leader, const void *x, void *m_out, double 
   }
   if (status == PS_OK) {
     bool finite;
-    status = ps__measure(leader, node, x, m_out, x_at(leader, step), m_at(leader, step), drift,
-                         &finite);
+    status =
+        ps__measure(leader, node, x, m_out, x_at(leader, step), m_at(leader, step), drift, &finite);
     leader->drift[step] = *drift;
   }
   return status;
@@ -516,9 +324,9 @@ ps_status ps_leader_advance(ps_leader *leader, const void *z, void *x_next)
     leader->row_term[terms++] = (ps_term){z, leader->layout.x};
   }
   if (status == PS_OK) {
-    status = leader->backend->lincomb(leader->layout.items * leader->layout.size, 1, terms,
-                                      leader->row_weight, leader->row_term, &x_next,
-                                      leader->layout.x);
+    status =
+        leader->backend->lincomb(leader->layout.items * leader->layout.size, 1, terms,
+                                 leader->row_weight, leader->row_term, &x_next, leader->layout.x);
   }
   return status;
 }
