@@ -6,7 +6,11 @@
  * contracted: every instruction set gives the same bits.
  */
 
-enum { NAME(LANES) = TILE_BYTES / VECTOR_BYTES };
+enum {
+  NAME(LANES) = TILE_BYTES / VECTOR_BYTES,                 /* vectors of a tile */
+  NAME(WIDTH) = VECTOR_BYTES / sizeof(REAL),               /* elements of a vector */
+  NAME(QUARTER) = BLOCK / 4 * sizeof(REAL) / VECTOR_BYTES, /* vectors of a quarter of a block */
+};
 typedef REAL NAME(vector)
     __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
 
@@ -94,21 +98,44 @@ TARGET static void NAME(shift)(void *to, const void *a, const void *b, double w,
   }
 }
 
-/* Sum of v[i]^2 over n <= BLOCK elements, as a tree over BLOCK places. */
-TARGET static double NAME(sum_squares)(const void *v, size_t n)
+/* Sum over BLOCK places as a tree: its halves are added up, again and again.  place holds what two
+ * such additions have left, a quarter of the places. */
+TARGET static double NAME(fold)(NAME(vector) place[])
 {
-  const REAL *value = v;
-  REAL square[BLOCK];
-  for (size_t i = 0; i < n; i++) {
-    square[i] = value[i] * value[i];
-  }
-  memset(square + n, 0, (BLOCK - n) * sizeof(REAL));
-  for (size_t half = BLOCK / 2; half > 0; half /= 2) {
+  REAL lane[NAME(WIDTH)];
+  UNROLL
+  for (size_t half = NAME(QUARTER) / 2; half > 0; half /= 2) {
+    UNROLL
     for (size_t i = 0; i < half; i++) {
-      square[i] += square[half + i];
+      place[i] += place[half + i];
     }
   }
-  return (double)square[0];
+  memcpy(lane, place, sizeof(lane));
+  for (size_t half = NAME(WIDTH) / 2; half > 0; half /= 2) {
+    for (size_t i = 0; i < half; i++) {
+      lane[i] += lane[half + i];
+    }
+  }
+  return (double)lane[0];
+}
+
+/* Sum of v[i]^2 over n <= BLOCK elements; places beyond them are 0. */
+TARGET static double NAME(sum_squares)(const void *v, size_t n)
+{
+  REAL padded[BLOCK];
+  NAME(vector) place[NAME(QUARTER)];
+  if (n < BLOCK) {
+    memcpy(padded, v, n * sizeof(REAL));
+    memset(padded + n, 0, (BLOCK - n) * sizeof(REAL));
+    v = padded;
+  }
+  const NAME(vector) *a = v, *b = a + NAME(QUARTER), *c = b + NAME(QUARTER);
+  const NAME(vector) *d = c + NAME(QUARTER);
+  UNROLL
+  for (size_t i = 0; i < NAME(QUARTER); i++) {
+    place[i] = (a[i] * a[i] + c[i] * c[i]) + (b[i] * b[i] + d[i] * d[i]);
+  }
+  return NAME(fold)(place);
 }
 
 /* A NaN or an infinity is what differs from itself by other than 0. */
@@ -122,6 +149,41 @@ TARGET static size_t NAME(count_not_finite)(const void *v, size_t n)
   return count;
 }
 
+/* A block of a sweep that leaves nothing out and converts nothing: what measure_block and
+ * answer_block do, but what lies between them stays in registers. */
+TARGET static void NAME(sweep)(const ps_sweep *s, size_t at, item_sums *sums)
+{
+  const NAME(vector) *x = (const void *)((const REAL *)s->x + at);
+  const NAME(vector) *guess = (const void *)((const REAL *)s->guess + at);
+  const NAME(vector) *m = (const void *)((const REAL *)s->m + at);
+  NAME(vector) *out = (void *)((REAL *)s->out + at);
+  NAME(vector) *keep_x = (void *)((REAL *)s->keep_x + at);
+  NAME(vector) *keep_m = (void *)((REAL *)s->keep_m + at);
+  NAME(vector) distance[NAME(QUARTER)], reference[NAME(QUARTER)];
+  REAL slope = (REAL)s->slope;
+
+  sums->not_finite += NAME(count_not_finite)(m, BLOCK);
+  for (size_t i = 0; i < NAME(QUARTER); i++) {
+    NAME(vector) there[4], moved[4];
+    UNROLL
+    for (size_t quarter = 0; quarter < 4; quarter++) {
+      size_t k = i + quarter * NAME(QUARTER);
+      there[quarter] = x[k];
+      moved[quarter] = x[k] - guess[k];
+      NAME(vector) answer = m[k] + slope * moved[quarter];
+      out[k] = answer;
+      keep_m[k] = answer;
+      keep_x[k] = there[quarter];
+      there[quarter] *= there[quarter];
+      moved[quarter] *= moved[quarter];
+    }
+    distance[i] = (moved[0] + moved[2]) + (moved[1] + moved[3]);
+    reference[i] = (there[0] + there[2]) + (there[1] + there[3]);
+  }
+  sums->distance += NAME(fold)(distance);
+  sums->reference += NAME(fold)(reference);
+}
+
 static const arithmetic NAME(arithmetic) = {
     .dtype = REAL_DTYPE,
     .size = sizeof(REAL),
@@ -132,6 +194,7 @@ static const arithmetic NAME(arithmetic) = {
     .shift = NAME(shift),
     .sum_squares = NAME(sum_squares),
     .count_not_finite = NAME(count_not_finite),
+    .sweep = NAME(sweep),
 };
 
 #undef REAL

@@ -33,6 +33,12 @@ typedef union block {
   double f64[BLOCK];
 } block;
 
+/* What a sweep finds out about an item. */
+typedef struct item_sums {
+  double distance, reference; /* of (x - guess)^2 and of x^2 */
+  size_t not_finite;
+} item_sums;
+
 /* What block.h defines, once for each accumulator type and instruction set. */
 typedef struct arithmetic {
   ps_dtype dtype;
@@ -45,6 +51,7 @@ typedef struct arithmetic {
   void (*shift)(void *to, const void *a, const void *b, double w, size_t n);
   double (*sum_squares)(const void *v, size_t n);
   size_t (*count_not_finite)(const void *v, size_t n);
+  void (*sweep)(const ps_sweep *s, size_t at, item_sums *sums);
 } arithmetic;
 
 #if defined(__clang__)
@@ -267,11 +274,6 @@ static ps_status lincomb(size_t n, int outs, int terms, const double *weight, co
 
 /* ---- sweep ----------------------------------------------------------------------------------- */
 
-typedef struct item_sums {
-  double distance, reference; /* of (x - guess)^2 and of x^2 */
-  size_t not_finite;
-} item_sums;
-
 static void *element(const void *data, size_t at, ps_dtype dtype)
 {
   return (char *)data + at * ps_dtype_size(dtype);
@@ -317,14 +319,27 @@ static void answer_block(const ps_sweep *s, const arithmetic *real, size_t at, s
   }
 }
 
+/* Whether there is something to do for every operand, and all of them are of the accumulator's
+ * type: the usual answer of a run. */
+static bool is_whole(const ps_sweep *s, const arithmetic *real)
+{
+  return s->guess && s->m && s->slope != 0 && s->out && s->keep_x && s->keep_m &&
+         s->x_dtype == real->dtype && s->m_dtype == real->dtype;
+}
+
 /* Elements from at on of one item; outputs are written after the inputs they may be were read. */
 static item_sums sweep_item(const ps_sweep *s, size_t item)
 {
   const arithmetic *x_real = find_arithmetic(s->x_dtype), *m_real = find_arithmetic(s->m_dtype);
   item_sums sums = {0, 0, 0};
   block moved;
+  bool whole = is_whole(s, x_real);
   for (size_t i = 0; i < s->size; i += BLOCK) {
     size_t at = item * s->size + i, n = smaller(BLOCK, s->size - i);
+    if (whole && n == BLOCK) {
+      x_real->sweep(s, at, &sums);
+      continue;
+    }
     if (s->guess) {
       measure_block(s, x_real, at, n, &moved, &sums);
     }
