@@ -26,7 +26,7 @@ VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' parastep/_version.py)
 
 CORE_SRC := $(sort $(foreach layer,core backend transport platform,$(wildcard csrc/$(layer)/*.c)))
 BINDING_SRC := $(sort $(wildcard csrc/python/*.c))
-TEST_SRC := tests/c/runner.c tests/c/stage.c $(sort $(wildcard tests/c/test_*.c))
+TEST_SRC := $(sort $(wildcard tests/c/*.c))
 PROGRAM_SRC := $(sort $(wildcard workflows/c/*.c))
 HEADERS := $(sort $(wildcard include/*.h csrc/*/*.h tests/c/*.h))
 PY_TESTS := $(wildcard tests/python/test_*.py tests/hosts/test_*.py tests/gpu/test_*.py)

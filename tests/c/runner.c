@@ -5,7 +5,7 @@
  * runs those whose name contains one of the patterns, each in a process of its own (this program
  * again, with --one), so that a crash, a hang or a global left in disorder ends one test alone.
  * With
- * --sweep each test is repeated with its first, second, ... allocation failing: its checks may then
+ * --sweep each test is repeated with one allocation failing, then a later one: its checks may then
  * fail, but it must not crash, hang or, where it goes through, leak.
  */
 #include "runner.h"
@@ -31,7 +31,7 @@ enum {
   EXIT_SKIPPED = 77,   /* as Automake has it */
   EXIT_SANITIZER = 99, /* a sanitizer's report */
   DEFAULT_LIMIT_S = 60,
-  SWEEP_MOST = 400, /* allocations of one test that are made to fail */
+  SWEEP_DENSE = 32, /* of a test's allocations, this many first ones fail each in its turn */
 };
 
 /* Sanitizers ask the program for its options; the environment can still override them. */
@@ -179,10 +179,17 @@ int64_t runner_live(void)
   return atomic_load(&live);
 }
 
-void runner_fail_allocation(uint64_t n)
+static void arm(uint64_t n)
 {
   atomic_store(&failed, 0);
   atomic_store(&fail_at, n ? atomic_load(&allocations) + n : 0);
+}
+
+/* A test that makes allocations fail by itself is swept no further than to this point. */
+void runner_fail_allocation(uint64_t n)
+{
+  sweeping = 0;
+  arm(n);
 }
 
 int runner_allocation_failed(void)
@@ -231,8 +238,8 @@ static int run_one(const char *name, uint64_t failing)
     return EXIT_NO_TEST;
   }
   ps_set_allocator(&counting);
+  arm(failing);
   sweeping = failing != 0;
-  runner_fail_allocation(failing);
   test->run();
   if (runner_live() != 0 && !live_allowed) {
     fprintf(stderr, "%lld blocks still allocated\n", (long long)runner_live());
@@ -339,21 +346,25 @@ static void show_output(FILE *output)
   }
 }
 
-/* With every allocation failing in turn, until one test run has none left to fail. */
-static outcome sweep_test(const char *name, int limit_s, FILE *output, uint64_t *swept)
+/* With one allocation failing, then a later one, until the test has none left to fail.  A test that
+ * makes many makes them in loops, so beyond the first ones only some are taken, ever further apart.
+ * *n is the allocation that failed last, *runs how many have. */
+static outcome sweep_test(const char *name, int limit_s, FILE *output, uint64_t *n, int *runs)
 {
-  outcome result = {0, 0, 0};
-  for (*swept = 0; *swept < SWEEP_MOST; ++*swept) {
+  outcome result = {0, EXIT_SURVIVED, 0};
+  *runs = 0;
+  for (*n = 1; result.code == EXIT_SURVIVED; *n += *n < SWEEP_DENSE ? 1 : *n / 8) {
     fseek(output, 0, SEEK_SET);
     if (ftruncate(fileno(output), 0) != 0) {
+      result.code = 127;
       break;
     }
-    result = run_child(name, *swept + 1, limit_s, output);
+    result = run_child(name, *n, limit_s, output);
     if (result.hung || result.code != EXIT_SURVIVED) {
-      return result; /* an error, or the whole test without a failed allocation */
+      break; /* an error, or the whole test without a failed allocation */
     }
+    ++*runs;
   }
-  result.code = 0;
   return result;
 }
 
@@ -365,18 +376,19 @@ static void run_test(const runner_test *test, int sweep, int limit_s, totals *su
 {
   char name[256];
   char reason[128];
-  uint64_t swept = 0;
+  uint64_t failing = 0;
+  int runs = 0;
   outcome result = {0, 127, 0};
   FILE *output = tmpfile();
   full_name(test, name, sizeof name);
   limit_s = test->limit_s ? test->limit_s : limit_s;
   if (output) {
-    result =
-        sweep ? sweep_test(name, limit_s, output, &swept) : run_child(name, 0, limit_s, output);
+    result = sweep ? sweep_test(name, limit_s, output, &failing, &runs)
+                   : run_child(name, 0, limit_s, output);
   }
   if (result.code == 0 && sweep) {
     sum->passed++;
-    printf("ok %s (%llu allocations)\n", name, (unsigned long long)swept);
+    printf("ok %s (%d allocations)\n", name, runs);
   } else if (result.code == 0) {
     sum->passed++;
     printf("ok %s\n", name);
@@ -388,7 +400,7 @@ static void run_test(const runner_test *test, int sweep, int limit_s, totals *su
     sum->failed++;
     printf("not ok %s (%s)\n", name, reason_of(result, limit_s, reason, sizeof reason));
     if (sweep) {
-      printf("  at allocation %llu\n", (unsigned long long)swept + 1);
+      printf("  at allocation %llu\n", (unsigned long long)failing);
     }
     if (output) {
       show_output(output);
