@@ -18,9 +18,8 @@ import torch
 from . import _core
 from .api import describe
 from .call import Call, GoBack, Leave
-from .leading import ENCODER_CALLS
 from .noise import Draws
-from .replicas import denoisers_of, encoders_of
+from .replicas import denoisers_of
 from .seam import Hooks, Outputs, inputs_in, is_compiled_in_place, is_rounded, map_tensors
 
 
@@ -75,13 +74,10 @@ class Following:
     def _place(self, hooks: Hooks) -> None:
         for module in denoisers_of(self.replica).values():
             hooks.wrap_call(module, self._forward_of(module))
-        for name, module in encoders_of(self.replica).items():
-            for method in ENCODER_CALLS:
-                if hasattr(module, method):
-                    hooks.wrap(module, method, self._replay_of((name, method)))
+        hooks.wrap_encoders(self.replica, self._replay_of)
         hooks.wrap_method(self.replica.scheduler, "step", self._step_hook)
 
-    def _replay_of(self, key: tuple[str, str]) -> Any:
+    def _replay_of(self, key: tuple[str, str]) -> Callable[..., Any]:
         def hook(original: Any, *args: Any, **kwargs: Any) -> Any:
             ordinal = self._encoded[key]
             self._encoded[key] += 1

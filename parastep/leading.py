@@ -20,12 +20,11 @@ from . import _core
 from .api import describe
 from .call import Call
 from .noise import NoiseAhead
-from .replicas import denoisers_of, encoders_of
+from .replicas import denoisers_of
 from .seam import Hooks, Outputs, inputs_in, is_rounded, latent_in, sample_in
 from .tracing import Traced, trace_rows
 from .watch import Watch
 
-ENCODER_CALLS = ("forward", "encode", "get_text_features", "get_image_features")
 _STEP_TENSORS = ("model_output", "sample", "timestep", "old_pred_original_sample", "timestep_back")
 
 
@@ -87,10 +86,7 @@ class Leading:
             return
         for module in denoisers_of(self.pipe).values():
             hooks.wrap_call(module, self._forward_of(module))
-        for name, module in encoders_of(self.pipe).items():
-            for method in ENCODER_CALLS:
-                if hasattr(module, method):
-                    hooks.wrap(module, method, self._recording((name, method)))
+        hooks.wrap_encoders(self.pipe, self._recording)
         if hasattr(scheduler, "set_timesteps"):
             hooks.wrap_method(scheduler, "set_timesteps", self._set_timesteps)
         if hasattr(scheduler, "scale_model_input"):
@@ -120,7 +116,7 @@ class Leading:
 
     # ---- encoders --------------------------------------------------------------------------------
 
-    def _recording(self, key: tuple[str, str]) -> Any:
+    def _recording(self, key: tuple[str, str]) -> Callable[..., Any]:
         def hook(original: Any, *args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             if self.steps == 0 and self.active:

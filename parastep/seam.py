@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 
+from .replicas import encoders_of
+
+_ENCODER_METHODS = ("encode", "get_text_features", "get_image_features")
+
 
 class Hooks:
     """Attributes replaced on instances, put back in reverse order."""
@@ -65,6 +69,14 @@ class Hooks:
         else:
             self.wrap(module, "_call_impl", outermost)
             self.wrap(module, "forward", outermost)
+
+    def wrap_encoders(self, pipe: Any, hook_of: Callable[[tuple[str, str]], Any]) -> None:
+        """`hook_of((name, method))` in place of all that the pipeline calls of its encoders."""
+        for name, module in encoders_of(pipe).items():
+            self.wrap_call(module, hook_of((name, "forward")))
+            for method in _ENCODER_METHODS:
+                if hasattr(module, method):
+                    self.wrap(module, method, hook_of((name, method)))
 
     def wrap_method(self, obj: Any, name: str, hook: Callable[..., Any]) -> None:
         """`hook(instance, original, *args, **kwargs)` as a bound method, as pipelines inspect it.
