@@ -27,7 +27,7 @@ typedef struct ps_sweep {
   const void *x;
   const void *guess; /* NULL: nothing is measured, out and keep_m are copies of m */
   const void *m;     /* NULL: measure alone */
-  double slope;      /* g_j */
+  double slope;      /* g_j; out may be m, and keep_x guess, at the same address */
   double floor;      /* rounding of x in units of its rms: 2^-k, or 0 (DESIGN 4) */
   void *out;         /* m + slope (x - guess), or NULL.  A slope of 0 copies m bit for bit */
   void *keep_x;      /* copy of x, or NULL */
@@ -35,18 +35,20 @@ typedef struct ps_sweep {
 } ps_sweep;
 
 typedef struct ps_swept {
-  double excess;      /* max over items of mean((x - guess)^2) - floor^2 mean(x^2), at least 0 */
-  double distance;    /* max over items of mean((x - guess)^2) */
-  double reference;   /* mean(x^2) of the item with the largest distance */
-  size_t not_finite;  /* elements of m that are NaN or Inf */
-} ps_swept;           /* a NaN among x or guess makes excess and distance NaN */
+  double excess;     /* max over items of mean((x - guess)^2) - floor^2 mean(x^2), at least 0 */
+  double distance;   /* max over items of mean((x - guess)^2) */
+  double reference;  /* mean(x^2) of the item with the largest distance */
+  size_t not_finite; /* elements of m that are NaN or Inf */
+} ps_swept;          /* a NaN among x or guess makes excess and distance NaN */
 
 struct ps_backend {
   const char *name;
 
   /* out[k] = sum_{j<terms} weight[k * terms + j] in[j] for k < outs, over n elements, in one pass.
-   * Terms are added in the order given; one with weight 0 is not read for that output.  An output
-   * may be one of the inputs (same address), never overlap one otherwise.  outs, terms >= 1. */
+   * Terms are added to +0 in the order given, in double where out_dtype is PS_F64, else in float;
+   * one with weight 0 is not added to that output, and one whose weights are all 0 may have NULL
+   * data.  An output may be one of the inputs (same address, 64 outputs at most then), never
+   * overlap one otherwise.  outs, terms >= 1. */
   ps_status (*lincomb)(size_t n, int outs, int terms, const double *weight, const ps_term *in,
                        void *const *out, ps_dtype out_dtype);
 

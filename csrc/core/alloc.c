@@ -66,3 +66,11 @@ void *ps__carve(ps__arena *arena, size_t count, size_t size)
   }
   return p;
 }
+
+/* Latents have sizes of 2^k bytes more often than not.  A pass reads a dozen at once, and if they
+ * lay end to end all of them would compete for the same sets of the cache. */
+void *ps__carve_vector(ps__arena *arena, size_t bytes)
+{
+  enum { APART = 5 * ALIGNMENT };
+  return ps__carve(arena, 1, bytes + APART);
+}

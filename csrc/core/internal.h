@@ -31,6 +31,7 @@ typedef struct ps__arena {
 } ps__arena;
 
 void *ps__carve(ps__arena *arena, size_t count, size_t size); /* NULL while counting */
+void *ps__carve_vector(ps__arena *arena, size_t bytes);       /* likewise, for passes over memory */
 
 /* ---- layout ---------------------------------------------------------------------------------- */
 

@@ -57,7 +57,7 @@ static void **carve_buffers(ps__arena *arena, size_t count, size_t bytes)
 {
   void **buffers = ps__carve(arena, count, sizeof(void *));
   for (size_t k = 0; k < count; ++k) {
-    void *buffer = ps__carve(arena, 1, bytes);
+    void *buffer = ps__carve_vector(arena, bytes);
     if (buffers != NULL) {
       buffers[k] = buffer;
     }
@@ -72,9 +72,9 @@ static void carve_rank(ps_leader *leader, ps__arena *arena, int rank, int slots,
   void **point = ps__carve(arena, (size_t)slots, sizeof(void *));
   void **output = ps__carve(arena, (size_t)slots, sizeof(void *));
   for (int slot = rank == 0 ? 1 : 0; slot < slots; ++slot) {
-    void *p = rank == 0 ? ps__carve(arena, 1, ps__x_bytes(&leader->layout))
+    void *p = rank == 0 ? ps__carve_vector(arena, ps__x_bytes(&leader->layout))
                         : link->ops->point(link, slot);
-    void *m = rank == 0 ? ps__carve(arena, 1, ps__m_bytes(&leader->layout))
+    void *m = rank == 0 ? ps__carve_vector(arena, ps__m_bytes(&leader->layout))
                         : link->ops->output(link, slot);
     if (point != NULL) {
       point[slot] = p;

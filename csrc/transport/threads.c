@@ -52,8 +52,8 @@ static channel *carve_channel(const ps_layout *layout, int slots, ps__arena *are
 {
   channel *shared = ps__carve(arena, 1, sizeof *shared);
   for (int slot = 0; slot < slots; ++slot) {
-    void *point = ps__carve(arena, 1, ps__x_bytes(layout));
-    void *output = ps__carve(arena, 1, ps__m_bytes(layout));
+    void *point = ps__carve_vector(arena, ps__x_bytes(layout));
+    void *output = ps__carve_vector(arena, ps__m_bytes(layout));
     if (shared != NULL) {
       shared->point[slot] = point;
       shared->output[slot] = output;
