@@ -38,8 +38,13 @@ def check_stride(max_stride: int | None) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """The one line of an exception that travels to the leader."""
-    return f"{type(error).__name__}: {error}".split("\n", 1)[0]
+    """The one line of an exception that travels to the leader, whatever its message is made of."""
+    try:
+        text = str(error).strip()
+    except Exception as worse:
+        text = f"(no message: its __str__ raised {type(worse).__name__})"
+    line = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return line.split("\n", 1)[0].encode(errors="backslashreplace").decode()
 
 
 def _serve(follower: _core.Follower, denoiser: Denoiser) -> None:
@@ -52,6 +57,23 @@ def _serve(follower: _core.Follower, denoiser: Denoiser) -> None:
         pass
     except BaseException as error:  # whatever it is, the leader is told and goes on without us
         follower.fail(describe(error))
+
+
+def _check_noise(program: _core.Program, noise: Any) -> None:
+    """One tensor a step where the program draws; their shape is checked where they are used."""
+    if noise is None:
+        if program.c.any():
+            raise _core.InvalidError("noise: the program draws noise: give it, (N, *x.shape)")
+        return
+    try:
+        steps = len(noise)
+    except TypeError:
+        kind = type(noise).__name__
+        raise _core.InvalidError(
+            f"noise: {kind}: give one tensor or a sequence of them, (N, *x.shape)"
+        ) from None
+    if steps != len(program):
+        raise _core.ShapeError(f"noise: {steps} steps where the program has {len(program)}")
 
 
 def _give_noise(leader: _core.Leader, noise: Any, given: int, step: int) -> int:
@@ -111,6 +133,9 @@ def sample(
     the fitting built-in) for arguments that do not fit, and whatever the denoiser raises on rank 0.
     """
     check_stride(max_stride)
+    if not callable(denoiser):
+        raise TypeError(f"denoiser: {type(denoiser).__name__}: must be callable as (x, step, rank)")
+    x = _core.copy(x)  # taken in once, which is all that a DLPack capsule allows
     leader = _core.Leader(
         program,
         x,
@@ -122,10 +147,7 @@ def sample(
         deadline=deadline,
         on_failure=on_failure,
     )
-    if noise is None and program.c.any():
-        raise _core.InvalidError("noise: the program draws noise: give it, (N, *x.shape)")
-    if noise is not None and len(noise) != len(program):
-        raise _core.ShapeError(f"noise: {len(noise)} steps where the program has {len(program)}")
+    _check_noise(program, noise)
     context = HostContext()
     lanes: dict[int, threading.Thread] = {}
     try:
@@ -134,7 +156,7 @@ def sample(
             lanes[rank] = context.start(
                 lambda follower=follower: _serve(follower, denoiser), f"parastep-{rank}"
             )
-        result = _run(leader, program, denoiser, _core.copy(x), noise)
+        result = _run(leader, program, denoiser, x, noise)
     finally:
         leader.finish()
     report = Report.from_core(leader.report())

@@ -65,9 +65,9 @@ class Report:
         return self.steps / self.rounds if self.rounds else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings; NaN becomes None, so that it is valid JSON."""
+        """Plain lists, numbers and strings; NaN and Inf become None, so that it is valid JSON."""
         plain = asdict(self)
-        plain["drift"] = [None if math.isnan(value) else value for value in self.drift]
+        plain["drift"] = [value if math.isfinite(value) else None for value in self.drift]
         plain["timeline"] = [record._asdict() for record in self.timeline]
         plain["failures"] = [line._asdict() for line in self.failures]
         return plain

@@ -1,7 +1,7 @@
 """Followers as threads of this process: what of the caller's context they must be given.
 
-torch keeps grad mode, inference mode, autocast and the number of intra-op threads per thread, and
-new threads inherit none of them.  Used by `api.sample` and by the hosts' adapters.
+torch keeps grad mode, inference mode, autocast and the default device per thread, and new
+threads inherit none of them.  Used by `api.sample` and by the hosts' adapters.
 """
 
 from __future__ import annotations
@@ -25,21 +25,30 @@ class HostContext:
             self.inference = self.torch.is_inference_mode_enabled()
             self.autocast = [
                 (device, self.torch.get_autocast_dtype(device))
-                for device in ("cpu", "cuda")
+                for device in ("cpu", "cuda", "mps", "xpu")
                 if self.torch.is_autocast_enabled(device)
             ]
+            self.cache = self.torch.is_autocast_cache_enabled()
+            self.device = self.torch.get_default_device()
+            self.threads = self.torch.get_num_threads()
 
     @contextlib.contextmanager
     def entered(self, intraop: int | None = None) -> Iterator[None]:
-        """Grad mode, inference mode, autocast as in the caller; `intraop` threads of torch."""
+        """The modes of the caller; `intraop` threads of torch here.
+
+        torch gives what one thread sets to threads that begin later: the number is set back.
+        """
         with contextlib.ExitStack() as stack:
             if self.torch is not None:
                 if intraop is not None:
                     self.torch.set_num_threads(intraop)
+                    stack.callback(self.torch.set_num_threads, self.threads)
+                if self.device.type != "cpu":
+                    stack.enter_context(self.device)
                 stack.enter_context(self.torch.inference_mode(self.inference))
                 stack.enter_context(self.torch.set_grad_enabled(self.grad))
                 for device, dtype in self.autocast:
-                    stack.enter_context(self.torch.autocast(device, dtype=dtype))
+                    stack.enter_context(self.torch.autocast(device, dtype, cache_enabled=self.cache))
             yield
 
     def start(

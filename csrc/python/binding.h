@@ -1,8 +1,8 @@
 /* binding.h - what the files of the CPython binding share: module state, tensors, types.
  *
  * csrc/python turns Python calls into calls of the C API and back; it holds no maths.  module.c
- * makes the module and its exceptions, program_type.c and run_type.c wrap the core's objects,
- * convert.c takes the caller's tensors in, tensor.c hands ours out.  Every function here is called
+ * makes the module and its exceptions, program_type.c, leader_type.c and follower_type.c wrap the
+ * core's objects, convert.c takes the caller's tensors in, tensor.c hands ours out.  Every function here is called
  * under the GIL unless its comment says more, and reports failure as CPython does: NULL or -1 with
  * an exception set.
  */
@@ -48,8 +48,8 @@ typedef struct psb_state {
   /* types of ours */
   PyTypeObject *tensor_type;   /* tensor.c */
   PyTypeObject *program_type;  /* program_type.c */
-  PyTypeObject *leader_type;   /* run_type.c */
-  PyTypeObject *follower_type; /* run_type.c */
+  PyTypeObject *leader_type;   /* leader_type.c */
+  PyTypeObject *follower_type; /* follower_type.c */
 
   /* names that convert.c and tensor.c look up, made once by psb_tensor_add_types */
   struct psb_names {
@@ -81,6 +81,13 @@ PyObject *psb_raise(psb_state *st, ps_status status, const char *format, ...);
 
 /* The same with the core's own words, ps_last_error(), unless an exception is set already. */
 PyObject *psb_raise_last(psb_state *st, ps_status status);
+
+/* The exception in flight, raised by code of others, becomes the cause of ours, and its words follow
+ * those of the format.  KeyboardInterrupt and its like pass as they are. */
+void psb_explain(psb_state *st, ps_status status, const char *format, ...);
+
+/* A str of the core's words.  They sit in buffers of fixed size: the last character may be cut. */
+PyObject *psb_text(const char *words);
 
 /* ---- tensors in (convert.c) ------------------------------------------------------------------ */
 
@@ -162,8 +169,9 @@ int psb_program_add_types(PyObject *module, psb_state *st);
 /* The core's program of a Program object, borrowed; NULL with TypeError for anything else. */
 ps_program *psb_program_of(psb_state *st, PyObject *obj);
 
-/* ---- runs (run_type.c) ----------------------------------------------------------------------- */
+/* ---- runs (leader_type.c, follower_type.c) --------------------------------------------------- */
 
-int psb_run_add_types(PyObject *module, psb_state *st);
+int psb_leader_add_type(PyObject *module, psb_state *st);
+int psb_follower_add_type(PyObject *module, psb_state *st);
 
 #endif

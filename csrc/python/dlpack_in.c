@@ -283,31 +283,6 @@ static int take_exchanged(psb_intake *in, const dl_exchange *api, PyObject *obj)
 
 /* ---- __dlpack__ ------------------------------------------------------------------------------ */
 
-/* The exception in flight, raised by the producer, becomes the cause of one that names the
- * argument.  KeyboardInterrupt and its like pass as they are. */
-static void explain_refusal(const psb_intake *in, PyObject *obj)
-{
-  PyObject *type, *cause, *traceback, *ours_type, *ours, *ours_traceback;
-
-  if (!PyErr_ExceptionMatches(PyExc_Exception))
-    goto out;
-  PyErr_Fetch(&type, &cause, &traceback);
-  PyErr_NormalizeException(&type, &cause, &traceback);
-  if (traceback)
-    PyException_SetTraceback(cause, traceback);
-  psb_raise(in->st, PS_INVALID, "%s cannot be read: its type %s refuses to export it: %S", in->name,
-            Py_TYPE(obj)->tp_name, cause);
-  PyErr_Fetch(&ours_type, &ours, &ours_traceback);
-  PyErr_NormalizeException(&ours_type, &ours, &ours_traceback);
-  PyException_SetContext(ours, Py_NewRef(cause));
-  PyException_SetCause(ours, cause);
-  PyErr_Restore(ours_type, ours, ours_traceback);
-  Py_DECREF(type);
-  Py_XDECREF(traceback);
-out:
-  return;
-}
-
 /* Producers older than DLPack 1.0 do not know max_version; a TypeError of another origin comes
  * again from the second call. */
 static PyObject *call_dlpack(psb_state *st, PyObject *method)
@@ -333,7 +308,8 @@ static int take_exported(psb_intake *in, PyObject *obj)
   rc = -1;
   capsule = call_dlpack(in->st, method);
   if (!capsule) {
-    explain_refusal(in, obj);
+    psb_explain(in->st, PS_INVALID, "%s cannot be read: its type %s refuses to export it", in->name,
+                Py_TYPE(obj)->tp_name);
   } else if (!PyCapsule_CheckExact(capsule)) {
     psb_raise(in->st, PS_DTYPE, "%s.__dlpack__() returned %s, not a capsule", in->name,
               Py_TYPE(capsule)->tp_name);

@@ -89,9 +89,46 @@ PyObject *psb_raise_last(psb_state *st, ps_status status)
 {
   /* An exception that a check raised while waiting (KeyboardInterrupt) is the cause, not the status. */
   if (!PyErr_Occurred()) {
-    PyErr_SetString(exception_of(st, status), ps_last_error());
+    PyObject *text = psb_text(ps_last_error());
+    if (text != NULL) {
+      PyErr_SetObject(exception_of(st, status), text);
+      Py_DECREF(text);
+    }
   }
   return NULL;
+}
+
+void psb_explain(psb_state *st, ps_status status, const char *format, ...)
+{
+  PyObject *type, *cause, *traceback, *ours_type, *ours, *ours_traceback;
+  va_list arguments;
+  if (!PyErr_ExceptionMatches(PyExc_Exception)) {
+    return;
+  }
+  PyErr_Fetch(&type, &cause, &traceback);
+  PyErr_NormalizeException(&type, &cause, &traceback);
+  if (traceback != NULL) {
+    PyException_SetTraceback(cause, traceback);
+  }
+  va_start(arguments, format);
+  PyObject *words = PyUnicode_FromFormatV(format, arguments);
+  va_end(arguments);
+  if (words != NULL) {
+    psb_raise(st, status, "%U: %S", words, cause);
+    Py_DECREF(words);
+  }
+  PyErr_Fetch(&ours_type, &ours, &ours_traceback);
+  PyErr_NormalizeException(&ours_type, &ours, &ours_traceback);
+  PyException_SetContext(ours, Py_NewRef(cause));
+  PyException_SetCause(ours, cause);
+  PyErr_Restore(ours_type, ours, ours_traceback);
+  Py_DECREF(type);
+  Py_XDECREF(traceback);
+}
+
+PyObject *psb_text(const char *words)
+{
+  return PyUnicode_DecodeUTF8(words, (Py_ssize_t)strlen(words), "replace");
 }
 
 /* ---- what was found -------------------------------------------------------------------------- */
@@ -142,7 +179,8 @@ static int module_exec(PyObject *module)
 {
   psb_state *st = PyModule_GetState(module);
   if (add_exceptions(module, st) < 0 || psb_tensor_add_types(module, st) < 0 ||
-      psb_program_add_types(module, st) < 0 || psb_run_add_types(module, st) < 0) {
+      psb_program_add_types(module, st) < 0 || psb_leader_add_type(module, st) < 0 ||
+      psb_follower_add_type(module, st) < 0) {
     return -1;
   }
   return PyModule_AddFunctions(module, psb_tensor_methods);

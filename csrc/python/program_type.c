@@ -1,6 +1,6 @@
 /* program_type.c - parastep.Program: the sampling program as a Python object.
  *
- * Made from NumPy arrays by tracing.py or by the user, or by one of the core's builders; run_type.c
+ * Made from NumPy arrays by tracing.py or by the user, or by one of the core's builders; options_in.c
  * hands it to a leader.  Immutable, so it may be shared by threads and runs.
  */
 #include "binding.h"
@@ -42,6 +42,7 @@ static int array_in(psb_state *st, PyObject *obj, const char *name, int ndim, Py
   }
   PyObject *made = PyArray_FROM_OTF(obj, NPY_DOUBLE, NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED);
   if (made == NULL) {
+    psb_explain(st, PS_INVALID, "%s: cannot be read as float64 numbers", name);
     return -1;
   }
   *array = (PyArrayObject *)made;

@@ -1,0 +1,174 @@
+/* options_in.c - what a Leader is made with: program, latent, and options by keyword.
+ *
+ * leader_type.c calls it once a run.  Each error names the argument, what was given and what may
+ * be; what only the core can judge (the tolerance, the latent's shape) is left to it.
+ */
+#include <limits.h>
+#include <string.h>
+
+#include "run.h"
+
+/* All readers leave the default where the argument was not given, obj being NULL. */
+
+static int int_in(psb_state *st, PyObject *obj, const char *name, int least, int most, int *value)
+{
+  if (obj == NULL) {
+    return 0;
+  }
+  if (!PyIndex_Check(obj)) {
+    PyErr_Format(PyExc_TypeError, "%s: %R: must be an integer", name, obj);
+    return -1;
+  }
+  PyObject *number = PyNumber_Index(obj);
+  if (number == NULL) {
+    return -1;
+  }
+  int overflow;
+  long found = PyLong_AsLongAndOverflow(number, &overflow);
+  Py_DECREF(number);
+  if (found == -1 && PyErr_Occurred()) {
+    return -1;
+  }
+  if (overflow || found < least || found > most) {
+    if (most == INT_MAX) {
+      psb_raise(st, PS_INVALID, "%s: %R: must be %d or above", name, obj, least);
+    } else {
+      psb_raise(st, PS_INVALID, "%s: %R: must be from %d to %d", name, obj, least, most);
+    }
+    return -1;
+  }
+  *value = (int)found;
+  return 0;
+}
+
+static int real_in(PyObject *obj, const char *name, double *value)
+{
+  if (obj == NULL) {
+    return 0;
+  }
+  double found = PyFloat_AsDouble(obj);
+  if (found == -1.0 && PyErr_Occurred()) {
+    if (PyErr_ExceptionMatches(PyExc_TypeError)) {
+      PyErr_Format(PyExc_TypeError, "%s: %R: must be a number", name, obj);
+    }
+    return -1;
+  }
+  *value = found;
+  return 0;
+}
+
+/* The index of a string among two. */
+static int choice_in(psb_state *st, PyObject *obj, const char *name, const char *const *choices,
+                     int *value)
+{
+  for (int k = 0; obj != NULL && PyUnicode_Check(obj) && k < 2; ++k) {
+    if (PyUnicode_CompareWithASCIIString(obj, choices[k]) == 0) {
+      *value = k;
+      return 0;
+    }
+  }
+  if (obj == NULL) {
+    return 0;
+  }
+  psb_raise(st, PS_INVALID, "%s: %R: must be '%s' or '%s'", name, obj, choices[0], choices[1]);
+  return -1;
+}
+
+/* Seconds above 0.  What is longer than a life is as good as none, and fits the clock. */
+static int deadline_in(psb_state *st, PyObject *obj, int64_t *deadline_ns)
+{
+  const double most = 1e9;
+  double seconds = 0.0;
+  *deadline_ns = 0;
+  if (obj == NULL || obj == Py_None) {
+    return 0;
+  }
+  if (real_in(obj, "deadline", &seconds) < 0) {
+    return -1;
+  }
+  if (!(seconds > 0.0)) {
+    psb_raise(st, PS_INVALID,
+              "deadline: %R: must be seconds above 0, or None for the default rule (60 s or ten "
+              "times the longest forward)",
+              obj);
+    return -1;
+  }
+  double ns = (seconds < most ? seconds : most) * 1e9;
+  *deadline_ns = ns > 1.0 ? (int64_t)ns : 1;
+  return 0;
+}
+
+/* None, or a sequence with a number for every rank. */
+static int slots_in(psb_state *st, PyObject *obj, int ranks, int *slots)
+{
+  for (int rank = 0; rank < ranks; ++rank) {
+    slots[rank] = 1;
+  }
+  if (obj == NULL || obj == Py_None) {
+    return 0;
+  }
+  PyObject *fast = PySequence_Fast(obj, "slots: a sequence of integers, one a rank, is needed");
+  if (fast == NULL) {
+    return -1;
+  }
+  int failed = 0;
+  if (PySequence_Fast_GET_SIZE(fast) != ranks) {
+    psb_raise(st, PS_INVALID, "slots: %zd numbers for %d ranks", PySequence_Fast_GET_SIZE(fast),
+              ranks);
+    failed = -1;
+  }
+  for (int rank = 0; failed == 0 && rank < ranks; ++rank) {
+    failed =
+        int_in(st, PySequence_Fast_GET_ITEM(fast, rank), "slots", 1, PS_SLOTS_MAX, &slots[rank]);
+  }
+  Py_DECREF(fast);
+  return failed;
+}
+
+typedef struct keywords {
+  PyObject *program, *x, *ranks, *slots, *tolerance, *policy, *order, *warmup, *deadline,
+      *on_failure;
+} keywords;
+
+static int keywords_in(PyObject *args, PyObject *kwargs, keywords *given)
+{
+  static char *names[] = {"program", "x",      "ranks",    "slots",      "tolerance", "policy",
+                          "order",   "warmup", "deadline", "on_failure", NULL};
+  *given = (keywords){0};
+  return PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOOOO:Leader", names, &given->program,
+                                     &given->x, &given->ranks, &given->slots, &given->tolerance,
+                                     &given->policy, &given->order, &given->warmup,
+                                     &given->deadline, &given->on_failure)
+             ? 0
+             : -1;
+}
+
+int psb__order_in(psb_state *st, PyObject *args, PyObject *kwargs, psb_order *order)
+{
+  static const char *const policies[] = {"verified", "paper"};
+  static const char *const reactions[] = {"continue", "raise"};
+  ps_options *options = &order->options;
+  int policy = 0;
+  keywords given;
+  if (keywords_in(args, kwargs, &given) < 0) {
+    return -1;
+  }
+  order->program = psb_program_of(st, given.program);
+  order->x = given.x;
+  order->ranks = 1;
+  ps_options_init(options);
+  options->check = psb__check_signals;
+  if (order->program == NULL ||
+      int_in(st, given.ranks, "ranks", 1, PS_RANKS_MAX, &order->ranks) < 0 ||
+      slots_in(st, given.slots, order->ranks, order->slots) < 0 ||
+      real_in(given.tolerance, "tolerance", &options->tolerance) < 0 ||
+      choice_in(st, given.policy, "policy", policies, &policy) < 0 ||
+      int_in(st, given.order, "order", 0, 1, &options->order) < 0 ||
+      int_in(st, given.warmup, "warmup", 1, INT_MAX, &options->warmup) < 0 ||
+      deadline_in(st, given.deadline, &options->deadline_ns) < 0 ||
+      choice_in(st, given.on_failure, "on_failure", reactions, &options->raise_on_loss) < 0) {
+    return -1;
+  }
+  options->policy = policy == 0 ? PS_VERIFIED : PS_PAPER;
+  return 0;
+}
