@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from . import _core
@@ -153,9 +154,8 @@ def sample(
     try:
         for rank in range(1, ranks):
             follower = leader.follower(rank)
-            lanes[rank] = context.start(
-                lambda follower=follower: _serve(follower, denoiser), f"parastep-{rank}"
-            )
+            serve = partial(_serve, follower, denoiser)
+            lanes[rank] = context.start(serve, f"parastep-{rank}")
         result = _run(leader, program, denoiser, x, noise)
     finally:
         leader.finish()

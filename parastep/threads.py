@@ -48,7 +48,8 @@ class HostContext:
                 stack.enter_context(self.torch.inference_mode(self.inference))
                 stack.enter_context(self.torch.set_grad_enabled(self.grad))
                 for device, dtype in self.autocast:
-                    stack.enter_context(self.torch.autocast(device, dtype, cache_enabled=self.cache))
+                    again = self.torch.autocast(device, dtype, cache_enabled=self.cache)
+                    stack.enter_context(again)
             yield
 
     def start(
