@@ -54,9 +54,8 @@ def _serve(follower: _core.Follower, denoiser: Denoiser) -> None:
         while (work := follower.next()) is not None:
             outputs = [denoiser(point, step, follower.rank) for step, point in work]
             follower.submit(outputs)
-    except _core.AbandonedError:
-        pass
-    except BaseException as error:  # whatever it is, the leader is told and goes on without us
+    except BaseException as error:
+        # Whatever it is, the leader is told and goes on without us, if it has not done so already.
         follower.fail(describe(error))
 
 
@@ -75,6 +74,9 @@ def _check_noise(program: _core.Program, noise: Any) -> None:
         ) from None
     if steps != len(program):
         raise _core.ShapeError(f"noise: {steps} steps where the program has {len(program)}")
+    for step in range(steps):
+        if noise[step] is None:  # which the core takes for no noise
+            raise _core.DtypeError(f"noise: None at step {step}: a tensor is needed for every step")
 
 
 def _give_noise(leader: _core.Leader, noise: Any, given: int, step: int) -> int:

@@ -188,14 +188,14 @@ static PyObject *get_rank(PyObject *obj, void *unused)
 
 static PyMethodDef methods[] = {
     {"next", follower_next, METH_NOARGS,
-     "next()\n--\n\n"
+     "next($self)\n--\n\n"
      "Waits for work: [(step, point), ...] with fresh tensors, or None when the run is over."},
     {"submit", KEYWORDS(follower_submit), METH_VARARGS | METH_KEYWORDS,
-     "submit(outputs, points=None, began_ns=0)\n--\n\n"
+     "submit($self, outputs, points=None, began_ns=0)\n--\n\n"
      "One output a step of the work; points: where they were really evaluated, if the host moved\n"
      "them.  Raises AbandonedError where the leader went on without this rank."},
     {"fail", follower_fail, METH_O,
-     "fail(reason)\n--\n\nThis rank cannot evaluate; it is left out."},
+     "fail($self, reason, /)\n--\n\nThis rank cannot evaluate; it is left out."},
     {NULL, NULL, 0, NULL},
 };
 

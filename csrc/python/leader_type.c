@@ -433,34 +433,38 @@ static PyObject *leader_follower(PyObject *obj, PyObject *arg)
 
 static PyMethodDef methods[] = {
     {"ask", KEYWORDS(leader_ask), METH_VARARGS | METH_KEYWORDS,
-     "ask(step, x, m_out=None)\n--\n\n"
+     "ask($self, step, x, m_out=None)\n--\n\n"
      "The host is at this step with the true latent x.  True: m_out holds the answer, no model "
      "run.\n"
      "False: evaluate and submit; followers are already at work.  Without m_out always False."},
     {"amend", KEYWORDS(leader_amend), METH_VARARGS | METH_KEYWORDS,
-     "amend(x, m_out=None)\n--\n\n"
+     "amend($self, x, m_out=None)\n--\n\n"
      "The latent of the present step turns out to be x.  After an answer m_out is rebased to it "
      "and\n"
      "the drift there returned; before submit x replaces the one asked with (NaN is returned)."},
     {"submit", KEYWORDS(leader_submit), METH_VARARGS | METH_KEYWORDS,
-     "submit(m, began_ns=0)\n--\n\nThe leader's own output; gathers the followers'."},
+     "submit($self, m, began_ns=0)\n--\n\nThe leader's own output; gathers the followers'."},
     {"noise", KEYWORDS(leader_noise), METH_VARARGS | METH_KEYWORDS,
-     "noise(step, z)\n--\n\nNoise of a step below horizon, for guesses that pass it; copied."},
+     "noise($self, step, z)\n--\n\nNoise of a step below horizon, for guesses that pass it; "
+     "copied."},
     {"advance", KEYWORDS(leader_advance), METH_VARARGS | METH_KEYWORDS,
-     "advance(z=None)\n--\n\nx_{j+1} by the program's row, as a fresh tensor."},
+     "advance($self, z=None)\n--\n\nx_{j+1} by the program's row, as a fresh tensor."},
     {"output", leader_output, METH_NOARGS,
-     "output()\n--\n\nA fresh tensor for ask to write an answer into."},
+     "output($self)\n--\n\nA fresh tensor for ask to write an answer into."},
     {"work", leader_work, METH_NOARGS,
-     "work()\n--\n\n[(step, point), ...] beside x: the guesses of the leader's further slots."},
-    {"fill", leader_fill, METH_O, "fill(outputs)\n--\n\nTheir outputs, before submit."},
-    {"stop", leader_stop, METH_O, "stop(reason)\n--\n\nFrom here on the host evaluates alone."},
+     "work($self)\n--\n\n[(step, point), ...] beside x: the guesses of the leader's further "
+     "slots."},
+    {"fill", leader_fill, METH_O, "fill($self, outputs, /)\n--\n\nTheir outputs, before submit."},
+    {"stop", leader_stop, METH_O,
+     "stop($self, reason, /)\n--\n\nFrom here on the host evaluates alone."},
     {"leave_out", leader_leave_out, METH_VARARGS,
-     "leave_out(rank, reason)\n--\n\nGoes on without this rank, as if it had failed."},
+     "leave_out($self, rank, reason, /)\n--\n\nGoes on without this rank, as if it had failed."},
     {"finish", leader_finish, METH_NOARGS,
-     "finish()\n--\n\nTells all followers to leave; twice is fine."},
+     "finish($self)\n--\n\nTells all followers to leave; twice is fine."},
     {"report", leader_report, METH_NOARGS,
-     "report()\n--\n\nCounters, drift, timeline and failures, as a dict."},
-    {"follower", leader_follower, METH_O, "follower(rank)\n--\n\nThe other end, taken once."},
+     "report($self)\n--\n\nCounters, drift, timeline and failures, as a dict."},
+    {"follower", leader_follower, METH_O,
+     "follower($self, rank, /)\n--\n\nThe other end, taken once."},
     {NULL, NULL, 0, NULL},
 };
 

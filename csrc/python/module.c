@@ -166,10 +166,11 @@ static PyObject *core_copy(PyObject *module, PyObject *x)
 }
 
 static PyMethodDef methods[] = {
-    {"copy", core_copy, METH_O, "copy(x)\n--\n\nA contiguous copy of a tensor, of the same kind."},
+    {"copy", core_copy, METH_O, "copy($module, x, /)\n--\n\nA contiguous copy of a tensor, of the same kind."},
     {"build_info", core_build_info, METH_NOARGS,
-     "Version, backends and transports of this build, as a dict."},
-    {"now_ns", core_now_ns, METH_NOARGS, "The monotonic clock of began_ns and the timeline, in ns."},
+     "build_info($module)\n--\n\nVersion, backends and transports of this build, as a dict."},
+    {"now_ns", core_now_ns, METH_NOARGS, 
+     "now_ns($module)\n--\n\nThe monotonic clock of began_ns and the timeline, in ns."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -654,14 +654,14 @@ out:
 
 PyMethodDef psb_tensor_methods[] = {
     {"_roundtrip", WITH_KEYWORDS(probe_roundtrip), METH_VARARGS | METH_KEYWORDS,
-     PyDoc_STR("_roundtrip(tensor, /, writable=False, name='x')\n--\n\n"
+     PyDoc_STR("_roundtrip($module, tensor, /, writable=False, name='x')\n--\n\n"
                "A Tensor with a copy of the elements.  With writable the tensor itself is zeroed "
                "afterwards.  For tests.")},
     {"_like", WITH_KEYWORDS(probe_like), METH_VARARGS | METH_KEYWORDS,
-     PyDoc_STR("_like(tensor, /, dtype=None)\n--\n\n"
+     PyDoc_STR("_like($module, tensor, /, dtype=None)\n--\n\n"
                "A copy of the same kind; zeros where another dtype is named.  For tests.")},
     {"_view", WITH_KEYWORDS(probe_view), METH_VARARGS | METH_KEYWORDS,
-     PyDoc_STR("_view(tensor, /, writable=False)\n--\n\n"
+     PyDoc_STR("_view($module, tensor, /, writable=False)\n--\n\n"
                "(address, dtype, count, ndim, readonly, copied) of what the core would read.  For "
                "tests.")},
     {NULL, NULL, 0, NULL},
