@@ -1,26 +1,19 @@
-/* tensor.c - tensors that the binding hands out: our own Tensor, or one of the caller's kind.
+/* tensor.c - our own Tensor: its memory, its Python type, its buffer.
  *
  * The types of program and runs call psb_tensor_new and psb_tensor_like for every result and for
  * what a denoiser is given.  Memory sits in a block that counts its users, so that a consumer on
  * any thread lets go of it without the GIL, also when Python is gone.
  */
 #define PSB_IMPORT_NUMPY
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "intake.h"
-
+#include "tensor.h"
 /* ---- memory ---------------------------------------------------------------------------------- */
 
 enum { ALIGNMENT = 64 }; /* a cache line; JAX copies what is aligned to less */
 
-typedef struct block {
-  atomic_size_t users;
-  void *data; /* aligned, behind this header */
-} block;
-
-static block *block_new(size_t bytes, const void *data)
+block *psb__block_new(size_t bytes, const void *data)
 {
   block *made = NULL;
   uintptr_t address;
@@ -39,32 +32,20 @@ static block *block_new(size_t bytes, const void *data)
   return made;
 }
 
-static block *block_retain(block *shared)
+block *psb__block_retain(block *shared)
 {
   atomic_fetch_add_explicit(&shared->users, 1, memory_order_relaxed);
   return shared;
 }
 
 /* The last user frees: it must see what the others wrote before they let go. */
-static void block_release(block *shared)
+void psb__block_release(block *shared)
 {
   if (atomic_fetch_sub_explicit(&shared->users, 1, memory_order_acq_rel) == 1)
     free(shared);
 }
 
 /* ---- the Tensor type ------------------------------------------------------------------------- */
-
-/* Nothing in it changes after creation and it refers to no object but its type, so it needs neither
- * a lock nor the garbage collector. */
-typedef struct tensor {
-  PyObject head;
-  block *block;
-  ps_dtype dtype;
-  int ndim;
-  size_t count;
-  Py_ssize_t shape[PSB_DIMS_MAX];
-  Py_ssize_t strides[PSB_DIMS_MAX]; /* bytes */
-} tensor;
 
 const char *psb_dtype_name(ps_dtype dtype)
 {
@@ -81,7 +62,7 @@ const char *psb_dtype_name(ps_dtype dtype)
 }
 
 /* Elements of a shape that the binding itself computed; an error is raised all the same. */
-static int check_shape(psb_state *st, ps_dtype dtype, int ndim, const int64_t *shape, size_t *count)
+int psb__check_shape(psb_state *st, ps_dtype dtype, int ndim, const int64_t *shape, size_t *count)
 {
   int rc = -1;
 
@@ -104,14 +85,14 @@ PyObject *psb_tensor_new(psb_state *st, ps_dtype dtype, int ndim, const int64_t 
   size_t count;
   Py_ssize_t stride = (Py_ssize_t)ps_dtype_size(dtype);
 
-  if (check_shape(st, dtype, ndim, shape, &count) < 0)
+  if (psb__check_shape(st, dtype, ndim, shape, &count) < 0)
     goto out;
-  memory = block_new(count * ps_dtype_size(dtype), data);
+  memory = psb__block_new(count * ps_dtype_size(dtype), data);
   if (!memory)
     goto out;
   self = PyObject_New(tensor, st->tensor_type);
   if (!self) {
-    block_release(memory);
+    psb__block_release(memory);
     goto out;
   }
   self->block = memory;
@@ -131,7 +112,7 @@ static void tensor_dealloc(PyObject *obj)
 {
   PyTypeObject *type = Py_TYPE(obj);
 
-  block_release(((tensor *)obj)->block);
+  psb__block_release(((tensor *)obj)->block);
   type->tp_free(obj);
   Py_DECREF(type);
 }
@@ -177,14 +158,14 @@ static PyObject *tensor_get_ndim(PyObject *obj, void *Py_UNUSED(closure))
   return PyLong_FromLong(((tensor *)obj)->ndim);
 }
 
-static size_t tensor_bytes(const tensor *self)
+size_t psb__tensor_bytes(const tensor *self)
 {
   return self->count * ps_dtype_size(self->dtype);
 }
 
 static PyObject *tensor_get_nbytes(PyObject *obj, void *Py_UNUSED(closure))
 {
-  return PyLong_FromSize_t(tensor_bytes((tensor *)obj));
+  return PyLong_FromSize_t(psb__tensor_bytes((tensor *)obj));
 }
 
 static PyObject *tensor_repr(PyObject *obj)
@@ -242,7 +223,7 @@ static int tensor_get_buffer(PyObject *obj, Py_buffer *buffer, int flags)
   }
   buffer->buf = self->block->data;
   buffer->obj = Py_NewRef(obj);
-  buffer->len = (Py_ssize_t)tensor_bytes(self);
+  buffer->len = (Py_ssize_t)psb__tensor_bytes(self);
   buffer->itemsize = (Py_ssize_t)ps_dtype_size(self->dtype);
   buffer->readonly = 0;
   buffer->ndim = shaped ? self->ndim : 1;
@@ -256,424 +237,13 @@ out:
   return rc;
 }
 
-/* ---- DLPack out ------------------------------------------------------------------------------ */
-
-/* What a consumer gets: a managed tensor of either kind, with room for what it points to. */
-typedef struct exported {
-  union {
-    dl_managed old;
-    dl_versioned versioned;
-  } managed; /* first, so that the address of a managed tensor is that of its exported */
-  block *block;
-  int64_t shape[PSB_DIMS_MAX];
-  int64_t strides[PSB_DIMS_MAX]; /* elements */
-} exported;
-
-static void export_free(exported *self)
-{
-  block_release(self->block);
-  free(self);
-}
-
-static void delete_old(dl_managed *managed)
-{
-  export_free((exported *)managed);
-}
-
-static void delete_versioned(dl_versioned *managed)
-{
-  export_free((exported *)managed);
-}
-
-static void describe(const tensor *self, exported *out, dl_tensor *described)
-{
-  int64_t element = (int64_t)ps_dtype_size(self->dtype);
-
-  for (int d = 0; d < self->ndim; d++) {
-    out->shape[d] = self->shape[d];
-    out->strides[d] = self->strides[d] / element;
-  }
-  *described = (dl_tensor){
-      .data = self->count > 0 ? out->block->data : NULL,
-      .device = {.type = DL_CPU, .id = 0},
-      .ndim = self->ndim,
-      .dtype = {.code = self->dtype == PS_BF16 ? DL_BFLOAT : DL_FLOAT,
-                .bits = (uint8_t)(8 * element),
-                .lanes = 1},
-      .shape = out->shape,
-      .strides = out->strides,
-  };
-}
-
-/* A managed tensor on self's memory, or on a copy of it.  The caller owns it. */
-static exported *export_new(const tensor *self, bool versioned, bool copy)
-{
-  exported *out = calloc(1, sizeof *out);
-
-  if (!out) {
-    PyErr_NoMemory();
-    goto out;
-  }
-  out->block = copy ? block_new(tensor_bytes(self), self->block->data) : block_retain(self->block);
-  if (!out->block)
-    goto fail_export;
-  if (versioned) {
-    out->managed.versioned.version = (dl_version){.major = DL_MAJOR, .minor = DL_MINOR};
-    out->managed.versioned.deleter = delete_versioned;
-    out->managed.versioned.flags = copy ? DL_IS_COPIED : 0;
-    describe(self, out, &out->managed.versioned.tensor);
-  } else {
-    out->managed.old.deleter = delete_old;
-    describe(self, out, &out->managed.old.tensor);
-  }
-  goto out;
-
-fail_export:
-  free(out);
-  out = NULL;
-out:
-  return out;
-}
-
-/* A consumer renames the capsule and runs the deleter itself; otherwise it falls to us. */
-static void capsule_destroy(PyObject *capsule)
-{
-  const char *name = PyCapsule_GetName(capsule);
-
-  if (name && (strcmp(name, "dltensor_versioned") == 0 || strcmp(name, "dltensor") == 0))
-    export_free(PyCapsule_GetPointer(capsule, name));
-}
-
-static PyObject *export_capsule(const tensor *self, bool versioned, bool copy)
-{
-  const char *name = versioned ? "dltensor_versioned" : "dltensor";
-  exported *out = export_new(self, versioned, copy);
-  PyObject *capsule = NULL;
-
-  if (out) {
-    capsule = PyCapsule_New(out, name, capsule_destroy);
-    if (!capsule)
-      export_free(out);
-  }
-  return capsule;
-}
-
-/* A pair of integers, as DLPack writes versions and devices; enumerations are integers too. */
-static int read_pair(PyObject *obj, const char *name, long *first, long *second)
-{
-  int rc = -1;
-
-  if (!PyTuple_Check(obj) || PyTuple_GET_SIZE(obj) != 2) {
-    PyErr_Format(PyExc_TypeError, "%s must be None or a tuple of two integers", name);
-    goto out;
-  }
-  *first = PyLong_AsLong(PyTuple_GET_ITEM(obj, 0));
-  if (*first == -1 && PyErr_Occurred())
-    goto out;
-  *second = PyLong_AsLong(PyTuple_GET_ITEM(obj, 1));
-  if (*second == -1 && PyErr_Occurred())
-    goto out;
-  rc = 0;
-out:
-  return rc;
-}
-
-/* The memory is the CPU's and no work is pending on it.  A stream of -1 says "do not wait". */
-static int check_place(PyObject *stream, PyObject *device)
-{
-  long type = DL_CPU, id = 0;
-  int rc = -1;
-
-  if (device != Py_None && read_pair(device, "dl_device", &type, &id) < 0)
-    goto out;
-  if (type != DL_CPU || id != 0) {
-    PyErr_SetString(PyExc_BufferError, "the tensor lies on the CPU and is exported only there");
-    goto out;
-  }
-  if (stream != Py_None && !(PyLong_Check(stream) && PyLong_AsLong(stream) == -1)) {
-    if (!PyErr_Occurred())
-      PyErr_SetString(PyExc_BufferError, "stream must be None for a tensor on the CPU");
-    goto out;
-  }
-  rc = 0;
-out:
-  return rc;
-}
-
-static PyObject *tensor_dlpack(PyObject *obj, PyObject *args, PyObject *kwargs)
-{
-  static char *keywords[] = {"stream", "max_version", "dl_device", "copy", NULL};
-  PyObject *stream = Py_None, *max_version = Py_None, *device = Py_None, *copy = Py_None;
-  PyObject *capsule = NULL;
-  long major = 0, minor = 0;
-  int copied;
-
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOO:__dlpack__", keywords, &stream,
-                                   &max_version, &device, &copy))
-    goto out;
-  if (max_version != Py_None && read_pair(max_version, "max_version", &major, &minor) < 0)
-    goto out;
-  if (check_place(stream, device) < 0)
-    goto out;
-  copied = PyObject_IsTrue(copy); /* None and False share the memory */
-  if (copied >= 0)
-    capsule = export_capsule((tensor *)obj, major >= DL_MAJOR, copied);
-out:
-  return capsule;
-}
-
-static PyObject *tensor_dlpack_device(PyObject *Py_UNUSED(obj), PyObject *Py_UNUSED(ignored))
-{
-  return Py_BuildValue("(ii)", DL_CPU, 0);
-}
-
-/* ---- one of the caller's kind ---------------------------------------------------------------- */
-
-/* NumPy's description of a dtype.  bfloat16 is that of `like`, or of ml_dtypes where it is
- * installed. */
-static PyArray_Descr *numpy_descr(psb_state *st, PyArrayObject *like, ps_dtype dtype)
-{
-  PyArray_Descr *descr = NULL;
-  PyObject *module = NULL, *scalar = NULL;
-
-  if (dtype == PS_F32) {
-    descr = PyArray_DescrFromType(NPY_FLOAT);
-  } else if (dtype == PS_F16) {
-    descr = PyArray_DescrFromType(NPY_HALF);
-  } else if (dtype == PS_F64) {
-    descr = PyArray_DescrFromType(NPY_DOUBLE);
-  } else if (psb__numpy_dtype(PyArray_DESCR(like)) == PS_BF16) {
-    descr = PyArray_DESCR(like);
-    Py_INCREF(descr);
-  } else {
-    module = PyImport_ImportModule("ml_dtypes");
-    scalar = module ? PyObject_GetAttrString(module, "bfloat16") : NULL;
-    if (!scalar || PyArray_DescrConverter(scalar, &descr) == NPY_FAIL)
-      psb_raise(st, PS_DTYPE, "NumPy has no bfloat16; install ml_dtypes or give torch tensors");
-  }
-  Py_XDECREF(scalar);
-  Py_XDECREF(module);
-  return descr;
-}
-
-static PyObject *numpy_like(psb_state *st, PyArrayObject *like, ps_dtype dtype, int ndim,
-                            const int64_t *shape, const void *data, void **writable)
-{
-  PyObject *array = NULL;
-  PyArray_Descr *descr = NULL;
-  npy_intp sizes[PSB_DIMS_MAX];
-  size_t count;
-
-  if (check_shape(st, dtype, ndim, shape, &count) < 0)
-    goto out;
-  for (int d = 0; d < ndim; d++)
-    sizes[d] = (npy_intp)shape[d];
-  descr = numpy_descr(st, like, dtype);
-  if (!descr)
-    goto out;
-  array = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, sizes, NULL, NULL, 0, NULL); /* steals */
-  if (!array)
-    goto out;
-  if (data)
-    memcpy(PyArray_DATA((PyArrayObject *)array), data, count * ps_dtype_size(dtype));
-  if (writable)
-    *writable = PyArray_DATA((PyArrayObject *)array);
-out:
-  return array;
-}
-
-/* The table's function takes the managed tensor over, also where it fails. */
-static PyObject *through_exchange(psb_state *st, const dl_exchange *api, const tensor *ours)
-{
-  exported *out = export_new(ours, true, false);
-  void *object = NULL;
-
-  if (out && (api->managed_to_object(&out->managed.versioned, &object) < 0 || !object)) {
-    object = NULL;
-    if (!PyErr_Occurred())
-      psb_raise(st, PS_INVALID, "the tensor's library failed to take in a result");
-  }
-  return object;
-}
-
-/* The from_dlpack that belongs to a tensor: of its array namespace, else of the package that
- * defines its type.  1 found, 0 none, -1 error. */
-static int find_from_dlpack(psb_state *st, PyObject *like, PyObject **function)
-{
-  PyObject *accessor = NULL, *space = NULL, *path = NULL, *package = NULL;
-  int rc = psb__lookup(like, st->names.array_namespace, &accessor);
-
-  if (rc > 0) {
-    space = PyObject_CallNoArgs(accessor);
-    rc = space ? 1 : -1;
-  } else if (rc == 0) {
-    rc = psb__lookup((PyObject *)Py_TYPE(like), st->names.module, &path);
-    if (rc > 0 && PyUnicode_Check(path)) {
-      Py_ssize_t dot = PyUnicode_FindChar(path, '.', 0, PyUnicode_GET_LENGTH(path), 1);
-      package = PyUnicode_Substring(path, 0, dot < 0 ? PyUnicode_GET_LENGTH(path) : dot);
-      space = package ? PyImport_GetModule(package) : NULL;
-      rc = space ? 1 : PyErr_Occurred() ? -1 : 0;
-    }
-  }
-  if (rc > 0)
-    rc = psb__lookup(space, st->names.from_dlpack, function);
-  Py_XDECREF(package);
-  Py_XDECREF(path);
-  Py_XDECREF(space);
-  Py_XDECREF(accessor);
-  return rc;
-}
-
-/* ours as the caller's library sees it; ours itself where the library has no way in, or where it
- * copied and the caller wants to write. */
-static PyObject *through_module(psb_state *st, PyObject *like, tensor *ours, bool shared)
-{
-  PyObject *function = NULL, *theirs = NULL;
-  int found = find_from_dlpack(st, like, &function);
-
-  if (found > 0)
-    theirs = PyObject_CallOneArg(function, (PyObject *)ours);
-  else if (found == 0)
-    theirs = Py_NewRef((PyObject *)ours);
-  if (theirs && shared && atomic_load(&ours->block->users) < 2)
-    Py_SETREF(theirs, Py_NewRef((PyObject *)ours));
-  Py_XDECREF(function);
-  return theirs;
-}
-
-PyObject *psb_tensor_like(psb_state *st, PyObject *like, ps_dtype dtype, int ndim,
-                          const int64_t *shape, const void *data, void **writable)
-{
-  const dl_exchange *api;
-  PyObject *ours = NULL, *result = NULL;
-
-  if (PyArray_Check(like)) {
-    result = numpy_like(st, (PyArrayObject *)like, dtype, ndim, shape, data, writable);
-    goto out;
-  }
-  ours = psb_tensor_new(st, dtype, ndim, shape, data);
-  if (!ours)
-    goto out;
-  api = psb__exchange(st, like);
-  if (api)
-    result = through_exchange(st, api, (tensor *)ours);
-  else if (Py_IS_TYPE(like, st->tensor_type))
-    result = Py_NewRef(ours);
-  else
-    result = through_module(st, like, (tensor *)ours, writable != NULL);
-  if (result && writable)
-    *writable = psb_tensor_data(ours);
-out:
-  Py_XDECREF(ours);
-  return result;
-}
-
-/* ---- private functions for tests ------------------------------------------------------------- */
-
-static int read_dtype(psb_state *st, const char *name, ps_dtype *dtype)
-{
-  *dtype = PS_NONE;
-  for (ps_dtype known = PS_F32; known <= PS_F64; known++)
-    if (strcmp(name, psb_dtype_name(known)) == 0)
-      *dtype = known;
-  if (*dtype == PS_NONE)
-    psb_raise(st, PS_DTYPE, "unknown dtype '%s'", name);
-  return *dtype == PS_NONE ? -1 : 0;
-}
-
-static PyObject *probe_roundtrip(PyObject *module, PyObject *args, PyObject *kwargs)
-{
-  static char *keywords[] = {"", "writable", "name", NULL};
-  psb_state *st = PyModule_GetState(module);
-  const char *name = "x";
-  PyObject *obj, *result = NULL;
-  psb_view view = {0};
-  int writable = 0;
-
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|ps:_roundtrip", keywords, &obj, &writable,
-                                   &name) ||
-      psb_view_from(st, obj, name, writable ? PSB_WRITABLE : PSB_READ, &view) < 0)
-    goto out;
-  result = psb_tensor_new(st, view.dtype, view.ndim, view.shape, view.data);
-  if (result && writable && view.count > 0)
-    memset(view.data, 0, view.bytes);
-out:
-  psb_view_release(&view);
-  return result;
-}
-
-static PyObject *probe_like(PyObject *module, PyObject *args, PyObject *kwargs)
-{
-  static char *keywords[] = {"", "dtype", NULL};
-  psb_state *st = PyModule_GetState(module);
-  const char *name = NULL;
-  PyObject *obj, *result = NULL;
-  psb_view view = {0};
-  ps_dtype dtype;
-  void *memory;
-
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|z:_like", keywords, &obj, &name) ||
-      psb_view_from(st, obj, "x", PSB_READ, &view) < 0)
-    goto out;
-  dtype = view.dtype;
-  if (name && read_dtype(st, name, &dtype) < 0)
-    goto out;
-  /* Another dtype comes out as zeros, written after the tensor was made. */
-  result = psb_tensor_like(st, obj, dtype, view.ndim, view.shape,
-                           dtype == view.dtype ? view.data : NULL, &memory);
-  if (result && dtype != view.dtype)
-    memset(memory, 0, view.count * ps_dtype_size(dtype));
-out:
-  psb_view_release(&view);
-  return result;
-}
-
-static PyObject *probe_view(PyObject *module, PyObject *args, PyObject *kwargs)
-{
-  static char *keywords[] = {"", "writable", NULL};
-  psb_state *st = PyModule_GetState(module);
-  PyObject *obj, *result = NULL, *address = NULL;
-  psb_view view = {0};
-  int writable = 0;
-
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|p:_view", keywords, &obj, &writable) ||
-      psb_view_from(st, obj, "x", writable ? PSB_WRITABLE : PSB_READ, &view) < 0)
-    goto out;
-  address = PyLong_FromVoidPtr(view.data);
-  if (address)
-    result = Py_BuildValue("(OsniOO)", address, psb_dtype_name(view.dtype), (Py_ssize_t)view.count,
-                           view.ndim, view.readonly ? Py_True : Py_False,
-                           view.copied ? Py_True : Py_False);
-out:
-  Py_XDECREF(address);
-  psb_view_release(&view);
-  return result;
-}
-
-#define WITH_KEYWORDS(function) ((PyCFunction)(void (*)(void))(function))
-
-PyMethodDef psb_tensor_methods[] = {
-    {"_roundtrip", WITH_KEYWORDS(probe_roundtrip), METH_VARARGS | METH_KEYWORDS,
-     PyDoc_STR("_roundtrip($module, tensor, /, writable=False, name='x')\n--\n\n"
-               "A Tensor with a copy of the elements.  With writable the tensor itself is zeroed "
-               "afterwards.  For tests.")},
-    {"_like", WITH_KEYWORDS(probe_like), METH_VARARGS | METH_KEYWORDS,
-     PyDoc_STR("_like($module, tensor, /, dtype=None)\n--\n\n"
-               "A copy of the same kind; zeros where another dtype is named.  For tests.")},
-    {"_view", WITH_KEYWORDS(probe_view), METH_VARARGS | METH_KEYWORDS,
-     PyDoc_STR("_view($module, tensor, /, writable=False)\n--\n\n"
-               "(address, dtype, count, ndim, readonly, copied) of what the core would read.  For "
-               "tests.")},
-    {NULL, NULL, 0, NULL},
-};
-
 /* ---- making the type ------------------------------------------------------------------------- */
 
 static PyMethodDef tensor_methods[] = {
-    {"__dlpack__", WITH_KEYWORDS(tensor_dlpack), METH_VARARGS | METH_KEYWORDS,
+    {"__dlpack__", WITH_KEYWORDS(psb__tensor_dlpack), METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("__dlpack__($self, /, *, stream=None, max_version=None, dl_device=None, copy=None)\n"
                "--\n\nA DLPack capsule on the tensor's memory, or on a copy of it.")},
-    {"__dlpack_device__", tensor_dlpack_device, METH_NOARGS,
+    {"__dlpack_device__", psb__tensor_dlpack_device, METH_NOARGS,
      PyDoc_STR("__dlpack_device__($self, /)\n--\n\n(1, 0), the CPU.")},
     {NULL, NULL, 0, NULL},
 };
