@@ -1,8 +1,9 @@
-"""`python -m parastep.demo`: one generation sequentially and with parastep, in figures and a picture.
+"""`python -m parastep.demo`: one generation sequentially and with parastep, in figures and a
+picture.
 
-A small trained model in a real diffusers pipeline makes coloured digits. The table gives rounds (model
-forwards of wall time), wall time and distance to the sequential result; out/demo.png shows the samples
-side by side and who evaluated which step when.
+A small trained model in a real diffusers pipeline makes coloured digits. The table gives rounds
+(model forwards of wall time), wall time and distance to the sequential result; out/demo.png shows
+the samples side by side and who evaluated which step when.
 """
 
 from __future__ import annotations

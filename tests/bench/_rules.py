@@ -45,8 +45,8 @@ def published(
 ) -> tuple[torch.Tensor, int]:
     """ParaStep, arXiv 2505.14741: in a window rank r reuses its own last output up to its step.
 
-    Everything is accepted; rank 0 steps with the others' outputs on the true latents. Written without
-    the core, so that `policy="paper"` has something to be checked against.
+    Everything is accepted; rank 0 steps with the others' outputs on the true latents. Written
+    without the core, so that `policy="paper"` has something to be checked against.
     """
     rows, xs, ms, rounds = Rows(program), {0: x}, {}, 0
     own: dict[int, torch.Tensor] = {}
@@ -54,7 +54,7 @@ def published(
     while j < min(warmup, rows.steps):
         ms[j] = f(xs[j], j)
         xs[j + 1] = rows.step(j, xs, ms)
-        own = {rank: ms[j] for rank in range(ranks)}
+        own = dict.fromkeys(range(ranks), ms[j])
         j, rounds = j + 1, rounds + 1
     while j < rows.steps:
         window = range(min(ranks, rows.steps - j))
@@ -78,8 +78,8 @@ def paradigms(
 ) -> tuple[torch.Tensor, int]:
     """ParaDiGMS, arXiv 2305.16317: a sliding window of Picard iterations with a tolerance.
 
-    Its error is measured per step against tau^2 times the noise variance after it; the last position
-    of all never passes, as in the published program.
+    Its error is measured per step against tau^2 times the noise variance after it; the last
+    position of all never passes, as in the published program.
     """
     rows, rounds = Rows(program), 0
     steps = rows.steps

@@ -1,7 +1,7 @@
 """What the engine costs beside the model: wall time over the rounds' own waiting.
 
-The denoiser only waits, so that ranks truly overlap on a machine with few cores. Beside each figure,
-in turns within one run, stand the same sleeps behind a bare barrier of Python threads.
+The denoiser only waits, so that ranks truly overlap on a machine with few cores. Beside each
+figure, in turns within one run, stand the same sleeps behind a bare barrier of Python threads.
 
     python tests/bench/engine.py
 """
