@@ -4,9 +4,9 @@
  *
  * runs those whose name contains one of the patterns, each in a process of its own (this program
  * again, with --one), so that a crash, a hang or a global left in disorder ends one test alone.
- * With
- * --sweep each test is repeated with one allocation failing, then a later one: its checks may then
- * fail, but it must not crash, hang or, where it goes through, leak.
+ *
+ * With --sweep each test is repeated with one allocation failing, then a later one: its checks may
+ * then fail, but it must not crash, hang or, where it goes through, leak.
  */
 #include "runner.h"
 
