@@ -160,7 +160,7 @@ bench: $(EDITABLE_STAMP) bench-c ## Run tests/bench/*.py, except those whose nam
 
 # ---- lint ----------------------------------------------------------------------------------------
 
-C_FILES := $(CORE_SRC) $(BINDING_SRC) $(TEST_SRC) $(PROGRAM_SRC)
+C_FILES := $(CORE_SRC) $(BINDING_SRC) $(TEST_SRC) $(PROGRAM_SRC) $(sort $(wildcard tests/bench/*.c))
 CUDA_FILES := $(sort $(wildcard csrc/backend/*.cu csrc/backend/*.cuh))
 
 .PHONY: lint lint-format lint-tidy lint-py format
