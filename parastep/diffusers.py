@@ -180,20 +180,22 @@ class ParallelPipeline:
         began, reason = time.perf_counter(), self._unready(bound)
         call = Call(len(self.devices) if reason is None else 1)
         followers = _Followers(self, call, bound) if call.ranks > 1 else None
+        generators = [named.get("generator") for named in _given(bound)]
         leading = Leading(
             self.pipe,
             call,
-            bound.arguments.get("generator"),
+            next((generator for generator in generators if generator is not None), None),
             self._options,
             followers.start if followers is not None else lambda: None,
         )
         if reason is not None:
             leading.give_up(reason)
         if leading.active:
-            for name in _CALLBACKS:
-                if bound.arguments.get(name) is not None:
-                    leading.watch = leading.watch or Watch(self.pipe, leading.give_up)
-                    bound.arguments[name] = leading.watch.over(bound.arguments[name])
+            for named in _given(bound):
+                for name in _CALLBACKS:
+                    if named.get(name) is not None:
+                        leading.watch = leading.watch or Watch(self.pipe, leading.give_up)
+                        named[name] = leading.watch.over(named[name])
         with contextlib.ExitStack() as leaving:  # whatever one of these raises, the others are done
             leaving.callback(self._report_on, leading, followers, began)
             leaving.enter_context(quiet_followers())
@@ -269,13 +271,7 @@ class _Followers:
         self.ranks: dict[int, Following] = {}
         self._call, self._replicas = call, parallel._replicas
         self._devices = parallel.devices
-        quiet = {
-            name: None if parameter.default is parameter.empty else parameter.default
-            for name, parameter in bound.signature.parameters.items()
-            if name in _CALLBACKS and name in bound.arguments
-        }
-        bound = inspect.BoundArguments(bound.signature, OrderedDict(bound.arguments | quiet))
-        self._arguments = own_copy((bound.args[1:], bound.kwargs))
+        self._arguments = own_copy(_without_callbacks(bound))
         self._context = HostContext()
         self._random = {
             device: cloned_global_generator(device).get_state() for device in self._devices[1:]
@@ -308,3 +304,22 @@ class _Followers:
             thread.join(0.05 if rank in lost else max(patience - time.monotonic(), 0.0))
             if thread.is_alive() or rank in lost:
                 self._replicas.pop(rank, None)
+
+
+def _given(bound: inspect.BoundArguments) -> list[dict[str, Any]]:
+    """The call's named arguments, and those that its `**kwargs` took in."""
+    parameters = bound.signature.parameters.values()
+    extra = (p.name for p in parameters if p.kind is p.VAR_KEYWORD)
+    return [bound.arguments, *(bound.arguments[n] for n in extra if n in bound.arguments)]
+
+
+def _without_callbacks(bound: inspect.BoundArguments) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) for a replica; callbacks are the leader's alone."""
+    arguments, parameters = OrderedDict(bound.arguments), bound.signature.parameters
+    for name in _CALLBACKS:
+        if name in arguments:
+            default = parameters[name].default
+            arguments[name] = None if default is inspect.Parameter.empty else default
+    bound = inspect.BoundArguments(bound.signature, arguments)
+    kwargs = {k: v for k, v in bound.kwargs.items() if k in parameters or k not in _CALLBACKS}
+    return bound.args[1:], kwargs

@@ -181,14 +181,17 @@ class Leading:
         wrong here.
         """
         previous, shown = self._previous, self._shown_latent()
-        edited = self.watch is not None and self.watch.latents_edited
         if shown is None:
-            trusted = self._previous_is_next is not False and not edited
+            trusted = self._previous_is_next is not False and not self._edited()
             seen = previous is not None and tuple(previous.shape) == self._shape
             return previous if trusted and seen else None
         if previous is None or self._previous_is_next is False or not is_rounded(previous, shown):
             return shown
         return previous
+
+    def _edited(self) -> bool:
+        """Whether a callback edited the latents since the last step."""
+        return self.watch is not None and self.watch.latents_edited
 
     def _shown_latent(self) -> torch.Tensor | None:
         if self._shown_at is None:
@@ -354,7 +357,7 @@ class Leading:
         leader = self.leader
         if leader is None:
             return
-        if self._previous is not None:
+        if self._previous is not None and not self._edited():
             self._previous_is_next = is_rounded(self._previous, x)
         if self._asked is None:
             self._told(leader.ask, self.steps, self._as_latent(x))
