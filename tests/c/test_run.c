@@ -254,6 +254,8 @@ TEST(points_moved_by_a_follower)
   CHECK_OK(on.failure);
   stage_end(&on);
   CHECK_EQ(on.verdicts[PS_ANSWER], 8);
+  /* 2 points and outputs of step 0, 8 of guesses; the latter's points came back too. */
+  CHECK_EQ(stage_report(&on).bytes_sent, (2 * 2 + 3 * 8) * stage_x_bytes(&on));
   for (int j = 0; j < 13; ++j) {
     CHECK(isnan(seen.drift[j]) || fabs(stage_report(&on).drift[j] - seen.drift[j]) < 1e-12);
   }

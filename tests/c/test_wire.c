@@ -42,7 +42,7 @@ typedef struct fake {
   const stage *on;
   rubbish what;
   int round; /* of the rank's work, at which the rubbish comes */
-  int posts, collects, closed;
+  int posts, dones, collects, closed;
   ps_header work;
   float *point, *output; /* freed by close, so that a later use shows */
 } fake;
@@ -73,6 +73,7 @@ static ps_status fake_post(ps_link *link, const ps_header *message)
     it->collects = 0;
     ++it->posts;
   }
+  it->dones += message->kind == PS_MSG_DONE;
   return it->what == POST_FAILS && it->posts > it->round ? PS_LOST : PS_OK;
 }
 
@@ -208,6 +209,7 @@ static void check_rubbish(ps_program *program, rubbish what, int rank, int round
   CHECK(what != STALE_FIRST || round + 1 + rank >= STEPS || links[rank].posts > round + 1);
   for (int k = 1; k < RANKS; ++k) {
     CHECK_EQ(links[k].closed, 1);
+    CHECK_EQ(links[k].dones, !(happens && k == rank)); /* who is left is told to leave */
   }
   stage_close(&on);
   free(alone);
