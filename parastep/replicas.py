@@ -55,10 +55,9 @@ def unfit(pipe: Any) -> str | None:
     if getattr(pipe, "_all_hooks", None):
         return "the pipeline has CPU offload enabled, which moves its weights in mid-run"
     for name, module in modules_of(pipe).items():
-        if getattr(module, "_hf_hook", None) is not None:
-            return f"{name} has a hook of accelerate (offload, device map), which moves its weights"
-    for name, module in denoisers_of(pipe).items():
         for part in module.modules():
+            if getattr(part, "_hf_hook", None) is not None:
+                return f"{name} has hooks of accelerate (offload, device map): they move weights"
             hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", None)
             if hooks:  # their closures hold the module that they were made for
                 return f"{name} has hooks of diffusers that cannot be copied: {', '.join(hooks)}"
