@@ -20,7 +20,15 @@ from .api import describe
 from .call import Call, GoBack, Leave
 from .noise import Draws
 from .replicas import denoisers_of
-from .seam import Hooks, Outputs, inputs_in, is_compiled_in_place, is_rounded, map_tensors
+from .seam import (
+    Hooks,
+    Outputs,
+    bound_step,
+    inputs_in,
+    is_compiled_in_place,
+    is_rounded,
+    map_tensors,
+)
 
 
 class Following:
@@ -113,7 +121,7 @@ class Following:
     def _step_hook(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         if scheduler is not self.replica.scheduler:
             return original(*args, **kwargs)
-        named = inspect.signature(original).bind(*args, **kwargs).arguments
+        named = bound_step(original, args, kwargs).arguments
         if self._step == self._target:
             self._submit(named["model_output"], named["sample"])
             self._take_work()
@@ -122,6 +130,8 @@ class Following:
         _count_step(scheduler, named["timestep"])
         if self._target < self._step:
             raise GoBack
+        if self._step < self._target:
+            return self._skipped
         return map_tensors(self._as_returned, self.call.returned)
 
     def _as_returned(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -153,6 +163,9 @@ class Following:
         self._target, point = work[0]
         self._point = point.to(self.device)
         self._began_ns = 0
+        if self._target != self._step + 1:
+            # What the iterations on the way work with: nobody reads it, its shape must be right.
+            self._skipped = map_tensors(self._as_returned, self.call.returned)
 
 
 def _count_step(scheduler: Any, timestep: Any) -> None:
@@ -183,8 +196,9 @@ class _Private(Draws):
         return drawn
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "dropout" in getattr(func, "__name__", "") and _draws(func, args, kwargs or {}):
-            raise RuntimeError("its denoiser draws random numbers (dropout in training mode)")
+        if self._forbidden and "dropout" in getattr(func, "__name__", ""):
+            if _draws(func, args, kwargs or {}):
+                raise RuntimeError("its denoiser draws random numbers (dropout in training mode)")
         return super().__torch_function__(func, types, args, kwargs)
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -127,6 +128,17 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
         value = copy.copy(value)  # a distribution of latents, an output class of the user's own
         vars(value).update(map_tensors(function, dict(own)))
     return value
+
+
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def bound_step(original: Any, args: Any, kwargs: Any) -> inspect.BoundArguments:
+    """A call of a scheduler's bound step by its parameters' names; made once a step and rank."""
+    function, instance = original.__func__, original.__self__
+    return _signature(function).bind(instance, *args, **kwargs)
 
 
 def sample_in(result: Any) -> torch.Tensor | None:
