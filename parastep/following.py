@@ -23,11 +23,11 @@ from .replicas import denoisers_of
 from .seam import (
     Hooks,
     Outputs,
-    bound_step,
     inputs_in,
     is_compiled_in_place,
     is_rounded,
     map_tensors,
+    named_arguments,
 )
 
 
@@ -121,7 +121,7 @@ class Following:
     def _step_hook(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         if scheduler is not self.replica.scheduler:
             return original(*args, **kwargs)
-        named = bound_step(original, args, kwargs).arguments
+        named = named_arguments(original, args, kwargs) or {}
         if self._step == self._target:
             self._submit(named["model_output"], named["sample"])
             self._take_work()

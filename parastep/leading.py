@@ -20,7 +20,7 @@ from .api import describe
 from .call import Call
 from .noise import NoiseAhead
 from .replicas import denoisers_of
-from .seam import Hooks, Outputs, bound_step, inputs_in, is_rounded, latent_in, sample_in
+from .seam import Hooks, Outputs, inputs_in, is_rounded, latent_in, named_arguments, sample_in
 from .tracing import Traced, trace_rows
 from .watch import Watch
 
@@ -228,15 +228,15 @@ class Leading:
     def _step(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         first = None
         if self.active or self._answer is not None:
-            try:
-                bound = bound_step(original, args, kwargs)
-            except TypeError:
-                return original(*args, **kwargs)  # raises what it would without us
-            if self._scheduler is None:
-                first = self._prepared(scheduler, bound.arguments)
+            named = named_arguments(original, args, kwargs)
+            if named is None or not named.keys() >= {"model_output", "timestep", "sample"}:
+                self.give_up("the scheduler's step does not take model_output, timestep, sample")
             else:
-                self._turn(scheduler, bound.arguments)
-            args, kwargs = bound.args[1:], bound.kwargs
+                if self._scheduler is None:
+                    first = self._prepared(scheduler, named)
+                else:
+                    self._turn(scheduler, named)
+                args, kwargs = (), named
         result = original(*args, **kwargs)
         if self._scheduler is None:
             self._scheduler = scheduler
@@ -277,7 +277,7 @@ class Leading:
             return None
         m, x = (arguments[name].detach().clone() for name in ("model_output", "sample"))
         timesteps = self._timesteps(scheduler, arguments["timestep"])
-        step_kwargs = {k: v for k, v in arguments.items() if k not in ('self', *_STEP_TENSORS[:3])}
+        step_kwargs = {k: v for k, v in arguments.items() if k not in _STEP_TENSORS[:3]}
         try:
             traced = trace_rows(scheduler, timesteps, step_kwargs=step_kwargs)
             if traced.stochastic:

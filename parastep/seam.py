@@ -131,14 +131,20 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
 
 
 @functools.cache
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(function)
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
-def bound_step(original: Any, args: Any, kwargs: Any) -> inspect.BoundArguments:
-    """A call of a scheduler's bound step by its parameters' names; made once a step and rank."""
-    function, instance = original.__func__, original.__self__
-    return _signature(function).bind(instance, *args, **kwargs)
+def named_arguments(original: Any, args: Any, kwargs: Any) -> dict[str, Any] | None:
+    """A call of a scheduler's bound step by its parameters' names; None where it does not fit.
+
+    Made at every step on every rank, so by hand: `Signature.bind` costs as much as an iteration.
+    """
+    names = _names(original.__func__)
+    if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
+        return None
+    return dict(zip(names, args)) | kwargs
 
 
 def sample_in(result: Any) -> torch.Tensor | None:
