@@ -314,6 +314,7 @@ static void sample_plainly(const stage *on, const double *noise, double *x)
 static void check_sample(ps_program *program, bool draws, double tolerance)
 {
   stage on;
+  ps_work work;
   stage_set(&on, program, 4, 2, 11, PS_F64, PS_F64);
   on.serve = serve_by_library;
   on.options.tolerance = tolerance;
@@ -323,6 +324,8 @@ static void check_sample(ps_program *program, bool draws, double tolerance)
   stage_open(&on);
   sample_plainly(&on, noise, alone);
   CHECK_OK(ps_sample(on.leader, denoise, &on, noise, x));
+  CHECK_STATUS(ps_leader_work(on.leader, &work), PS_STATE); /* finished: followers have left */
+  CHECK(strstr(ps_last_error(), "over") != NULL);
   stage_end(&on);
   double worst = 0.0;
   for (size_t i = 0; i < stage_elements(&on); ++i) {

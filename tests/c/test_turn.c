@@ -441,6 +441,8 @@ TEST(leaders_that_make_no_sense_are_refused)
   const ps_layout untyped = {1, 4, PS_NONE, PS_F32};
   const ps_layout huge = {SIZE_MAX / 2, SIZE_MAX / 2, PS_F32, PS_F32};
   const ps_layout large = {1, SIZE_MAX / 16, PS_F32, PS_F32};
+  /* The last of three latents and three outputs is what does not fit any more. */
+  const ps_layout brink = {1, SIZE_MAX / 22, PS_F32, PS_F32};
   const int none[2] = {1, 0}, many[2] = {1, 3}, crowd[2] = {PS_SLOTS_MAX + 1, 1};
   const int unknown = 77; /* of an enum: what a caller in another language may pass */
   ps_layout odd = {1, 4, PS_F32, PS_F32};
@@ -452,6 +454,7 @@ TEST(leaders_that_make_no_sense_are_refused)
   refuse_leader(program, &sizeless, &options, NULL, PS_SHAPE);
   refuse_leader(program, &huge, &options, NULL, PS_SHAPE);
   refuse_leader(program, &large, &options, NULL, PS_NO_MEMORY);
+  refuse_leader(program, &brink, &options, NULL, PS_NO_MEMORY);
   refuse_leader(program, &untyped, &options, NULL, PS_DTYPE);
   refuse_leader(program, &odd, &options, NULL, PS_DTYPE);
   refuse_leader(program, &good, &options, none, PS_INVALID);
