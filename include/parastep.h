@@ -1,16 +1,16 @@
 /* parastep.h - the public C API: programs, leaders, followers, reports.
  *
- * A diffusion sampler calls its denoiser N times, one step after another.  parastep evaluates several
- * of these steps at once, one on each rank (reuse-then-predict, arXiv 2505.14741), and checks every
- * guess against the true trajectory before its output is used.
+ * A diffusion sampler calls its denoiser N times, one step after another.  parastep evaluates
+ * several of these steps at once, one on each rank (reuse-then-predict, arXiv 2505.14741), and
+ * checks every guess against the true trajectory before its output is used.
  *
  * Notation, here and in all files: call j of the host's loop asks for m_j = f(x_j, t_j), the guided
- * output at the true latent x_j.  A follower evaluates m^_j = f(x^_j, t_j) at a guess x^_j.  s_j is the
- * noise scale of step j, g_j the rebase slope, p the number of ranks, N the number of steps.
+ * output at the true latent x_j.  A follower evaluates m^_j = f(x^_j, t_j) at a guess x^_j.  s_j is
+ * the noise scale of step j, g_j the rebase slope, p the number of ranks, N the number of steps.
  *
- * Ownership: a pointer is borrowed for the call unless its comment says more.  Objects belong to the
- * caller that created them and are released by their own destroy function.  An object may be used
- * by one thread at a time; leader and followers of one run may live in different threads.
+ * Ownership: a pointer is borrowed for the call unless its comment says more.  Objects belong to
+ * the caller that created them and are released by their own destroy function.  An object may be
+ * used by one thread at a time; leader and followers of one run may live in different threads.
  */
 #ifndef PARASTEP_H
 #define PARASTEP_H
@@ -59,7 +59,8 @@ typedef enum ps_status {
 PS_API const char *ps_status_name(ps_status status);
 PS_API const char *ps_status_text(ps_status status);
 
-/* What went wrong last in this thread: what, value, rank.  Borrowed until this thread's next call. */
+/* What went wrong last in this thread: what, value, rank.  Borrowed until this thread's next call.
+ */
 PS_API const char *ps_last_error(void);
 
 PS_API const char *ps_version(void);
@@ -79,7 +80,7 @@ PS_API void ps_set_allocator(const ps_allocator *allocator); /* copied; NULL = t
 /* ---- dtypes and layout ----------------------------------------------------------------------- */
 
 typedef enum ps_dtype {
-  PS_NONE = 0, /* as m's dtype: whatever the leader's first output has, 4 bytes or x's size at most */
+  PS_NONE = 0, /* as m's dtype: that of the leader's first output, at most 4 bytes or x's size */
   PS_F32 = 1,
   PS_F16 = 2,
   PS_BF16 = 3,
@@ -97,15 +98,16 @@ typedef struct ps_layout {
   ps_dtype m;   /* how the denoiser's outputs are stored; they travel so */
 } ps_layout;
 
-/* ---- sampling program (DESIGN 2.2) ----------------------------------------------------------- */
+/* ---- sampling program ------------------------------------------------------------------------ */
 
-/* x_{j+1} = sum_{k<H} ( a[j][k] x_{j-k} + b[j][k] m_{j-k} ) + c[j] z_j.  Used for guesses alone, except
- * in ps_leader_advance, where it is the sampler.  Immutable once made; counted references. */
+/* x_{j+1} = sum_{k<H} ( a[j][k] x_{j-k} + b[j][k] m_{j-k} ) + c[j] z_j.  Used for guesses alone,
+ * except in ps_leader_advance, where it is the sampler.  Immutable once made; counted references.
+ */
 typedef struct ps_program ps_program;
 
-/* a, b: (steps, history) row-major; c, s, g: (steps) or NULL for 0, 1, 0.  Copied.  PS_INVALID where
- * steps or history is below 1, a coefficient is not finite, s is not above 0, or a row of the first
- * steps reaches back before step 0 with a coefficient other than 0. */
+/* a, b: (steps, history) row-major; c, s, g: (steps) or NULL for 0, 1, 0.  Copied.  PS_INVALID
+ * where steps or history is below 1, a coefficient is not finite, s is not above 0, or a row of the
+ * first steps reaches back before step 0 with a coefficient other than 0. */
 PS_API ps_status ps_program_create(int steps, int history, const double *a, const double *b,
                                    const double *c, const double *s, const double *g,
                                    ps_program **program);
@@ -115,8 +117,8 @@ PS_API void ps_program_release(ps_program *program); /* NULL is fine */
 PS_API int ps_program_steps(const ps_program *program);
 PS_API int ps_program_history(const ps_program *program);
 
-/* One table of the program: 'a' and 'b' are (steps, history), 'c', 's', 'g' are (steps); NULL for any
- * other letter.  Borrowed until release. */
+/* One table of the program: 'a' and 'b' are (steps, history), 'c', 's', 'g' are (steps); NULL for
+ * any other letter.  Borrowed until release. */
 PS_API const double *ps_program_table(const ps_program *program, char which);
 
 /* What the denoiser's output is, with x = alpha x0 + s eps. */
@@ -135,15 +137,15 @@ PS_API ps_status ps_program_dpmpp_2m(int steps, const double *alpha, const doubl
                                      ps_prediction prediction, ps_program **program);
 PS_API ps_status ps_program_euler(int steps, const double *sigma, ps_program **program);
 PS_API ps_status ps_program_flow_euler(int steps, const double *sigma, ps_program **program);
-/* Adams-Bashforth of order 1 to 4 on the same levels as ps_program_euler, with the true weights of an
- * uneven grid; the first steps use the orders that their history allows. */
+/* Adams-Bashforth of order 1 to 4 on the same levels as ps_program_euler, with the true weights of
+ * an uneven grid; the first steps use the orders that their history allows. */
 PS_API ps_status ps_program_adams_bashforth(int steps, const double *sigma, int order,
                                             ps_program **program);
 
 /* ---- waiting --------------------------------------------------------------------------------- */
 
-/* Every wait is cut into slices of 50 ms at most; between them check (if any) is called, and a value
- * other than 0 ends the wait with PS_INTERRUPTED. */
+/* Every wait is cut into slices of 50 ms at most; between them check (if any) is called, and a
+ * value other than 0 ends the wait with PS_INTERRUPTED. */
 typedef struct ps_wait {
   int64_t deadline_ns; /* ps_now_ns() at which to give up; 0 = never */
   int (*check)(void *ctx);
@@ -152,7 +154,7 @@ typedef struct ps_wait {
 
 PS_API int64_t ps_now_ns(void); /* monotonic clock */
 
-/* ---- leader (DESIGN 2.1, 3) ------------------------------------------------------------------ */
+/* ---- leader ---------------------------------------------------------------------------------- */
 
 typedef struct ps_link ps_link;       /* parastep_transport.h */
 typedef struct ps_backend ps_backend; /* parastep_backend.h */
@@ -161,22 +163,24 @@ typedef struct ps_leader ps_leader;
 enum { PS_SLOTS_MAX = 16, PS_RANKS_MAX = 256 };
 
 typedef enum ps_policy {
-  PS_VERIFIED = 0, /* DESIGN 2.1: drift decides; carry and rebase */
-  PS_PAPER = 1,    /* DESIGN 2.5: the published rule; everything accepted */
+  PS_VERIFIED = 0, /* drift decides; carry and rebase */
+  PS_PAPER = 1,    /* the published rule, arXiv 2505.14741; everything accepted */
 } ps_policy;
 
 typedef struct ps_options {
   ps_policy policy;
-  double tolerance;    /* drift below it is accepted; 0 = exact, INFINITY = no limit */
-  int order;           /* extrapolation of outputs in guesses: 0 reuse, 1 slope damped by 1/2 */
-  int warmup;          /* PS_PAPER: steps evaluated one by one first, at least 1 */
-  int64_t deadline_ns; /* for a follower's reply, from the leader's own submit; 0 = the default rule */
-  int raise_on_loss;   /* a lost follower ends the run with an error instead of a report line */
+  double tolerance; /* drift below it is accepted; 0 = exact, INFINITY = no limit */
+  int order;        /* extrapolation of outputs in guesses: 0 reuse, 1 slope damped by 1/2 */
+  int warmup;       /* PS_PAPER: steps evaluated one by one first, at least 1 */
+  int64_t
+      deadline_ns; /* for a follower's reply, from the leader's own submit; 0 = the default rule */
+  int raise_on_loss;       /* a lost follower ends the run with an error instead of a report line */
   int (*check)(void *ctx); /* called between the slices of the leader's waits, see ps_wait */
   void *check_ctx;
 } ps_options;
 
-PS_API void ps_options_init(ps_options *options); /* verified, .02, order 1, warm-up 5, default rule */
+PS_API void ps_options_init(
+    ps_options *options); /* verified, .02, order 1, warm-up 5, default rule */
 
 /* links: (followers) leader ends, link r-1 to rank r; the leader owns them from now on, also when
  * creation fails.  slots: (1 + followers) evaluations a round a rank can hold, or NULL for 1 each.
@@ -193,32 +197,34 @@ typedef enum ps_verdict {
 
 /* The host's loop is at step j with the true latent x, (items, size) of layout.x.  Steps come in
  * order, each once.  m_out: (items, size) of layout.m, its contents unspecified after PS_EVALUATE;
- * NULL = the host evaluates in any case; no guesses go out, except at step 0.  Beyond N: PS_EVALUATE
- * without guesses. */
+ * NULL = the host evaluates in any case; no guesses go out, except at step 0.  Beyond N:
+ * PS_EVALUATE without guesses. */
 PS_API ps_status ps_leader_ask(ps_leader *leader, int step, const void *x, void *m_out,
                                ps_verdict *verdict);
 
 /* The latent of the present step turns out to be x (the host edited it after the ask).  Answered:
- * m_out is measured and rebased again at x, *drift tells how far off the guess is; the caller decides.
- * To be evaluated: x takes the place of the one asked with, m_out may be NULL. */
+ * m_out is measured and rebased again at x, *drift tells how far off the guess is; the caller
+ * decides. To be evaluated: x takes the place of the one asked with, m_out may be NULL. */
 PS_API ps_status ps_leader_amend(ps_leader *leader, const void *x, void *m_out, double *drift);
 
 /* What a rank evaluates in this round. */
 typedef struct ps_work {
-  int count;                  /* 0 = the run is done, leave */
-  int step[PS_SLOTS_MAX];     /* steps, ascending */
-  void *point[PS_SLOTS_MAX];  /* (items, size) of layout.x; a follower may write the point it really
-                                 evaluated in its place.  Borrowed until submit */
-  void *output[PS_SLOTS_MAX]; /* (items, size), room for output_bytes, to be written before submit */
+  int count;                 /* 0 = the run is done, leave */
+  int step[PS_SLOTS_MAX];    /* steps, ascending */
+  void *point[PS_SLOTS_MAX]; /* (items, size) of layout.x; a follower may write the point it really
+                                evaluated in its place.  Borrowed until submit */
+  void
+      *output[PS_SLOTS_MAX]; /* (items, size), room for output_bytes, to be written before submit */
   size_t point_bytes;
   size_t output_bytes; /* room at each output */
 } ps_work;
 
-/* The leader's own guesses beside x_j (count is 0 with one slot).  Valid from PS_EVALUATE to submit. */
+/* The leader's own guesses beside x_j (count is 0 with one slot).  Valid from PS_EVALUATE to
+ * submit. */
 PS_API ps_status ps_leader_work(ps_leader *leader, ps_work *work);
 
-/* The leader's output at x_j, (items, size) of m_dtype; then gathers the followers'.  began_ns: when
- * the evaluation began, 0 = at the ask.  PS_LOST only with raise_on_loss. */
+/* The leader's output at x_j, (items, size) of m_dtype; then gathers the followers'.  began_ns:
+ * when the evaluation began, 0 = at the ask.  PS_LOST only with raise_on_loss. */
 PS_API ps_status ps_leader_submit(ps_leader *leader, const void *m, ps_dtype m_dtype,
                                   int64_t began_ns);
 
@@ -237,8 +243,9 @@ PS_API ps_status ps_leader_stop(ps_leader *leader, const char *reason);
 /* Leaves rank out from now on, as a failed follower is; the reason goes into the report. */
 PS_API ps_status ps_leader_leave_out(ps_leader *leader, int rank, const char *reason);
 
-PS_API ps_status ps_leader_finish(ps_leader *leader); /* tells all followers to leave; twice is fine */
-PS_API void ps_leader_destroy(ps_leader *leader);     /* finishes first; NULL is fine */
+PS_API ps_status
+ps_leader_finish(ps_leader *leader);              /* tells all followers to leave; twice is fine */
+PS_API void ps_leader_destroy(ps_leader *leader); /* finishes first; NULL is fine */
 
 /* ---- follower -------------------------------------------------------------------------------- */
 
@@ -250,13 +257,14 @@ PS_API ps_status ps_follower_create(const ps_layout *layout, ps_link *link, ps_f
 /* Waits for the next work; work->count is 0 when the run is over. */
 PS_API ps_status ps_follower_next(ps_follower *follower, const ps_wait *wait, ps_work *work);
 
-/* Outputs are in work->output, written as m_dtype.  moved: not 0 where a point was edited.  began_ns:
- * when the evaluation began, 0 = when next returned.  PS_ABANDONED where the leader went on. */
+/* Outputs are in work->output, written as m_dtype.  moved: not 0 where a point was edited.
+ * began_ns: when the evaluation began, 0 = when next returned.  PS_ABANDONED where the leader went
+ * on. */
 PS_API ps_status ps_follower_submit(ps_follower *follower, ps_dtype m_dtype, int moved,
                                     int64_t began_ns);
 
-/* In place of submit: this rank cannot evaluate; the leader goes on without it.  With no work at hand
- * it waits for the next message and answers that. */
+/* In place of submit: this rank cannot evaluate; the leader goes on without it.  With no work at
+ * hand it waits for the next message and answers that. */
 PS_API ps_status ps_follower_fail(ps_follower *follower, const char *why);
 PS_API void ps_follower_destroy(ps_follower *follower); /* NULL is fine */
 
@@ -265,8 +273,8 @@ PS_API void ps_follower_destroy(ps_follower *follower); /* NULL is fine */
 /* Writes m_j (layout.m) for the latent x (layout.x); a value other than 0 is a failure. */
 typedef int (*ps_denoiser)(void *ctx, int rank, int step, const void *x, void *m);
 
-/* Runs the program from x (in place) to its end and finishes the run.  noise: (steps, items, size) of
- * layout.x or NULL.  Outputs are layout.m, x's dtype where that is open. */
+/* Runs the program from x (in place) to its end and finishes the run.  noise: (steps, items, size)
+ * of layout.x or NULL.  Outputs are layout.m, x's dtype where that is open. */
 PS_API ps_status ps_sample(ps_leader *leader, ps_denoiser denoiser, void *ctx, const void *noise,
                            void *x);
 /* Serves one follower until the run is over; outputs are of dtype. */
@@ -277,9 +285,9 @@ PS_API ps_status ps_serve(ps_follower *follower, int rank, ps_denoiser denoiser,
 
 typedef struct ps_record { /* one evaluation */
   int rank, step, round;
-  int accepted;               /* its output became an answer */
-  int64_t begin_ns, end_ns;   /* since the run began; where a follower's clock is not the leader's,
-                                 begin is when its work was sent */
+  int accepted;             /* its output became an answer */
+  int64_t begin_ns, end_ns; /* since the run began; where a follower's clock is not the leader's,
+                               begin is when its work was sent */
 } ps_record;
 
 typedef struct ps_failure {

@@ -28,7 +28,7 @@ typedef struct ps_sweep {
   const void *guess; /* NULL: nothing is measured, out and keep_m are copies of m */
   const void *m;     /* NULL: measure alone */
   double slope;      /* g_j; out may be m, and keep_x guess, at the same address */
-  double floor;      /* rounding of x in units of its rms: 2^-k, or 0 (DESIGN 4) */
+  double floor;      /* rounding of x in units of its rms: 2^-k, or 0 */
   void *out;         /* m + slope (x - guess), or NULL.  A slope of 0 copies m bit for bit */
   void *keep_x;      /* copy of x, or NULL */
   void *keep_m;      /* copy of out, or NULL */

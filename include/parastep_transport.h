@@ -1,9 +1,9 @@
 /* parastep_transport.h - how the leader and one follower exchange: what the core asks of a link.
  *
  * A link joins the leader and one follower, point to point; losing it loses that follower alone.
- * Each end holds room for the points and outputs of its slots, so that guesses are written where they
- * are sent from and outputs are read where they arrive.  The protocol is strict: the leader posts one
- * message, the follower sends exactly one reply, then the next message may come.
+ * Each end holds room for the points and outputs of its slots, so that guesses are written where
+ * they are sent from and outputs are read where they arrive.  The protocol is strict: the leader
+ * posts one message, the follower sends exactly one reply, then the next message may come.
  */
 #ifndef PARASTEP_TRANSPORT_H
 #define PARASTEP_TRANSPORT_H
@@ -32,7 +32,7 @@ typedef struct ps_header {
   uint32_t kind, flags;
   int32_t round, count;
   int32_t step[PS_SLOTS_MAX];
-  uint32_t dtype;   /* of the payload: layout.x in WORK, the outputs' own in OUTPUT */
+  uint32_t dtype; /* of the payload: layout.x in WORK, the outputs' own in OUTPUT */
   uint32_t reserved;
   uint64_t bytes;   /* payload bytes of one slot */
   int64_t began_ns; /* OUTPUT: when the evaluation began, on the follower's clock */
@@ -47,12 +47,13 @@ typedef struct ps_link_ops {
   void *(*point)(ps_link *link, int slot);
   void *(*output)(ps_link *link, int slot);
 
-  /* Leader.  post never waits for the follower; PS_LOST where it is known to be gone.  collect waits
-   * for the reply: PS_DEADLINE, PS_LOST or PS_INTERRUPTED where none came. */
+  /* Leader.  post never waits for the follower; PS_LOST where it is known to be gone.  collect
+   * waits for the reply: PS_DEADLINE, PS_LOST or PS_INTERRUPTED where none came. */
   ps_status (*post)(ps_link *link, const ps_header *message);
   ps_status (*collect)(ps_link *link, const ps_wait *wait, ps_header *reply);
 
-  /* Follower.  take waits for the next message; reply gives PS_ABANDONED where the leader went on. */
+  /* Follower.  take waits for the next message; reply gives PS_ABANDONED where the leader went on.
+   */
   ps_status (*take)(ps_link *link, const ps_wait *wait, ps_header *message);
   ps_status (*reply)(ps_link *link, const ps_header *reply);
 
@@ -66,8 +67,8 @@ struct ps_link { /* transports put this first in their own struct */
   int same_clock; /* both ends read one monotonic clock: began_ns and ended_ns are comparable */
 };
 
-/* Ranks are threads of one process: messages are pointers, nothing is copied.  Writes the leader end
- * and the follower end of a link with room for slots evaluations of layout. */
+/* Ranks are threads of one process: messages are pointers, nothing is copied.  Writes the leader
+ * end and the follower end of a link with room for slots evaluations of layout. */
 PS_API ps_status ps_threads_open(const ps_layout *layout, int slots, ps_link **leader_end,
                                  ps_link **follower_end);
 

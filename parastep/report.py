@@ -29,7 +29,7 @@ class Failure(NamedTuple):
 
 @dataclass
 class Report:
-    """A finished run (DESIGN section 6).
+    """A finished run.
 
     `rounds` are the leader's evaluations, so wall time in forwards; `accepted` the steps taken in
     each round; `drift` how far each step's guess was off in units of its noise scale, NaN where

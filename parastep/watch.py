@@ -1,7 +1,7 @@
 """What a user's callback changes besides the latents, which followers cannot know of.
 
 They go on with the conditioning and the settings that they began with: another guidance scale,
-other embeddings, another scale of an adapter end speculation (DESIGN 2.1). The pipeline's own
+other embeddings, another scale of an adapter end speculation. The pipeline's own
 changes between steps are no concern: followers run the same code.
 """
 

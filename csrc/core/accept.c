@@ -1,15 +1,15 @@
-/* accept.c - what becomes of an output: drift, rounding floor, the canary (DESIGN 2.1, 4).
+/* accept.c - what becomes of an output: drift, rounding floor, the canary.
  *
- * Called by leader.c at every ask (is the guess near enough to the true latent?) and once at the end
- * of the first round (does the follower compute the same function?).
+ * Called by leader.c at every ask (is the guess near enough to the true latent?) and once at the
+ * end of the first round (does the follower compute the same function?).
  */
 #include <math.h>
 #include <stdio.h>
 
 #include "core/internal.h"
 
-/* Half a unit in the last place of a value stored as dtype, about: the host's own rounding of x puts
- * this much, times rms(x), under every drift. */
+/* Half a unit in the last place of a value stored as dtype, about: the host's own rounding of x
+ * puts this much, times rms(x), under every drift. */
 static double rounding_floor(ps_dtype dtype)
 {
   switch (dtype) {
@@ -22,8 +22,8 @@ static double rounding_floor(ps_dtype dtype)
   return 0.0;
 }
 
-/* How far two ranks may differ at the same point, relative to the output's rms, and still compute one
- * function: other kernels and other summation orders do, other weights do not. */
+/* How far two ranks may differ at the same point, relative to the output's rms, and still compute
+ * one function: other kernels and other summation orders do, other weights do not. */
 static double rounding_between_ranks(ps_dtype dtype)
 {
   switch (dtype) {
@@ -109,13 +109,13 @@ ps_status ps__canary(const ps_leader *leader, const ps__node *node, char *why, s
   double relative = 0.0;
   const char *what = "starts from another latent";
   /* Hosts on both sides may have edited the latent since the ask: alike, or not. */
-  ps_status status = compare(leader, leader->layout.x, leader->x[node->step % depth], node->point,
-                             &relative);
+  ps_status status =
+      compare(leader, leader->layout.x, leader->x[node->step % depth], node->point, &relative);
   if (status == PS_OK && relative == 0.0) {
     what = "its output differs at the leader's own latent (other weights, other conditioning, "
            "or a state that it keeps)";
-    status = compare(leader, leader->layout.m, leader->m[node->step % depth], node->output,
-                     &relative);
+    status =
+        compare(leader, leader->layout.m, leader->m[node->step % depth], node->output, &relative);
   }
   if (status == PS_OK && relative != 0.0) {
     snprintf(why, room, "%s: relative distance %.3g at step %d", what, relative, node->step);

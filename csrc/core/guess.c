@@ -1,27 +1,27 @@
-/* guess.c - where the followers evaluate: a roll-out of the program (DESIGN 2.2).
+/* guess.c - where the followers evaluate: a roll-out of the program.
  *
  * Called by leader.c at the start of a round.  Every latent and output on the way is a linear
  * combination of vectors on hand, the basis: true latents and outputs, carried points and outputs,
- * noise.  So the roll-out is scalar algebra on coefficients, and the points are written by one pass of
- * the backend over memory.
+ * noise.  So the roll-out is scalar algebra on coefficients, and the points are written by one pass
+ * of the backend over memory.
  */
 #include <string.h>
 
 #include "core/internal.h"
 
 typedef struct ps__guesser {
-  int capacity;     /* columns the basis may have */
-  int columns;      /* basis vectors in use */
-  ps_term *basis;   /* (capacity) */
-  int oldest, last; /* steps the roll-out spans: x[oldest .. last], m[oldest .. last] */
-  double *x;        /* (span, capacity) x_j in the basis; true ones are unit rows */
-  double *m;        /* (span, capacity) m_j likewise */
-  double *own;      /* (capacity) the published rule's reused output */
+  int capacity;             /* columns the basis may have */
+  int columns;              /* basis vectors in use */
+  ps_term *basis;           /* (capacity) */
+  int oldest, last;         /* steps the roll-out spans: x[oldest .. last], m[oldest .. last] */
+  double *x;                /* (span, capacity) x_j in the basis; true ones are unit rows */
+  double *m;                /* (span, capacity) m_j likewise */
+  double *own;              /* (capacity) the published rule's reused output */
   const ps__node **carried; /* (span) node whose output a step carries, or NULL */
-  int *noise;       /* (span) column of z_j, -1 where it is not known */
-  double *weight;   /* (window, capacity) what the backend is given, unused columns left out */
-  ps_term *term;    /* (capacity) */
-  void **out;       /* (window) */
+  int *noise;               /* (span) column of z_j, -1 where it is not known */
+  double *weight; /* (window, capacity) what the backend is given, unused columns left out */
+  ps_term *term;  /* (capacity) */
+  void **out;     /* (window) */
 } ps__guesser;
 
 static int span_of(const ps_leader *leader)
@@ -223,7 +223,7 @@ static void roll_verified(const ps_leader *leader, ps__guesser *guesser, const p
 }
 
 /* Each rank rolls out on its own last output; one that has none yet uses m_{i-1}, which is what
- * every rank of the published program holds after the warm-up (DESIGN 2.5). */
+ * every rank of the published program holds after the warm-up. */
 static void roll_paper(const ps_leader *leader, ps__guesser *guesser, const ps__node *nodes,
                        int count)
 {

@@ -1,8 +1,8 @@
 /* internal.h - what the core's files share and nobody else sees.
  *
  * A leader is one struct with one arena; plan.c, guess.c and accept.c are its parts, each a room of
- * its own: who evaluates which step, at which guess, and what becomes of the output.  leader.c drives
- * them in the order ask, guess, post, submit, gather, verify.
+ * its own: who evaluates which step, at which guess, and what becomes of the output.  leader.c
+ * drives them in the order ask, guess, post, submit, gather, verify.
  */
 #ifndef PS_INTERNAL_H
 #define PS_INTERNAL_H
@@ -18,8 +18,7 @@
 /* ---- status.c, alloc.c ----------------------------------------------------------------------- */
 
 /* Sets this thread's last error and returns status. */
-ps_status ps__fail(ps_status status, const char *format, ...)
-    __attribute__((format(printf, 2, 3)));
+ps_status ps__fail(ps_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 void *ps__alloc(size_t bytes); /* zeroed, 64-byte aligned; NULL with the last error set */
 void ps__free(void *p);
@@ -40,7 +39,8 @@ static inline size_t ps__x_bytes(const ps_layout *layout)
   return layout->items * layout->size * ps_dtype_size(layout->x);
 }
 
-/* Room for one output: m's own size, or where m is still unknown 4 bytes an element, x's at least. */
+/* Room for one output: m's own size, or where m is still unknown 4 bytes an element, x's at least.
+ */
 static inline size_t ps__m_bytes(const ps_layout *layout)
 {
   size_t element = ps_dtype_size(layout->m);
@@ -57,9 +57,9 @@ ps_status ps__layout_check(const ps_layout *layout);
 struct ps_program {
   int references; /* changed atomically: a leader's thread may release the last one */
   int steps, history;
-  double *a, *b;       /* (steps, history) */
-  double *c, *s, *g;   /* (steps) */
-  bool draws;          /* some c is not 0 */
+  double *a, *b;     /* (steps, history) */
+  double *c, *s, *g; /* (steps) */
+  bool draws;        /* some c is not 0 */
 };
 
 /* ---- nodes: the evaluations of a round ------------------------------------------------------- */
@@ -83,10 +83,10 @@ typedef struct ps__node {
 typedef struct ps__rank {
   ps_link *link; /* NULL for the leader itself and for ranks left out */
   int slots;
-  int spoken;       /* slots whose output holds their last evaluation (the published rule reuses it) */
+  int spoken; /* slots whose output holds their last evaluation (the published rule reuses it) */
   int64_t posted_ns; /* when its work of this round was sent; 0 = none was */
-  void **point;     /* (slots); the leader's own are in its arena, slot 0 of it has none */
-  void **output;    /* (slots) */
+  void **point;      /* (slots); the leader's own are in its arena, slot 0 of it has none */
+  void **output;     /* (slots) */
 } ps__rank;
 
 typedef enum ps__phase {
@@ -103,10 +103,10 @@ struct ps_leader {
   const ps_backend *backend;
   uint64_t run;
   ps__phase phase;
-  int step;          /* the step being asked or answered; ask takes the one after it */
-  int window_max;    /* slots of all ranks together */
+  int step;       /* the step being asked or answered; ask takes the one after it */
+  int window_max; /* slots of all ranks together */
   int ranks;
-  ps__rank *rank;    /* (ranks); 0 is the leader */
+  ps__rank *rank; /* (ranks); 0 is the leader */
 
   /* The true trajectory, as far back as rows and extrapolation reach: step j is at [j % depth]. */
   int depth;
@@ -114,16 +114,16 @@ struct ps_leader {
 
   /* The round: its nodes, nodes[0] the leader's own exact one.  Before the next round's guesses are
    * made the same array still holds the last round's, which are then carried. */
-  int round;         /* rounds begun */
+  int round; /* rounds begun */
   int nodes;
-  ps__node *node;    /* (window_max) */
-  ps__node *fresh;   /* (window_max) the next round's, while guesses still read the last one's */
+  ps__node *node;  /* (window_max) */
+  ps__node *fresh; /* (window_max) the next round's, while guesses still read the last one's */
 
-  void **noise;      /* (window_max) z of step j is at [j % window_max]; NULL where c is all 0 */
-  int *noise_step;   /* (window_max) which step that is, -1 none */
+  void **noise;    /* (window_max) z of step j is at [j % window_max]; NULL where c is all 0 */
+  int *noise_step; /* (window_max) which step that is, -1 none */
 
   struct ps__guesser *guesser;
-  ps_term *row_term;   /* (2 history + 1) the terms of one row, for ps_leader_advance */
+  ps_term *row_term; /* (2 history + 1) the terms of one row, for ps_leader_advance */
   double *row_weight;
 
   /* Report. */
@@ -143,8 +143,8 @@ struct ps_leader {
  * first, first + 1, ... and returns how many there are: at most what the ranks alive can hold. */
 int ps__plan(const ps_leader *leader, int first, ps__node *nodes);
 
-/* guess.c: the points of nodes[1..count-1] from the trajectory, the carried nodes and the program, all
- * in one pass of the backend.  Nodes must have their point set. */
+/* guess.c: the points of nodes[1..count-1] from the trajectory, the carried nodes and the program,
+ * all in one pass of the backend.  Nodes must have their point set. */
 size_t ps__guesser_carve(ps_leader *leader, ps__arena *arena);
 ps_status ps__guess(ps_leader *leader, const ps__node *nodes, int count);
 

@@ -1,8 +1,8 @@
 /* links.c - the leader's side of the wire: work out, replies in, ranks left out.
  *
  * Called by leader.c after the guesses are made (post) and after the leader's own output (gather).
- * What a reply says is checked here and nowhere else; whatever does not fit costs the rank its place,
- * never the picture.
+ * What a reply says is checked here and nowhere else; whatever does not fit costs the rank its
+ * place, never the picture.
  */
 #include <math.h>
 #include <stdio.h>
@@ -98,8 +98,8 @@ ps_status ps__post_round(ps_leader *leader)
 
 /* ---- replies in ------------------------------------------------------------------------------ */
 
-/* max(60 s, 10 x the leader's longest forward), from the leader's own submit; the first round has no
- * limit unless one was given, since first compiles are slow (DESIGN 4). */
+/* max(60 s, 10 x the leader's longest forward), from the leader's own submit; the first round has
+ * no limit unless one was given, since first compiles are slow. */
 static int64_t deadline_of(const ps_leader *leader)
 {
   const int64_t least = INT64_C(60) * 1000000000;
@@ -119,8 +119,8 @@ static bool is_stale(const ps_leader *leader, const ps_header *reply)
          (reply->run != leader->run || reply->round < leader->round);
 }
 
-/* Waits for this round's reply; those of an aborted run or an older round are drained.  An aborted run
- * leaves one behind, so that what does not end is no remainder. */
+/* Waits for this round's reply; those of an aborted run or an older round are drained.  An aborted
+ * run leaves one behind, so that what does not end is no remainder. */
 static ps_status collect(const ps_leader *leader, ps_link *link, ps_header *reply)
 {
   enum { STALE_MOST = 64 };
@@ -155,8 +155,7 @@ static ps_status check_reply(const ps_leader *leader, int rank, ps_header *reply
                       reply->step[slot], work.step[slot]);
     }
   }
-  if (reply->dtype != (uint32_t)leader->layout.m ||
-      reply->bytes != ps__m_bytes(&leader->layout)) {
+  if (reply->dtype != (uint32_t)leader->layout.m || reply->bytes != ps__m_bytes(&leader->layout)) {
     return ps__fail(PS_DTYPE, "outputs of %s (%llu bytes) where the leader's are %s (%zu bytes)",
                     ps_dtype_name((ps_dtype)reply->dtype), (unsigned long long)reply->bytes,
                     ps_dtype_name(leader->layout.m), ps__m_bytes(&leader->layout));
@@ -240,7 +239,8 @@ void ps__close_links(ps_leader *leader)
   for (int rank = 1; rank < leader->ranks; ++rank) {
     ps_link *link = leader->rank[rank].link;
     if (link != NULL) {
-      /* A follower in the middle of its work learns from the closing; the message is for the rest. */
+      /* A follower in the middle of its work learns from the closing; the message is for the rest.
+       */
       link->ops->post(link, &done);
       link->ops->close(link);
       leader->rank[rank].link = NULL;

@@ -1,8 +1,8 @@
-/* plan.c - who evaluates which step of a round (DESIGN 2.6).
+/* plan.c - who evaluates which step of a round.
  *
- * Called by leader.c at the start of a round.  The k-th node goes to the k-th rank alive; ranks with
- * several slots get their further nodes only when every rank has its first, so that a short window
- * near the end leaves no rank with a batch while another idles.
+ * Called by leader.c at the start of a round.  The k-th node goes to the k-th rank alive; ranks
+ * with several slots get their further nodes only when every rank has its first, so that a short
+ * window near the end leaves no rank with a batch while another idles.
  */
 #include "core/internal.h"
 

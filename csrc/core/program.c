@@ -1,8 +1,8 @@
-/* program.c - the sampling program: a sampler written down as numbers (DESIGN 2.2).
+/* program.c - the sampling program: a sampler written down as numbers.
  *
- * Callers make one from arrays (traced from a host's scheduler) or by a builder; leader.c and guess.c
- * read its rows.  The builders are the usual solvers in closed form, so that the core is useful
- * without Python and traces have something to be checked against.
+ * Callers make one from arrays (traced from a host's scheduler) or by a builder; leader.c and
+ * guess.c read its rows.  The builders are the usual solvers in closed form, so that the core is
+ * useful without Python and traces have something to be checked against.
  */
 #include <math.h>
 #include <string.h>
@@ -55,13 +55,13 @@ static ps_status check_row(const ps_program *program, int j)
   for (int k = 0; k < program->history; ++k) {
     double a = program->a[j * program->history + k], b = program->b[j * program->history + k];
     if (!isfinite(a) || !isfinite(b)) {
-      return ps__fail(PS_INVALID, "program: a[%d, %d] = %g, b[%d, %d] = %g: must be finite", j, k, a,
-                      j, k, b);
+      return ps__fail(PS_INVALID, "program: a[%d, %d] = %g, b[%d, %d] = %g: must be finite", j, k,
+                      a, j, k, b);
     }
     if (k > j && (a != 0.0 || b != 0.0)) {
       return ps__fail(PS_INVALID,
-                      "program: row %d reaches back %d steps, before step 0: column %d must be 0", j,
-                      k, k);
+                      "program: row %d reaches back %d steps, before step 0: column %d must be 0",
+                      j, k, k);
     }
   }
   return PS_OK;
@@ -181,7 +181,7 @@ static clean clean_of(ps_prediction prediction, double alpha, double s)
   return (clean){1.0 / alpha, -s / alpha};
 }
 
-/* Half the slope that would hold the predicted clean sample (DESIGN 2.3). */
+/* Half the slope that would hold the predicted clean sample. */
 static double slope_of(ps_prediction prediction, double alpha, double s)
 {
   switch (prediction) {
@@ -245,8 +245,8 @@ ps_status ps_program_ddim(int steps, const double *alpha, const double *s, ps_pr
   return program_seal(program, out);
 }
 
-/* Weights of the two newest clean samples in the second-order step of DPM-Solver++ (arXiv 2211.01095,
- * algorithm 2): D = (1 + r) x0_j - r x0_{j-1}. */
+/* Weights of the two newest clean samples in the second-order step of DPM-Solver++ (arXiv
+ * 2211.01095, algorithm 2): D = (1 + r) x0_j - r x0_{j-1}. */
 static double second_order(const double *alpha, const double *s, int j, int steps)
 {
   if (j == 0 || s[j + 1] == 0.0 || (j == steps - 1 && steps < 15)) {

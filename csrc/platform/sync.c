@@ -28,7 +28,8 @@ ps_status ps__monitor_init(ps__monitor *monitor)
   if (pthread_condattr_init(&attributes) != 0) {
     goto fail_mutex;
   }
-  /* Deadlines are on the monotonic clock, so that a change of the wall clock cannot stretch them. */
+  /* Deadlines are on the monotonic clock, so that a change of the wall clock cannot stretch them.
+   */
   if (pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC) != 0 ||
       pthread_cond_init(&monitor->changed, &attributes) != 0) {
     goto fail_attributes;

@@ -21,8 +21,8 @@ void ps__monitor_leave(ps__monitor *monitor);
 void ps__monitor_notify(ps__monitor *monitor); /* all waiters */
 
 /* One slice of a wait, inside the monitor: returns when notified or after 50 ms at most.  Between
- * slices the monitor is left while check runs, since check may take Python's lock.  PS_OK: look at the
- * state again; PS_DEADLINE, PS_INTERRUPTED: give up.  *slice_end is 0 before the first call. */
+ * slices the monitor is left while check runs, since check may take Python's lock.  PS_OK: look at
+ * the state again; PS_DEADLINE, PS_INTERRUPTED: give up.  *slice_end is 0 before the first call. */
 ps_status ps__monitor_wait(ps__monitor *monitor, const ps_wait *wait, int64_t *slice_end);
 
 #endif

@@ -2,9 +2,9 @@
  *
  * csrc/python turns Python calls into calls of the C API and back; it holds no maths.  module.c
  * makes the module and its exceptions, program_type.c, leader_type.c and follower_type.c wrap the
- * core's objects, convert.c takes the caller's tensors in, tensor.c hands ours out.  Every function here is called
- * under the GIL unless its comment says more, and reports failure as CPython does: NULL or -1 with
- * an exception set.
+ * core's objects, convert.c takes the caller's tensors in, tensor.c hands ours out.  Every function
+ * here is called under the GIL unless its comment says more, and reports failure as CPython does:
+ * NULL or -1 with an exception set.
  */
 #ifndef PSB_BINDING_H
 #define PSB_BINDING_H
@@ -82,8 +82,8 @@ PyObject *psb_raise(psb_state *st, ps_status status, const char *format, ...);
 /* The same with the core's own words, ps_last_error(), unless an exception is set already. */
 PyObject *psb_raise_last(psb_state *st, ps_status status);
 
-/* The exception in flight, raised by code of others, becomes the cause of ours, and its words follow
- * those of the format.  KeyboardInterrupt and its like pass as they are. */
+/* The exception in flight, raised by code of others, becomes the cause of ours, and its words
+ * follow those of the format.  KeyboardInterrupt and its like pass as they are. */
 void psb_explain(psb_state *st, ps_status status, const char *format, ...);
 
 /* A str of the core's words.  They sit in buffers of fixed size: the last character may be cut. */

@@ -87,7 +87,8 @@ PyObject *psb_raise(psb_state *st, ps_status status, const char *format, ...)
 
 PyObject *psb_raise_last(psb_state *st, ps_status status)
 {
-  /* An exception that a check raised while waiting (KeyboardInterrupt) is the cause, not the status. */
+  /* An exception that a check raised while waiting (KeyboardInterrupt) is the cause, not the
+   * status. */
   if (!PyErr_Occurred()) {
     PyObject *text = psb_text(ps_last_error());
     if (text != NULL) {
@@ -159,17 +160,17 @@ static PyObject *core_copy(PyObject *module, PyObject *x)
   if (psb_view_from(st, x, "x", PSB_READ, &view) < 0) {
     return NULL;
   }
-  PyObject *made =
-      psb_tensor_like(st, x, view.dtype, view.ndim, view.shape, view.data, NULL);
+  PyObject *made = psb_tensor_like(st, x, view.dtype, view.ndim, view.shape, view.data, NULL);
   psb_view_release(&view);
   return made;
 }
 
 static PyMethodDef methods[] = {
-    {"copy", core_copy, METH_O, "copy($module, x, /)\n--\n\nA contiguous copy of a tensor, of the same kind."},
+    {"copy", core_copy, METH_O,
+     "copy($module, x, /)\n--\n\nA contiguous copy of a tensor, of the same kind."},
     {"build_info", core_build_info, METH_NOARGS,
      "build_info($module)\n--\n\nVersion, backends and transports of this build, as a dict."},
-    {"now_ns", core_now_ns, METH_NOARGS, 
+    {"now_ns", core_now_ns, METH_NOARGS,
      "now_ns($module)\n--\n\nThe monotonic clock of began_ns and the timeline, in ns."},
     {NULL, NULL, 0, NULL},
 };

@@ -1,20 +1,21 @@
 /* program_type.c - parastep.Program: the sampling program as a Python object.
  *
- * Made from NumPy arrays by tracing.py or by the user, or by one of the core's builders; options_in.c
- * hands it to a leader.  Immutable, so it may be shared by threads and runs.
+ * Made from NumPy arrays by tracing.py or by the user, or by one of the core's builders;
+ * options_in.c hands it to a leader.  Immutable, so it may be shared by threads and runs.
  */
 #include "binding.h"
 
 typedef struct program_object {
-  PyObject_HEAD
-  ps_program *program;
+  PyObject_HEAD ps_program *program;
 } program_object;
 
 ps_program *psb_program_of(psb_state *st, PyObject *obj)
 {
   if (!PyObject_TypeCheck(obj, st->program_type)) {
-    PyErr_Format(PyExc_TypeError, "program: a parastep.Program is needed, not %s (parastep.trace "
-                 "makes one from a scheduler)", Py_TYPE(obj)->tp_name);
+    PyErr_Format(PyExc_TypeError,
+                 "program: a parastep.Program is needed, not %s (parastep.trace "
+                 "makes one from a scheduler)",
+                 Py_TYPE(obj)->tp_name);
     return NULL;
   }
   return ((program_object *)obj)->program;
@@ -111,9 +112,9 @@ static PyObject *program_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
   PyObject *given[5] = {NULL, NULL, NULL, NULL, NULL}, *result = NULL;
   PyArrayObject *tables[5] = {NULL, NULL, NULL, NULL, NULL};
   psb_state *st = psb_state_of(type);
-  if (st == NULL || !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OOO:Program", keywords,
-                                                 &given[0], &given[1], &given[2], &given[3],
-                                                 &given[4])) {
+  if (st == NULL ||
+      !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OOO:Program", keywords, &given[0], &given[1],
+                                   &given[2], &given[3], &given[4])) {
     return NULL;
   }
   for (int k = 0; k < 5; ++k) {
@@ -316,41 +317,42 @@ static PyGetSetDef getters[] = {
 static PyMethodDef methods[] = {
     {"ddim", KEYWORDS(program_ddim), METH_CLASS | METH_VARARGS | METH_KEYWORDS,
      "ddim($type, alpha, s, prediction='noise')\n--\n\n"
-     "DDIM without added noise (arXiv 2010.02502).  alpha, s: (N + 1,) signal and noise scales, the\n"
+     "DDIM without added noise (arXiv 2010.02502).  alpha, s: (N + 1,) signal and noise scales, "
+     "the\n"
      "last pair where sampling ends.  prediction: 'noise', 'flow', 'velocity' or 'sample'."},
     {"dpmpp_2m", KEYWORDS(program_dpmpp_2m), METH_CLASS | METH_VARARGS | METH_KEYWORDS,
      "dpmpp_2m($type, alpha, s, prediction='noise')\n--\n\n"
      "DPM-Solver++ of second order, multistep (arXiv 2211.01095).  Arguments as for ddim."},
     {"euler", program_euler, METH_CLASS | METH_O,
-     "euler($type, sigmas, /)\n--\n\nEuler on noise levels, x = x0 + sigma eps, m = eps.  sigmas: (N + 1,)."},
+     "euler($type, sigmas, /)\n--\n\nEuler on noise levels, x = x0 + sigma eps, m = eps.  sigmas: "
+     "(N + 1,)."},
     {"flow_euler", program_flow_euler, METH_CLASS | METH_O,
      "flow_euler($type, sigmas, /)\n--\n\n"
-     "Euler on a flow, x = (1 - sigma) x0 + sigma eps, m = eps - x0.  sigmas: (N + 1,) from 1 to 0."},
+     "Euler on a flow, x = (1 - sigma) x0 + sigma eps, m = eps - x0.  sigmas: (N + 1,) from 1 to "
+     "0."},
     {"adams_bashforth", KEYWORDS(program_adams_bashforth),
      METH_CLASS | METH_VARARGS | METH_KEYWORDS,
      "adams_bashforth($type, sigmas, order=2)\n--\n\n"
      "Adams-Bashforth of order 1 to 4 on the uneven grid of decreasing sigmas, (N + 1,)."},
-    {"__reduce__", program_reduce, METH_NOARGS, "__reduce__($self)\n--\n\nPickles as its five tables."},
+    {"__reduce__", program_reduce, METH_NOARGS,
+     "__reduce__($self)\n--\n\nPickles as its five tables."},
     {NULL, NULL, 0, NULL},
 };
 
-PyDoc_STRVAR(program_doc,
-             "Program(a, b, c=None, s=None, g=None)\n--\n\n"
-             "A sampler written down as numbers (DESIGN 2.2), one row a model call:\n"
-             "x_{j+1} = sum_k ( a[j, k] x_{j-k} + b[j, k] m_{j-k} ) + c[j] z_j.\n\n"
-             "a, b: (N, H) float64; c noise coefficient, s > 0 noise scale, g rebase slope: (N,), by\n"
-             "default 0, 1 and 0.  Raises ShapeError or InvalidError, both ValueError, for tables that\n"
-             "do not fit, hold NaN or Inf, reach back before step 0, or have s <= 0.");
+PyDoc_STRVAR(
+    program_doc,
+    "Program(a, b, c=None, s=None, g=None)\n--\n\n"
+    "A sampler written down as numbers, one row a model call:\n"
+    "x_{j+1} = sum_k ( a[j, k] x_{j-k} + b[j, k] m_{j-k} ) + c[j] z_j.\n\n"
+    "a, b: (N, H) float64; c noise coefficient, s > 0 noise scale, g rebase slope: (N,), by\n"
+    "default 0, 1 and 0.  Raises ShapeError or InvalidError, both ValueError, for tables that\n"
+    "do not fit, hold NaN or Inf, reach back before step 0, or have s <= 0.");
 
 static PyType_Slot type_slots[] = {
-    {Py_tp_doc, (void *)program_doc},
-    {Py_tp_new, program_new},
-    {Py_tp_dealloc, program_dealloc},
-    {Py_tp_repr, program_repr},
-    {Py_tp_methods, methods},
-    {Py_tp_getset, getters},
-    {Py_sq_length, program_length},
-    {0, NULL},
+    {Py_tp_doc, (void *)program_doc}, {Py_tp_new, program_new},
+    {Py_tp_dealloc, program_dealloc}, {Py_tp_repr, program_repr},
+    {Py_tp_methods, methods},         {Py_tp_getset, getters},
+    {Py_sq_length, program_length},   {0, NULL},
 };
 
 static PyType_Spec type_spec = {

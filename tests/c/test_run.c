@@ -104,7 +104,7 @@ static double floor_of(ps_dtype dtype)
   return dtype == PS_F64 ? 0.0 : dtype == PS_F32 ? 0x1p-25 : dtype == PS_F16 ? 0x1p-12 : 0x1p-9;
 }
 
-/* drift_j^2 by DESIGN 4, of the worst item. */
+/* drift_j^2 of the worst item. */
 static double expected_drift(const stage *on, int step, const void *x, const void *guess)
 {
   size_t size = on->layout.size;
