@@ -73,7 +73,7 @@ def parallelize(
         raise _core.UnsupportedError("group: process groups are not supported yet; give devices")
     if slots != "auto":
         raise _core.UnsupportedError(f"slots: {slots!r}: only 'auto' so far")
-    if not callable(pipe) or not hasattr(pipe, "components"):
+    if isinstance(pipe, type) or not callable(pipe) or not hasattr(pipe, "__dict__"):
         raise _core.InvalidError(f"pipe: {type(pipe).__name__} is not a diffusers pipeline")
     if not hasattr(getattr(pipe, "scheduler", None), "step"):
         raise _core.InvalidError(f"pipe: {type(pipe).__name__} has no scheduler with a step method")
@@ -101,21 +101,30 @@ def parallelize(
 
 
 def _devices_of(pipe: Any, devices: Sequence[str | torch.device] | None) -> list[torch.device]:
-    home = pipe.device
+    home = _home_of(pipe)
     if devices is None:
         kind = getattr(torch, home.type, None)
         count = kind.device_count() if kind is not None and hasattr(kind, "device_count") else 1
         own = home.index or 0
         order = [own, *(k for k in range(count) if k != own)]
-        return [torch.device(home.type, k) if count > 1 else home for k in order]
-    if isinstance(devices, (str, torch.device)) or not len(devices):
+        devices = [torch.device(home.type, k) if count > 1 else home for k in order]
+    if isinstance(devices, (str, torch.device)) or not 0 < len(devices) <= 256:
         raise _core.InvalidError(f"devices: {devices!r}: a list is needed, as ['cuda:0', 'cuda:1']")
-    found = [torch.device(device) for device in devices]
+    try:
+        found = [torch.device(device) for device in devices]
+    except (RuntimeError, TypeError) as error:
+        raise _core.DeviceError(f"devices: {devices!r}: {describe(error)}") from error
     if found[0].type != home.type or (found[0].index or 0) != (home.index or 0):
         raise _core.DeviceError(f"devices: the first is {found[0]}, but the pipe is on {home}")
     if any(device.type != "cpu" for device in found):
         raise _core.UnsupportedError("devices: only CPU devices so far")
     return found
+
+
+def _home_of(pipe: Any) -> torch.device:
+    """Where its denoisers' weights are; a module of the user's own need not tell its device."""
+    modules = denoisers_of(pipe).values()
+    return next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
 
 
 class ParallelPipeline:

@@ -77,7 +77,18 @@ class Following:
             return True
         finally:
             hooks.restore()
-        raise RuntimeError("the replica's loop ended before the leader's")
+        return self._ran_out()
+
+    def _ran_out(self) -> bool:
+        """The loop is shorter than its scheduler's list of steps: those beyond have no output, and
+        the leader will not ask for any.
+        """
+        if self._end is None:
+            raise RuntimeError("the replica's call ended before the first step")
+        while self._target >= self._step:
+            self._end.submit([torch.full_like(self._m, torch.nan)])
+            self._take_work()
+        return True
 
     def _place(self, hooks: Hooks) -> None:
         for module in denoisers_of(self.replica).values():
@@ -153,7 +164,8 @@ class Following:
         moved = None
         if not is_rounded(sample, self._point):
             moved = [sample.detach().to(self._point.dtype).contiguous()]
-        self._end.submit([m.detach()], moved, self._began_ns)
+        self._m = m.detach()
+        self._end.submit([self._m], moved, self._began_ns)
 
     def _take_work(self) -> None:
         assert self._end is not None

@@ -93,12 +93,18 @@ def replicate(pipe: Any, device: torch.device) -> Any:
     replica = copy.deepcopy(pipe, memo)
     if hasattr(replica, "set_progress_bar_config"):
         replica.set_progress_bar_config(disable=True)
-    home = pipe._execution_device if hasattr(pipe, "_execution_device") else device
-    if device != home:
+    if device != _execution_device(pipe, device):
         # Its encoders stay where the leader's are, so it cannot tell its own device from them.
         here = {name: property(lambda self: device) for name in ("_execution_device", "device")}
         replica.__class__ = type(type(pipe).__name__, (type(pipe),), here)
     return replica
+
+
+def _execution_device(pipe: Any, default: torch.device) -> torch.device:
+    try:
+        return pipe._execution_device
+    except Exception:  # modules of the user's own need not know their device
+        return default
 
 
 def refresh(replica: Any, pipe: Any) -> None:

@@ -1,0 +1,638 @@
+"""Pipelines written by hand, in every shape that a denoising loop takes: whatever it is, the result
+at tolerance 0 is the pipeline's own, and where the seam can carry it the windows are full.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+import tiny  # noqa: E402
+from hosting import caught, distance, no_warnings, parallel, rounds_without_limit  # noqa: E402
+
+N = 9
+SHAPE = (2, 4, 8, 8)
+ALPHAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def mixed(x: torch.Tensor, t: Any, weight: torch.Tensor) -> torch.Tensor:
+    """A small denoiser: it listens to latent, time and weights, and has no state."""
+    t = torch.as_tensor(t, dtype=x.dtype).reshape(-1, *[1] * (x.dim() - 1)) / 1000
+    return torch.tanh(0.3 * x + torch.einsum("ij,bj...->bi...", weight.to(x.dtype), x) + t)
+
+
+class Net(torch.nn.Module):
+    """Tensor in, tensor out."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.weight = torch.nn.Parameter(torch.randn(channels, channels, generator=generator) / 4)
+        self.calls = torch.nn.Identity()  # counts the forwards that ran
+
+    def forward(self, x: torch.Tensor, t: Any) -> torch.Tensor:
+        return self.calls(mixed(x, t, self.weight))
+
+
+@dataclass
+class Out:
+    sample: torch.Tensor
+    extra: Any = None
+
+
+class Pair(NamedTuple):
+    sample: torch.Tensor
+    rest: list[torch.Tensor]
+
+
+class Form(torch.nn.Module):
+    """The denoiser above, with its output in another container."""
+
+    def __init__(self, wrap: Callable[[torch.Tensor], Any], channels: int = 4) -> None:
+        super().__init__()
+        self.inner, self.wrap = Net(channels), wrap
+
+    def forward(self, x: torch.Tensor, t: Any, **kwargs: Any) -> Any:
+        return self.wrap(self.inner(x, t))
+
+
+def begin(pipe: Any, steps: int, generator: Any, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
+    pipe.scheduler.set_timesteps(steps)
+    x = torch.randn(shape, generator=generator)
+    return x * getattr(pipe.scheduler, "init_noise_sigma", 1.0)
+
+
+Loop = Callable[..., torch.Tensor]
+
+
+class Written(diffusers.DiffusionPipeline):
+    """A pipeline around a loop; the component is called `denoiser`."""
+
+    loop: Loop
+
+    def __init__(self, denoiser: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(denoiser=denoiser, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps: int = N, generator: Any = None) -> torch.Tensor:
+        return type(self).loop(self, num_inference_steps, generator)
+
+
+def ddim(**config: Any) -> Any:
+    return diffusers.DDIMScheduler(**ALPHAS, clip_sample=False, steps_offset=1, **config)
+
+
+def euler() -> Any:
+    return diffusers.EulerDiscreteScheduler(**ALPHAS)
+
+
+def flow() -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler()
+
+
+def written(loop: Loop, denoiser: Any = None, scheduler: Any = None, **extra: Any) -> Any:
+    kind = type("Written", (Written,), {"loop": loop})
+    pipe = kind(denoiser or Net(), scheduler or ddim())
+    pipe.set_progress_bar_config(disable=True)
+    for name, value in extra.items():
+        setattr(pipe, name, value)
+    return pipe.eval() if hasattr(pipe, "eval") else pipe
+
+
+def plain(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        x = pipe.scheduler.step(pipe.denoiser(x, t), t, x).prev_sample
+    return x
+
+
+def tuple_step(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.progress_bar(pipe.scheduler.timesteps):
+        x, clean = pipe.scheduler.step(pipe.denoiser(x, t), t, x, return_dict=False)
+        assert clean.shape == x.shape
+    return x
+
+
+def keywords(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        m = pipe.denoiser(t=t, x=x)
+        x = pipe.scheduler.step(sample=x, model_output=m, timestep=t, generator=generator)[0]
+    return x
+
+
+def scaled(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        given = pipe.scheduler.scale_model_input(torch.cat([x] * 2), t)
+        a, b = pipe.denoiser(given, t).chunk(2)
+        x = pipe.scheduler.step(a + 2.0 * (b - 0.9 * a), t, x).prev_sample
+    return x
+
+
+def scaled_by_hand(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    """The denoiser is shown something that is not the latent."""
+    x = begin(pipe, steps, generator)
+    for i, t in enumerate(pipe.scheduler.timesteps):
+        sigma = pipe.scheduler.sigmas[i]
+        pipe.scheduler.is_scale_input_called = True
+        m = pipe.denoiser(x / (sigma**2 + 1) ** 0.5, t)
+        x = pipe.scheduler.step(m, t, x).prev_sample
+    return x
+
+
+def two_calls(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        with_text, without = pipe.denoiser(x, t), pipe.denoiser(x, t * 0 + 500)
+        x = pipe.scheduler.step(without + 2.0 * (with_text - without), t, x)[0]
+    return x
+
+
+def varying_calls(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    """Guidance in the middle of the run alone."""
+    x = begin(pipe, steps, generator)
+    for i, t in enumerate(pipe.scheduler.timesteps):
+        m = pipe.denoiser(x, t)
+        if 2 < i < 6:
+            m = m + 0.5 * (m - pipe.denoiser(x[:1], t * 0 + 500))
+        x = pipe.scheduler.step(m, t, x)[0]
+    return x
+
+
+def item_by_item(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        m = torch.cat([pipe.denoiser(item[None], t) for item in x])
+        x = pipe.scheduler.step(m, t, x)[0]
+    return x
+
+
+def cast(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator).to(torch.bfloat16)
+    for t in pipe.scheduler.timesteps:
+        m = pipe.denoiser(x, t).float()
+        x = pipe.scheduler.step(m, t, x.float())[0].to(torch.bfloat16)
+    return x
+
+
+def cast_after_the_first_step(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        x = pipe.scheduler.step(pipe.denoiser(x.bfloat16(), t), t, x)[0].bfloat16()
+    return x
+
+
+def in_double(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator).double()
+    for t in pipe.scheduler.timesteps:
+        x = pipe.scheduler.step(pipe.denoiser(x, t), t, x)[0]
+    return x
+
+
+def edited_after(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    """Inpainting: a part of the latents is put back after every step."""
+    x = begin(pipe, steps, generator)
+    noise, kept = torch.randn(SHAPE, generator=generator), torch.ones(SHAPE)
+    mask = torch.zeros(SHAPE)
+    mask[..., 2:6] = 1
+    times = pipe.scheduler.timesteps
+    for i, t in enumerate(times):
+        x = pipe.scheduler.step(pipe.denoiser(x, t), t, x)[0]
+        if i + 1 < len(times):
+            x = mask * x + (1 - mask) * pipe.scheduler.add_noise(kept, noise, times[i + 1 : i + 2])
+    return x
+
+
+def edited_in_place(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    """One tensor for the whole loop, and a part of it kept."""
+    x = begin(pipe, steps, generator)
+    first = x[:, :1].clone()
+    for t in pipe.scheduler.timesteps:
+        x[:] = pipe.scheduler.step(pipe.denoiser(x, t), t, x)[0]
+        x[:, :1] = 0.9 * x[:, :1] + 0.1 * first
+    return x
+
+
+def result_edited_in_place(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        x = pipe.scheduler.step(pipe.denoiser(x, t), t, x)[0]
+        x.mul_(0.97)
+    return x
+
+
+def shrunk_before(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    """The step's sample is not what the step before returned."""
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        x = 0.98 * x
+        x = pipe.scheduler.step(pipe.denoiser(x, t), t, x)[0]
+    return x
+
+
+def noised_before(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        x = x + 0.01 * torch.randn(SHAPE, generator=generator)
+        x = pipe.scheduler.step(pipe.denoiser(x, t), t, x)[0]
+    return x
+
+
+def part_stepped(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    """The first row is a condition: the denoiser sees all, step gets the rest."""
+    x = begin(pipe, steps, generator)
+    first = x[..., :1, :]
+    for t in pipe.scheduler.timesteps:
+        m = pipe.denoiser(x, t)[..., 1:, :]
+        x = torch.cat([first, pipe.scheduler.step(m, t, x[..., 1:, :])[0]], dim=-2)
+    return x
+
+
+def patches(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    """The denoiser sees tokens, step the picture."""
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        tokens = x.flatten(2).transpose(1, 2)
+        m = pipe.denoiser(tokens.transpose(1, 2), t).reshape(SHAPE)
+        x = pipe.scheduler.step(m, t, x)[0]
+    return x
+
+
+def more_channels(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x, given = begin(pipe, steps, generator), torch.ones(SHAPE)
+    for t in pipe.scheduler.timesteps:
+        m = pipe.denoiser(torch.cat([x, given], dim=1), t)[:, :4]
+        x = pipe.scheduler.step(m, t, x)[0]
+    return x
+
+
+def condition_first(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x, given = begin(pipe, steps, generator), torch.ones(SHAPE)
+    for t in pipe.scheduler.timesteps:
+        x = pipe.scheduler.step(pipe.denoiser(given, x, t), t, x)[0]
+    return x
+
+
+def negated(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        m = -pipe.denoiser(x, 1000 - t)
+        x = pipe.scheduler.step(-m * m.norm() / (m.norm() + 1e-3), t, x)[0]
+    return x
+
+
+def one_dimension(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator, (4,))
+    for t in pipe.scheduler.timesteps:
+        m = pipe.denoiser(x[None], t)[0]
+        x = pipe.scheduler.step(m, t, x)[0]
+    return x
+
+
+def not_contiguous(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator).transpose(2, 3)
+    for t in pipe.scheduler.timesteps:
+        m = pipe.denoiser(x, t).transpose(2, 3).contiguous().transpose(2, 3)
+        x = pipe.scheduler.step(m, t, x)[0]
+    return x
+
+
+def unwrapped(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        m = pipe.denoiser(x, t)
+        m = m["sample"] if isinstance(m, dict) else m.sample if hasattr(m, "sample") else m[0]
+        x = pipe.scheduler.step(m, t, x)[0]
+    return x
+
+
+def direct_forward(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        x = pipe.scheduler.step(pipe.denoiser.forward(x, t), t, x)[0]
+    return x
+
+
+def shorter_loop(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    """Fewer steps than the scheduler has timesteps."""
+    x = begin(pipe, steps + 5, generator)
+    for t in pipe.scheduler.timesteps[3:-2]:
+        x = pipe.scheduler.step(pipe.denoiser(x, t), t, x)[0]
+    return x
+
+
+class Bare(diffusers.DDIMScheduler):
+    """A scheduler whose step returns a tensor."""
+
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:  # type: ignore[override]
+        return super().step(model_output, timestep, sample).prev_sample
+
+
+def bare(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        x = pipe.scheduler.step(pipe.denoiser(x, t), t, x)
+    return x
+
+
+class Conditioned(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Net()
+
+    def forward(self, given: torch.Tensor, x: torch.Tensor, t: Any) -> torch.Tensor:
+        return self.inner(x, t) + 0.1 * given
+
+
+FULL: dict[str, Callable[[], Any]] = {
+    "plain": lambda: written(plain),
+    "flow": lambda: written(plain, scheduler=flow()),
+    "tuple": lambda: written(tuple_step),
+    "keywords": lambda: written(keywords),
+    "scaled": lambda: written(scaled, scheduler=euler()),
+    "scaled by hand": lambda: written(scaled_by_hand, scheduler=euler()),
+    "two calls": lambda: written(two_calls),
+    "varying calls": lambda: written(varying_calls),
+    "item by item": lambda: written(item_by_item),
+    "cast": lambda: written(cast),
+    "cast after the first": lambda: written(cast_after_the_first_step, scheduler=flow()),
+    "double": lambda: written(in_double),
+    "edited after": lambda: written(edited_after),
+    "edited in place": lambda: written(edited_in_place),
+    "result edited in place": lambda: written(result_edited_in_place),
+    "shrunk before": lambda: written(shrunk_before),
+    "noised before": lambda: written(noised_before),
+    "part stepped": lambda: written(part_stepped),
+    "patches": lambda: written(patches),
+    "more channels": lambda: written(more_channels, Net(8)),
+    "condition first": lambda: written(condition_first, Conditioned()),
+    "negated": lambda: written(negated),
+    "one dimension": lambda: written(one_dimension),
+    "not contiguous": lambda: written(not_contiguous),
+    "dataclass": lambda: written(unwrapped, Form(lambda m: Out(m, [m]))),
+    "named tuple": lambda: written(unwrapped, Form(lambda m: Pair(m, [m, m]))),
+    "namespace": lambda: written(unwrapped, Form(lambda m: types.SimpleNamespace(sample=m))),
+    "dict": lambda: written(unwrapped, Form(lambda m: {"sample": m, "none": None})),
+    "list": lambda: written(unwrapped, Form(lambda m: [m])),
+    "forward": lambda: written(direct_forward),
+    "bare": lambda: written(bare, scheduler=Bare(**ALPHAS, clip_sample=False)),
+}
+
+
+def run(pipe: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return pipe(generator=generator, **kwargs), generator.get_state()
+
+
+def net_of(pipe: Any) -> Any:
+    return next(m for m in pipe.denoiser.modules() if isinstance(m, Net)).calls
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_loop(name: str) -> None:
+    pipe = FULL[name]()
+    with tiny.count_forwards(net_of(pipe)) as count:
+        alone, state = run(pipe)
+    calls, steps = count.own, N
+    with no_warnings():
+        together = parallel(pipe, 4)
+        with tiny.count_forwards(net_of(pipe)) as count:
+            result, end = run(together)
+        assert torch.equal(result, alone) and torch.equal(end, state) and count.own == calls
+        assert together.report.evaluations == [steps, steps - 1, steps - 2, steps - 3]
+        together = parallel(pipe, 4, math.inf)
+        with tiny.count_forwards(net_of(pipe)) as count:
+            result, end = run(together)
+        report = together.report
+        assert report.rounds == rounds_without_limit(steps, 4) and torch.equal(end, state)
+        if name != "varying calls":
+            assert count.own == calls // steps * report.rounds
+            assert count.everywhere == calls // steps * sum(report.evaluations)
+    assert distance(result, alone) < 0.3, name
+    together = parallel(pipe, 4, 0.05)
+    with no_warnings():
+        result, _ = run(together)
+    assert distance(result, alone) < 0.05
+
+
+def test_shorter_loop_than_the_schedulers() -> None:
+    """The last windows reach beyond the end, which nobody could know."""
+    pipe = written(shorter_loop)
+    alone, _ = run(pipe)
+    with no_warnings():
+        together = parallel(pipe, 4)
+        assert torch.equal(run(together)[0], alone) and together.report.rounds == N
+        together = parallel(pipe, 4, math.inf)
+        run(together)
+    assert together.report.steps == N
+    assert together.report.rounds == rounds_without_limit(N, 4)
+
+
+def test_longer_loop_than_the_schedulers() -> None:
+    """A second pass over the timesteps: beyond its end the leader is alone."""
+
+    def twice(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+        x = plain(pipe, steps, generator)
+        for t in pipe.scheduler.timesteps:
+            x = pipe.scheduler.step(pipe.denoiser(x, t), t, x)[0]
+        return x
+
+    pipe = written(twice)
+    alone, _ = run(pipe)
+    together = parallel(pipe, 4, math.inf)
+    result, _ = run(together)
+    assert together.report.steps == 2 * N
+    assert together.report.rounds == rounds_without_limit(N, 4) + N
+    assert distance(result, alone) < 0.3
+    assert torch.equal(run(parallel(pipe, 4))[0], alone)
+
+
+def two_steps(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        m = pipe.denoiser(x, t)
+        x = pipe.scheduler.step(m, t, x)[0]
+        x = 0.5 * (x + pipe.scheduler.step(m, t, x)[0])
+    return x
+
+
+def step_first(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        x = pipe.scheduler.step(0.1 * x, t, x)[0]
+    return x
+
+
+def two_loops(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    return plain(pipe, steps, generator) + plain(pipe, steps, generator)
+
+
+def changing_shape(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for i, t in enumerate(pipe.scheduler.timesteps):
+        if i == 4:
+            x = torch.nn.functional.interpolate(x, scale_factor=2.0)
+        x = pipe.scheduler.step(pipe.denoiser(x, t), t, x)[0]
+    return x
+
+
+def late_edit(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    """The latents are edited between the denoiser's call and the step."""
+    x = begin(pipe, steps, generator)
+    for i, t in enumerate(pipe.scheduler.timesteps):
+        m = pipe.denoiser(x, t)
+        x = pipe.scheduler.step(m, t, x + (0.5 if i == 5 else 0.0))[0]
+    return x
+
+
+class Stateful(torch.nn.Module):
+    """Its output depends on how often it was called, and it counts in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Net()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor, t: Any) -> torch.Tensor:
+        self.count += 1
+        return self.inner(x, t) * (1 + 0.01 * self.count)
+
+
+class Drawing(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Net()
+
+    def forward(self, x: torch.Tensor, t: Any) -> torch.Tensor:
+        return self.inner(x, t) + 0.01 * torch.randn_like(x)
+
+
+class Foreign(diffusers.DDIMScheduler):
+    """A scheduler with names of its own for the arguments of step."""
+
+    def step(self, eps: Any, when: Any, x: Any) -> Any:  # type: ignore[override]
+        return super().step(eps, when, x)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: written(two_steps), "two steps"),
+        (lambda: written(step_first), "before a denoiser"),
+        (lambda: written(two_loops), "second sampling loop"),
+        (lambda: written(changing_shape), "the latents became"),
+        (lambda: written(plain, scheduler=Foreign(**ALPHAS, clip_sample=False)), "step"),
+    ],
+)
+def test_loop_that_cannot_be_carried(make: Callable[[], Any], reason: str) -> None:
+    pipe = make()
+    alone, state = run(pipe)
+    for tolerance in (0.0, math.inf):
+        together = parallel(pipe, 3, tolerance)
+        with caught() as texts:
+            result, end = run(together)
+        assert reason in together.report.fallback and reason in texts[-1]
+        assert len(texts) == 1 + len(together.report.failures) and torch.equal(end, state)
+        if tolerance == 0:
+            assert torch.equal(result, alone)
+        else:
+            assert distance(result, alone) < 0.5
+
+
+def test_edit_between_denoiser_and_step() -> None:
+    """Seen when it is too late to evaluate: rebased, told, and serial from there on."""
+    pipe = written(late_edit)
+    alone, _ = run(pipe)
+    with no_warnings():
+        assert torch.equal(run(parallel(pipe, 3))[0], alone)
+    together = parallel(pipe, 3, 0.2)
+    result, _ = run(together)
+    assert distance(result, alone) < 0.1
+    with no_warnings():
+        run(parallel(pipe, 3, math.inf))
+
+
+@pytest.mark.parametrize("denoiser", [Stateful, Drawing])
+def test_denoiser_that_is_no_function(denoiser: type) -> None:
+    """At tolerance 0 the leader's own state and draws are as if followers were not there."""
+    results = []
+    for ranks in (0, 3):
+        pipe = written(plain, denoiser())
+        called = parallel(pipe, ranks) if ranks else pipe
+        torch.manual_seed(4)
+        with caught():
+            results.append([*run(called), *run(called), torch.get_rng_state()])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_with_gradients() -> None:
+    """A call without no_grad still has the pipeline's own values."""
+    kind = type("Open", (Written,), {"loop": plain, "__call__": Written.__call__.__wrapped__})
+    pipe = kind(Net(), ddim())
+    alone, _ = run(pipe)
+    with no_warnings():
+        together = parallel(pipe, 3)
+        result, _ = run(together)
+        assert torch.equal(result, alone) and result.requires_grad
+        assert together.report.evaluations == [9, 8, 7]
+        together = parallel(pipe, 3, math.inf)
+        run(together)
+        assert together.report.rounds == rounds_without_limit(N, 3)
+
+
+@pytest.mark.parametrize("name", ["model", "unet", "net", "backbone", "eps_model", "decoder"])
+def test_names_of_the_denoiser(name: str) -> None:
+    class Named(diffusers.DiffusionPipeline):
+        def __init__(self, scheduler: Any, text_encoder: Any, **parts: Any) -> None:
+            super().__init__()
+            self.register_modules(scheduler=scheduler, text_encoder=text_encoder, **parts)
+
+        @torch.no_grad()
+        def __call__(self, num_inference_steps: int = N, generator: Any = None) -> torch.Tensor:
+            x = begin(self, num_inference_steps, generator)
+            shift = self.text_encoder(torch.ones(SHAPE), torch.tensor(3))
+            for t in self.scheduler.timesteps:
+                x = self.scheduler.step(getattr(self, name)(x + 0 * shift, t) + shift, t, x)[0]
+            return x
+
+    pipe = Named(ddim(), Net(), **{name: Net()})
+    alone, _ = run(pipe)
+    with no_warnings():
+        together = parallel(pipe, 3)
+        with tiny.count_forwards(pipe.text_encoder.calls) as count:
+            assert torch.equal(run(together)[0], alone)
+        assert count.own == count.everywhere == 1
+        assert together.report.evaluations == [9, 8, 7]
+        together = parallel(pipe, 3, math.inf)
+        run(together)
+        assert together.report.rounds == rounds_without_limit(N, 3)
+
+
+def test_positional_arguments_and_defaults() -> None:
+    class Loose(Written):
+        loop = plain
+
+        @torch.no_grad()
+        def __call__(self, *args: Any, generator: Any = None, **kwargs: Any) -> torch.Tensor:
+            assert args == ("a", 2) and kwargs == {"steps": 5}
+            return plain(self, kwargs["steps"], generator)
+
+    pipe = Loose(Net(), ddim())
+    generator = torch.Generator().manual_seed(1)
+    alone = pipe("a", 2, generator=generator, steps=5)
+    generator = torch.Generator().manual_seed(1)
+    with no_warnings():
+        together = parallel(pipe, 3)
+        result = together("a", 2, generator=generator, steps=5)
+    assert torch.equal(result, alone) and together.report.evaluations == [5, 4, 3]
