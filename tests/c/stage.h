@@ -1,9 +1,8 @@
 /* stage.h - a run to test with: a host's loop in this thread, followers in threads of their own.
  *
- * test_run.c, test_faults.c and test_alloc.c set the fields of a stage, open it, let the host run
- * and look at what came of it.  The host shares nothing with the library: it samples by the
- * program's rows in its own arithmetic, so that what it computes alone is the picture every run is
- * held to.
+ * A test sets the fields of a stage, opens it, lets the host run and looks at what came of it.  The
+ * host shares nothing with the library: it samples by the program's rows in its own arithmetic, so
+ * that what it computes alone is the picture every run is held to.
  */
 #ifndef PARASTEP_STAGE_H
 #define PARASTEP_STAGE_H
