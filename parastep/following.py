@@ -132,7 +132,7 @@ class Following:
     def _step_hook(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         if scheduler is not self.replica.scheduler:
             return original(*args, **kwargs)
-        named = named_arguments(original, args, kwargs) or {}
+        named = named_arguments(scheduler, args, kwargs) or {}
         if self._step == self._target:
             self._submit(named["model_output"], named["sample"])
             self._take_work()

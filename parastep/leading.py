@@ -228,15 +228,17 @@ class Leading:
     def _step(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         first = None
         if self.active or self._answer is not None:
-            named = named_arguments(original, args, kwargs)
-            if named is None or not named.keys() >= {"model_output", "timestep", "sample"}:
+            named = named_arguments(scheduler, args, kwargs)
+            if named is None:
                 self.give_up("the scheduler's step does not take model_output, timestep, sample")
+            elif self._scheduler is None:
+                first = self._prepared(scheduler, named)
             else:
-                if self._scheduler is None:
-                    first = self._prepared(scheduler, named)
-                else:
-                    self._turn(scheduler, named)
-                args, kwargs = (), named
+                self._turn(scheduler, named)
+        if self._answer is not None and "model_output" in kwargs:
+            kwargs["model_output"] = self._answer
+        elif self._answer is not None:
+            args = (self._answer, *args[1:])
         result = original(*args, **kwargs)
         if self._scheduler is None:
             self._scheduler = scheduler
@@ -344,9 +346,7 @@ class Leading:
             return
         if self._asked is None or not is_rounded(self._asked, x):
             self._correct(x)
-        if self._answer is not None:
-            arguments["model_output"] = self._answer
-        elif self.active and self.leader is not None:
+        if self._answer is None and self.active and self.leader is not None:
             self._told(self.leader.submit, m.detach(), self._forward_ns)
 
     def _correct(self, x: torch.Tensor) -> None:

@@ -84,7 +84,11 @@ class Hooks:
 
         A deep copy of obj takes the hook along, bound to the copy; `original` is then the copy's.
         """
-        function = getattr(getattr(obj, name), "__func__", None) or getattr(type(obj), name)
+        method = getattr(obj, name)
+        if getattr(method, "__self__", None) is not obj:  # a function of the user's own, set on obj
+            self.wrap(obj, name, functools.partial(hook, obj))
+            return
+        function = method.__func__
 
         @functools.wraps(function)
         def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -131,20 +135,29 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
 
 
 @functools.cache
-def _names(function: Callable[..., Any]) -> tuple[str, ...]:
-    parameters = list(inspect.signature(function).parameters.values())[1:]
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+def _step_names(cls: type) -> tuple[str, ...]:
+    """The parameters of a scheduler's step; where a subclass passes on whatever it is given, or has
+    names of its own, those of the class that it derives from.
+    """
+    for base in cls.__mro__:
+        if "step" in vars(base):
+            parameters = list(inspect.signature(vars(base)["step"]).parameters.values())[1:]
+            names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+            if names[:1] == ("model_output",) and {"timestep", "sample"} < set(names):
+                return names
+    return ()
 
 
-def named_arguments(original: Any, args: Any, kwargs: Any) -> dict[str, Any] | None:
-    """A call of a scheduler's bound step by its parameters' names; None where it does not fit.
+def named_arguments(scheduler: Any, args: Any, kwargs: Any) -> dict[str, Any] | None:
+    """A call of a scheduler's step by its parameters' names; None where it does not fit.
 
     Made at every step on every rank, so by hand: `Signature.bind` costs as much as an iteration.
     """
-    names = _names(original.__func__)
+    names = _step_names(type(scheduler))
     if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
         return None
-    return dict(zip(names, args)) | kwargs
+    named = dict(zip(names, args)) | kwargs
+    return named if named.keys() >= {"model_output", "timestep", "sample"} else None
 
 
 def sample_in(result: Any) -> torch.Tensor | None:

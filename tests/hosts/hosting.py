@@ -104,7 +104,8 @@ def caught() -> Iterator[list[str]]:
 def frozen(value: Any) -> Any:
     """A value as plain data that compares by content."""
     if isinstance(value, torch.Tensor):
-        return (str(value.dtype), tuple(value.shape), value.double().tolist())
+        numbers = value.double().nan_to_num(nan=math.pi)  # NaN does not equal itself
+        return (str(value.dtype), tuple(value.shape), numbers.tolist())
     if isinstance(value, np.ndarray):
         return frozen(torch.from_numpy(value))
     if isinstance(value, dict):

@@ -339,6 +339,31 @@ class Bare(diffusers.DDIMScheduler):
         return super().step(model_output, timestep, sample).prev_sample
 
 
+class Foreign(diffusers.DDIMScheduler):
+    """A scheduler with names of its own for the arguments of step."""
+
+    def step(self, eps: Any, when: Any, x: Any) -> Any:  # type: ignore[override]
+        return super().step(eps, when, x)
+
+
+class PassesOn(diffusers.DDIMScheduler):
+    def step(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        self.count = getattr(self, "count", 0) + 1
+        return super().step(*args, **kwargs)
+
+
+def counted(pipe: Any) -> Any:
+    """The pipe, with a function of the user's own in place of its scheduler's step."""
+    original, pipe.scheduler.stepped = pipe.scheduler.step, []
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        pipe.scheduler.stepped.append(args)
+        return original(*args, **kwargs)
+
+    pipe.scheduler.step = step
+    return pipe
+
+
 def bare(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
     x = begin(pipe, steps, generator)
     for t in pipe.scheduler.timesteps:
@@ -386,6 +411,9 @@ FULL: dict[str, Callable[[], Any]] = {
     "dict": lambda: written(unwrapped, Form(lambda m: {"sample": m, "none": None})),
     "list": lambda: written(unwrapped, Form(lambda m: [m])),
     "forward": lambda: written(direct_forward),
+    "own names": lambda: written(plain, scheduler=Foreign(**ALPHAS, clip_sample=False)),
+    "passes on": lambda: written(plain, scheduler=PassesOn(**ALPHAS, clip_sample=False)),
+    "step replaced": lambda: counted(written(plain)),
     "bare": lambda: written(bare, scheduler=Bare(**ALPHAS, clip_sample=False)),
 }
 
@@ -518,11 +546,21 @@ class Drawing(torch.nn.Module):
         return self.inner(x, t) + 0.01 * torch.randn_like(x)
 
 
-class Foreign(diffusers.DDIMScheduler):
-    """A scheduler with names of its own for the arguments of step."""
+class Stranger(diffusers.configuration_utils.ConfigMixin):
+    """No class of diffusers' own, and names of its own for what step takes."""
 
-    def step(self, eps: Any, when: Any, x: Any) -> Any:  # type: ignore[override]
-        return super().step(eps, when, x)
+    config_name = "scheduler_config.json"
+
+    def __init__(self, **config: Any) -> None:
+        self.inner = diffusers.DDIMScheduler(**config)
+        self.set_timesteps = self.inner.set_timesteps
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        return self.inner.timesteps
+
+    def step(self, eps: Any, when: Any, x: Any) -> Any:
+        return self.inner.step(eps, when, x)
 
 
 @pytest.mark.parametrize(
@@ -532,7 +570,7 @@ class Foreign(diffusers.DDIMScheduler):
         (lambda: written(step_first), "before a denoiser"),
         (lambda: written(two_loops), "second sampling loop"),
         (lambda: written(changing_shape), "the latents became"),
-        (lambda: written(plain, scheduler=Foreign(**ALPHAS, clip_sample=False)), "step"),
+        (lambda: written(plain, scheduler=Stranger(**ALPHAS, clip_sample=False)), "step"),
     ],
 )
 def test_loop_that_cannot_be_carried(make: Callable[[], Any], reason: str) -> None:
