@@ -85,7 +85,8 @@ def load(
     """The pipeline with trained weights, ready to be called with `arguments(...)`."""
     model = Conditioned()
     with safe_open(weights, framework="pt") as file:
-        model.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})
+        weights_of_unet = file.get_tensor("unet").float()  # end to end, in the order of parameters
+    torch.nn.utils.vector_to_parameters(weights_of_unet, model.unet.parameters())
     pipe = diffusers.StableDiffusionPipeline(
         vae=None,
         text_encoder=None,
