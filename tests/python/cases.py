@@ -1,6 +1,7 @@
 """Programs, denoisers and helpers that the tests of runs share. Scripts import it without torch."""
 
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -102,6 +103,21 @@ def settle(seconds=20.0):
     while names := [t.name for t in threading.enumerate() if t.name.startswith("parastep-")]:
         assert time.monotonic() < end, names
         time.sleep(0.001)
+
+
+def resident_bytes():
+    """Memory that the process holds in RAM."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def tells_memory():
+    """Whether resident_bytes shows leaks: a sanitizer keeps freed memory for a while."""
+    try:
+        with open("/proc/self/maps") as maps:
+            return "libasan" not in maps.read()
+    except OSError:
+        return False
 
 
 def run_script(code, *args, timeout=60):

@@ -14,7 +14,19 @@ import weakref
 
 import numpy as np
 import pytest
-from cases import drawing, euler, exact, latents, noise_of, run_script, same, settle, smooth
+from cases import (
+    drawing,
+    euler,
+    exact,
+    latents,
+    noise_of,
+    resident_bytes,
+    run_script,
+    same,
+    settle,
+    smooth,
+    tells_memory,
+)
 
 import parastep
 from parastep import (
@@ -804,6 +816,27 @@ def test_a_leader_that_was_refused_leaves_nothing():
                 _core.Leader(euler(4), X, **options)
         with pytest.raises(ShapeError, match="empty latent"):
             _core.Leader(euler(4), X[:0], ranks=8)
+
+
+@pytest.mark.skipif(not tells_memory(), reason="memory cannot be told")
+def test_leaders_without_a_run_give_their_memory_back():
+    """Whether finished or not, with ends that nobody took and with some that were."""
+    program, x = euler(3), latents((4, 2**15))  # 512 kB, a link is twice that
+
+    def work(times):
+        for k in range(times):
+            leader = _core.Leader(program, x, ranks=4)
+            follower = leader.follower(2)
+            if k % 3 == 0:
+                leader.finish()
+            if k % 3 == 1:
+                del leader
+            del follower
+
+    work(12)
+    before = resident_bytes()
+    work(60)
+    assert resident_bytes() - before < 20e6
 
 
 # ---- one thread at a time ------------------------------------------------------------------------
