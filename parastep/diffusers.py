@@ -156,6 +156,17 @@ class ParallelPipeline:
         else:
             setattr(self.pipe, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        delattr(self.pipe, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.pipe)})
+
+    def to(self, *args: Any, **kwargs: Any) -> ParallelPipeline:
+        """As the pipe's own; returns this object, as the pipe's returns the pipe."""
+        self.pipe.to(*args, **kwargs)
+        return self
+
     def __repr__(self) -> str:
         name = type(self.pipe).__name__
         return f"<parastep.ParallelPipeline: {name} on {len(self.devices)} ranks>"

@@ -135,7 +135,7 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
 
 
 @functools.cache
-def _step_names(cls: type) -> tuple[str, ...]:
+def _step_names(cls: Any) -> tuple[str, ...]:
     """The parameters of a scheduler's step; where a subclass passes on whatever it is given, or has
     names of its own, those of the class that it derives from.
     """
