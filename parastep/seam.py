@@ -153,7 +153,8 @@ def named_arguments(scheduler: Any, args: Any, kwargs: Any) -> dict[str, Any] | 
 
     Made at every step on every rank, so by hand: `Signature.bind` costs as much as an iteration.
     """
-    names = _step_names(type(scheduler))
+    cls: Any = type(scheduler)
+    names = _step_names(cls)
     if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
         return None
     named = dict(zip(names, args)) | kwargs
