@@ -155,11 +155,15 @@ def noise_loss() -> Callable[..., torch.Tensor]:
     return loss_of
 
 
-def save(model: image.Conditioned, out: pathlib.Path) -> None:
-    """Writes the weights as float16: the UNet's end to end, since names would take 1 % of the file.
+def save(model: torch.nn.Module, out: pathlib.Path) -> None:
+    """Writes the weights as float16.
+
+    Those of the network are one vector, end to end: their names would take 1 % of the file.
     """
-    unet = torch.nn.utils.parameters_to_vector(model.unet.parameters())
-    save_file({"unet": unet.detach().half(), "prompts": model.prompts.detach().half()}, out)
+    tensors = dict(model.named_parameters(recurse=False))
+    for name, network in model.named_children():
+        tensors[name] = torch.nn.utils.parameters_to_vector(network.parameters())
+    save_file({name: tensor.detach().half() for name, tensor in tensors.items()}, out)
 
 
 def read_options(what: str, steps: int, rate: float, out: pathlib.Path) -> argparse.Namespace:
