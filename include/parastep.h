@@ -130,7 +130,7 @@ typedef enum ps_prediction {
 } ps_prediction;
 
 /* The usual solvers.  alpha, s: (steps + 1) signal and noise scales, the last pair where sampling
- * ends (s may be 0 there alone).  sigma: (steps + 1) decreasing noise levels, likewise. */
+ * ends (s may be 0 there alone).  sigma: (steps + 1) noise levels, likewise. */
 PS_API ps_status ps_program_ddim(int steps, const double *alpha, const double *s,
                                  ps_prediction prediction, ps_program **program);
 PS_API ps_status ps_program_dpmpp_2m(int steps, const double *alpha, const double *s,

@@ -54,7 +54,7 @@ class Following:
             while self._enter(arguments(), random):
                 random.set_state(state)
                 self._restart()
-        except (Leave, _core.AbandonedError):
+        except Leave:
             pass
         except BaseException as error:
             self.call.fail(self.rank, describe(error))
