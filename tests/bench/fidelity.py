@@ -23,7 +23,7 @@ import parastep
 from parastep.demo import image
 
 SCHEDULERS = ("ddim", "dpmpp2m")
-TOLERANCES = (0.002, 0.005, 0.02)
+TOLERANCES = (0.001, 0.005, 0.02)
 FIRST_SEED = 100  # the demo's and the tests' seeds are below
 TARGET = 1 / 20
 
@@ -145,7 +145,7 @@ def judged(lines: dict[str, Line], ours: Line) -> list[list[Any]]:
 
 
 def main() -> None:
-    options = arguments("fidelity", seeds=16, batch=1, steps=50, ranks="2,4,8", tolerance=0.002)
+    options = arguments("fidelity", seeds=16, batch=1, steps=50, ranks="2,4,8", tolerance=0.001)
     torch.set_num_threads(1)
     found = []
     for scheduler in SCHEDULERS:
