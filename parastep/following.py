@@ -155,6 +155,7 @@ class Following:
         return self._point.to(tensor.dtype, copy=True)
 
     def _submit(self, m: torch.Tensor, sample: torch.Tensor) -> None:
+        began_ns = self._began_ns
         if self._end is None:
             # The leader's message of step 0 tells its own first latent; ours was evaluated
             # meanwhile.
@@ -165,7 +166,7 @@ class Following:
         if not is_rounded(sample, self._point):
             moved = [sample.detach().to(self._point.dtype).contiguous()]
         self._m = m.detach()
-        self._end.submit([self._m], moved, self._began_ns)
+        self._end.submit([self._m], moved, began_ns)
 
     def _take_work(self) -> None:
         assert self._end is not None
