@@ -480,7 +480,7 @@ def test_a_denoiser_may_return_its_input(dtype, denoiser):
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("torch.float32", marks=needs_torch)])
 def test_a_denoiser_may_return_one_buffer_every_time(dtype):
     program, x = multistep(7), latents(dtype=dtype)
-    buffers = dict.fromkeys(range(4), x * 0)
+    buffers = [x * 0 for _ in range(4)]  # one a rank
 
     def reusing(x, step, rank):
         buffers[rank][...] = smooth(x, step, rank)
