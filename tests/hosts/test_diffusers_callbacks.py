@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -284,6 +285,7 @@ def test_exception_in_a_callback(at: int) -> None:
     with pytest.raises(Own, match="enough"):
         together(**case.kwargs(callback_on_step_end=fail))
     assert together.report.steps == at + 1 and not together.report.failures
+    assert not [t for t in threading.enumerate() if t.name.startswith("parastep-")]
     assert "step" not in vars(pipe.scheduler) and "forward" not in vars(pipe.unet)
     with no_warnings():
         result = tiny.run(together, case.kwargs(steps=4))

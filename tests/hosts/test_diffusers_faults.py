@@ -117,9 +117,7 @@ def test_follower_raises(number: int, tolerance: float) -> None:
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.5, math.inf])
 def test_followers_go_back(tolerance: float) -> None:
-    """A lost rank moves the others' steps: one that has passed its next step enters the call again,
-    with the conditioning of its first entry, drawn noise included.
-    """
+    """A lost rank moves the others' steps: who has passed its next step enters the call again."""
     case, pipe = tiny.CASES["svd"], host("svd")
     together = ready("svd", ranks=4, tolerance=tolerance)
     entries = count_entries(together, 3)
