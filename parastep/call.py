@@ -38,8 +38,9 @@ class Call:
         self._encoded: dict[tuple[str, str], list[Any]] = defaultdict(list)
         self._followers: dict[int, _core.Follower] = {}
         self._failed: dict[int, str] = {}
+        self._arrived: set[int] = set()  # ranks that have reached their loop
         self._begun = False  # no more encoder outputs will come
-        self._over = False
+        self.over = False
 
     # Leader.
 
@@ -50,24 +51,38 @@ class Call:
             self._encoded[key].append(output)
             self._changed.notify_all()
 
-    def open(self, leader: _core.Leader, returned: Any) -> None:
-        """The run exists: followers may take their ends. Those that failed before are left out."""
+    def open(self, leader: _core.Leader, returned: Any, patience: float) -> None:
+        """The run exists: followers may take their ends.
+
+        Those that failed before are left out, and those that have not reached their loop within
+        `patience` seconds: one may wait for a lock that the pipeline holds in its call.
+        """
         with self._changed:
             self.returned, self._begun = returned, True
-            for rank in range(1, self.ranks):
-                if rank in self._failed:
-                    leader.leave_out(rank, self._failed[rank])
-                else:
+            self._changed.notify_all()
+            ranks = set(range(1, self.ranks))
+            self._changed.wait_for(lambda: self._arrived | self._failed.keys() >= ranks, patience)
+            late = f"it has not reached its loop within {patience:.3g} s"
+            for rank in sorted(ranks):
+                if rank in self._arrived and rank not in self._failed:
                     self._followers[rank] = leader.follower(rank)
+                else:
+                    leader.leave_out(rank, self._failed.get(rank, late))
             self._changed.notify_all()
 
     def end(self) -> None:
         """No more is to come: whoever waits leaves."""
         with self._changed:
-            self._over = True
+            self.over = True
             self._changed.notify_all()
 
     # Followers.
+
+    def arrive(self, rank: int) -> None:
+        """This rank is about to evaluate step 0."""
+        with self._changed:
+            self._arrived.add(rank)
+            self._changed.notify_all()
 
     def encoded(self, key: tuple[str, str], ordinal: int) -> list[Any]:
         """[the leader's output of this call of an encoder], as soon as it is there.
@@ -76,15 +91,15 @@ class Call:
         """
         with self._changed:
             told = self._encoded[key]
-            self._changed.wait_for(lambda: self._over or self._begun or len(told) > ordinal)
-            if self._over:
+            self._changed.wait_for(lambda: self.over or self._begun or len(told) > ordinal)
+            if self.over:
                 raise Leave
             return told[ordinal : ordinal + 1]
 
     def follower(self, rank: int) -> _core.Follower:
         """This rank's end of the run, as soon as there is one."""
         with self._changed:
-            self._changed.wait_for(lambda: self._over or rank in self._followers)
+            self._changed.wait_for(lambda: self.over or rank in self._followers)
             if rank not in self._followers:
                 raise Leave
             return self._followers[rank]
@@ -95,6 +110,7 @@ class Call:
             follower = self._followers.get(rank)
             if follower is None:
                 self._failed[rank] = why
+                self._changed.notify_all()
         if follower is not None:
             follower.fail(why)
 

@@ -227,6 +227,7 @@ class ParallelPipeline:
             leaving.callback(hooks.restore)
             leading.place(hooks)
             result = self.pipe(*bound.args[1:], **bound.kwargs)
+            leading.complete()
         assert self.report is not None
         warn_of(self.report, stacklevel=4)
         return result
@@ -265,6 +266,7 @@ class ParallelPipeline:
             report = Report(ranks=len(self.devices), evaluations=[0] * len(self.devices))
         else:
             report = Report.from_core(leading.leader.report())
+            report.failures = [f._replace(step=max(f.step, 0)) for f in report.failures]
             report.timeline = [
                 r._replace(begin=r.begin + leading.opened, end=r.end + leading.opened)
                 for r in report.timeline
@@ -310,7 +312,10 @@ class _Followers:
             # The leader keeps its own number of threads, which its bits may depend on.
             intraop = 1 if device.type == "cpu" else None
             self.ranks[rank] = following
-            self._threads[rank] = self._context.start(body, name_of(rank), intraop)
+            try:
+                self._threads[rank] = self._context.start(body, name_of(rank), intraop)
+            except RuntimeError as error:  # no more threads
+                self._call.fail(rank, describe(error))
 
     def gather(self, leading: Leading) -> None:
         """Waits for those that are about to leave. A replica of a lost rank, or whose thread hangs,

@@ -111,6 +111,10 @@ class Following:
         compiled = is_compiled_in_place(module) or hasattr(module, "_orig_mod")
 
         def hook(run: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.call.over:
+                raise Leave
+            if self._end is None:
+                self.call.arrive(self.rank)
             ordinal, inputs = self._ordinals[id(module)], inputs_in(args, kwargs)
             self._ordinals[id(module)] += 1
             if self._step != self._target:

@@ -70,6 +70,7 @@ class Leading:
         self._shown_at: int | None = None  # which of them is the latent; None where none is
         self._asked: torch.Tensor | None = None
         self._answer: torch.Tensor | None = None
+        self._gradients = False  # on in the denoisers' calls of the first iteration
         self._unseen = 0
         self._forward_ns = 0
         self._m_dtype = self._dtype = torch.float32
@@ -97,6 +98,12 @@ class Leading:
             self.active, self.reason = False, reason
             if self.leader is not None:
                 self.leader.stop(reason)
+
+    def complete(self) -> None:
+        """The pipeline returned. Denoiser calls without a step were those of another scheduler."""
+        if self.active and self.steps == 0 and self._ordinals:
+            self.evaluated = self.steps = max(self._ordinals.values())
+            self.give_up("pipe.scheduler did not step: the pipeline used another one in its call")
 
     def finish(self) -> None:
         """The call is over, one way or another: followers leave."""
@@ -132,6 +139,8 @@ class Leading:
                 self._fresh = False
                 return run(*args, **kwargs)
             inputs = inputs_in(args, kwargs)
+            if torch.is_grad_enabled() and self._answer is None:
+                self._take_gradient()
             if self._fresh:
                 self._begin_iteration(inputs)
             if self.watch is not None:
@@ -148,6 +157,13 @@ class Leading:
             return output
 
         return hook
+
+    def _take_gradient(self) -> None:
+        """With gradients on in the denoiser's call and off in step, something is made of them."""
+        if self.steps == 0:
+            self._gradients = True
+        elif not self._gradients:
+            self.give_up("the pipeline takes gradients through the denoiser")
 
     def _begin_iteration(self, inputs: list[torch.Tensor]) -> None:
         """The first denoiser call since the last step: the moment to ask."""
@@ -266,6 +282,8 @@ class Leading:
             return "the pipeline steps a copy of its scheduler"
         if self._fresh:
             return "the scheduler stepped before a denoiser was called"
+        if self._gradients and not torch.is_grad_enabled():
+            return "the pipeline takes gradients through the denoiser"
         for name, value in arguments.items():
             if name not in _STEP_TENSORS and isinstance(value, torch.Tensor) and value.numel() > 1:
                 return f"step is handed a tensor as {name!r}"
@@ -278,9 +296,9 @@ class Leading:
             self.give_up(reason)
             return None
         m, x = (arguments[name].detach().clone() for name in ("model_output", "sample"))
-        timesteps = self._timesteps(scheduler, arguments["timestep"])
         step_kwargs = {k: v for k, v in arguments.items() if k not in _STEP_TENSORS[:3]}
         try:
+            timesteps = self._timesteps(scheduler, arguments["timestep"])
             traced = trace_rows(scheduler, timesteps, step_kwargs=step_kwargs)
             if traced.stochastic:
                 self._noise = NoiseAhead(
@@ -315,13 +333,14 @@ class Leading:
         if self.leader is None:
             return
         self.opened = time.perf_counter() - self._began
-        self.call.open(self.leader, result)
+        patience = self.options["deadline"] or max(60.0, 10 * self.opened)
+        self.call.open(self.leader, result, patience)
         self._told(self.leader.ask, 0, x)
         self._told(self.leader.submit, m, self._forward_ns)
 
     def _timesteps(self, scheduler: Any, first: Any) -> Any:
         """What the loop will hand to step, by the scheduler's list from the first one on."""
-        timesteps = scheduler.timesteps
+        timesteps = torch.as_tensor(scheduler.timesteps)
         begin = getattr(scheduler, "_begin_index", None)
         if begin is None:
             matches = (timesteps == torch.as_tensor(first, device=timesteps.device)).nonzero()

@@ -5,6 +5,7 @@ at tolerance 0 is the pipeline's own, and where the seam can carry it the window
 from __future__ import annotations
 
 import math
+import threading
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -371,6 +372,13 @@ def bare(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
     return x
 
 
+def plain_list(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        x = pipe.scheduler.step(pipe.denoiser(x, t), t, x)[0]
+    return x
+
+
 class Conditioned(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -414,6 +422,7 @@ FULL: dict[str, Callable[[], Any]] = {
     "own names": lambda: written(plain, scheduler=Foreign(**ALPHAS, clip_sample=False)),
     "passes on": lambda: written(plain, scheduler=PassesOn(**ALPHAS, clip_sample=False)),
     "step replaced": lambda: counted(written(plain)),
+    "own scheduler": lambda: written(plain_list, scheduler=Euler()),
     "bare": lambda: written(bare, scheduler=Bare(**ALPHAS, clip_sample=False)),
 }
 
@@ -452,6 +461,14 @@ def test_loop(name: str) -> None:
     with no_warnings():
         result, _ = run(together)
     assert distance(result, alone) < 0.05
+
+
+def test_denoiser_of_torchscript() -> None:
+    pipe = written(plain, torch.jit.trace(Net(), (torch.ones(SHAPE), torch.tensor(3))))
+    alone, _ = run(pipe)
+    with no_warnings():
+        together = parallel(pipe, 3)
+        assert torch.equal(run(together)[0], alone) and together.report.evaluations == [9, 8, 7]
 
 
 def test_shorter_loop_than_the_schedulers() -> None:
@@ -555,6 +572,49 @@ class Drawing(torch.nn.Module):
         return self.inner(x, t) + 0.01 * torch.randn_like(x)
 
 
+def own_scheduler(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    """The pipeline puts another scheduler in, at its every call."""
+    pipe.scheduler = euler()
+    return scaled(pipe, steps, generator)
+
+
+def gradients(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    """Guidance by the gradient of a loss through the denoiser."""
+    x = begin(pipe, steps, generator)
+    for t in pipe.scheduler.timesteps:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            m = pipe.denoiser(x, t)
+            (slope,) = torch.autograd.grad((m**2).sum(), x)
+        x = pipe.scheduler.step(m.detach() + 0.1 * slope, t, x.detach())[0]
+    return x
+
+
+def gradients_later(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = begin(pipe, steps, generator)
+    for i, t in enumerate(pipe.scheduler.timesteps):
+        with torch.set_grad_enabled(i > 3):
+            x = x.detach().requires_grad_(i > 3)
+            m = pipe.denoiser(x, t)
+            if i > 3:
+                m = m + 0.1 * torch.autograd.grad((m**2).sum(), x)[0]
+        x = pipe.scheduler.step(m.detach(), t, x.detach())[0]
+    return x
+
+
+class Euler:
+    """No class of diffusers' at all; its timesteps are a list."""
+
+    init_noise_sigma = 1.0
+
+    def set_timesteps(self, count: int) -> None:
+        self.timesteps = [1000 * (1 - k / count) for k in range(count)]
+        self.count = count
+
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        return (sample - model_output / self.count,)
+
+
 class Stranger(diffusers.configuration_utils.ConfigMixin):
     """No class of diffusers' own, and names of its own for what step takes."""
 
@@ -579,6 +639,9 @@ class Stranger(diffusers.configuration_utils.ConfigMixin):
         (lambda: written(step_first), "before a denoiser"),
         (lambda: written(two_loops), "second sampling loop"),
         (lambda: written(changing_shape), "the latents became"),
+        (lambda: written(own_scheduler), "did not step"),
+        (lambda: written(gradients), "gradients"),
+        (lambda: written(gradients_later), "gradients"),
         (lambda: written(plain, scheduler=Stranger(**ALPHAS, clip_sample=False)), "step"),
     ],
 )
@@ -687,6 +750,27 @@ def test_follower_whose_loop_is_shorter() -> None:
             result, _ = run(together)
         assert [line.rank for line in together.report.failures] == [1] and len(texts) == 1
         assert torch.equal(result, alone) if tolerance == 0 else distance(result, alone) < 0.1
+
+
+LOCK = threading.Lock()
+
+
+def locked(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    with LOCK:
+        return plain(pipe, steps, generator)
+
+
+def test_followers_that_wait_for_what_the_leader_holds() -> None:
+    """They cannot reach their loop before the leader has left its own: it does not wait forever."""
+    pipe = written(locked)
+    alone, _ = run(pipe)
+    together = parallel(pipe, 3, deadline=0.2)
+    with caught() as texts:
+        result, _ = run(together)
+    assert torch.equal(result, alone) and len(texts) == 2
+    assert {(line.step, line.text) for line in together.report.failures} == {
+        (0, "it has not reached its loop within 0.2 s")
+    }
 
 
 def noise_as_condition(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
