@@ -263,9 +263,10 @@ def test_messages_come_once(action: Any) -> None:
     root, here = logging.getLogger(), Listener()
     library = logging.getLogger("diffusers")
     together = parallel(pipe, 3)
-    kept = library.propagate
+    kept, level = library.propagate, library.level
     root.addHandler(here)
     library.propagate = True
+    library.setLevel(logging.WARNING)  # whatever other tests of this process left
     try:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter(action)
@@ -275,6 +276,7 @@ def test_messages_come_once(action: Any) -> None:
     finally:
         root.removeHandler(here)
         library.propagate = kept
+        library.setLevel(level)
     texts = [str(w.message) for w in seen]
     assert texts.count("before the loop") == 1
     assert texts.count("in the loop") == (4 if action == "always" else 1)
