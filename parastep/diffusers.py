@@ -280,6 +280,7 @@ class ParallelPipeline:
                 report.evaluations[rank] = following.evaluated
         report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
         report.seconds, report.fallback = time.perf_counter() - began, leading.reason
+        report.tolerance = self._options["tolerance"]
         self.report = report
 
 

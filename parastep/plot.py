@@ -1,32 +1,41 @@
-"""Pictures of a report: which rank evaluated which step when, and what became of it."""
+"""Pictures of a report with matplotlib, which is imported only when one is asked for."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .report import Report
 
-COLOURS = {"exact": "#4878a8", "accepted": "#6aa56e", "rejected": "#d9a08c"}
+COLOURS = {
+    "exact": "#4878a8",
+    "accepted": "#6aa56e",
+    "interpolated": "#c9a227",
+    "rejected": "#d9a08c",
+}
 LABELS = {
     "exact": "leader, at the true latent",
     "accepted": "guess, accepted",
+    "interpolated": "between two nodes",
     "rejected": "guess, not used",
 }
 
 
-def kind(rank: int, accepted: bool) -> str:
-    if rank == 0:
-        return "exact"
-    return "accepted" if accepted else "rejected"
+def report(report: Report, figure: Any = None) -> Any:
+    """Timeline, drift against the tolerance, steps taken in each round; returns the figure."""
+    figure = _own_figure() if figure is None else figure
+    axes = figure.subplots(3, 1, height_ratios=[2, 1.5, 1])
+    timeline(report, axes[0])
+    drift(report, axes[1])
+    taken(report, axes[2])
+    return figure
 
 
 def timeline(report: Report, axes: Any) -> None:
     """Draws a report's evaluations on matplotlib axes: a row a rank, seconds to the right."""
-    from matplotlib.patches import Patch
-
     for record in report.timeline:
         width = record.end - record.begin
-        colour = COLOURS[kind(record.rank, record.accepted)]
+        colour = COLOURS[record.kind]
         axes.barh(record.rank, width, left=record.begin, height=0.8, color=colour, linewidth=0)
         middle = record.begin + width / 2
         axes.text(middle, record.rank, str(record.step), ha="center", va="center", fontsize=6)
@@ -34,8 +43,77 @@ def timeline(report: Report, axes: Any) -> None:
     axes.set_ylabel("rank")
     axes.set_xlabel("seconds (numbers are steps)")
     axes.invert_yaxis()
+    _finish(axes, ["exact", "accepted", "rejected"])
+    axes.set_title(f"{report.steps} steps in {report.rounds} rounds", loc="left", fontsize=10)
+
+
+def drifts(report: Report) -> list[tuple[int, float, str]]:
+    """(step, drift, what became of the guess) where a logarithmic axis can show it."""
+    kinds = report.kinds
+    return [
+        (step, value, "rejected" if kinds[step] == "exact" else kinds[step])
+        for step, value in enumerate(report.drift[: report.steps])
+        if math.isfinite(value) and value > 0
+    ]
+
+
+def drift(report: Report, axes: Any) -> None:
+    """Draws how far off each step's guess was, in units of its noise scale, and the tolerance."""
+    for kind in COLOURS:
+        points = [(step, value) for step, value, own in drifts(report) if own == kind]
+        if points:
+            axes.plot(*zip(*points), "o", markersize=4, color=COLOURS[kind])
+            axes.set_yscale("log")
+    if report.tolerance is not None and 0 < report.tolerance < math.inf:
+        axes.axhline(report.tolerance, color="0.4", linewidth=1, linestyle="--")
+        axes.text(0, report.tolerance, "tolerance", fontsize=7, color="0.4", va="bottom")
+    axes.set_ylabel("drift")
+    axes.set_xlabel("step")
+    axes.set_xlim(-1, max(report.steps, 1))
+    _finish(axes, [])
+
+
+def taken(report: Report, axes: Any) -> None:
+    """Draws the steps that each round took, by what answered them."""
+    kinds, step = report.kinds, 0
+    for number, count in enumerate(report.accepted):
+        own, bottom = kinds[step : step + count], 0
+        for kind in COLOURS:
+            height = own.count(kind)
+            if height:
+                axes.bar(number, height, 0.8, bottom, color=COLOURS[kind], linewidth=0)
+                bottom += height
+        step += count
+    axes.set_ylabel("steps taken")
+    axes.set_xlabel("round")
+    _finish(axes, ["interpolated"] if "interpolated" in kinds else [])
+
+
+def _finish(axes: Any, kinds: list[str]) -> None:
+    from matplotlib.patches import Patch
+
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    patches = [Patch(color=COLOURS[name], label=text) for name, text in LABELS.items()]
-    axes.legend(handles=patches, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
-    axes.set_title(f"{report.steps} steps in {report.rounds} rounds", loc="left", fontsize=10)
+    if kinds:
+        patches = [Patch(color=COLOURS[kind], label=LABELS[kind]) for kind in kinds]
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "frameon": False}
+        axes.legend(handles=patches, ncols=len(kinds), **place)
+
+
+def _own_figure() -> Any:
+    """A figure outside of pyplot: a notebook shows it once, and nothing keeps it open."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        text = "plots need matplotlib, which is not installed: pip install matplotlib"
+        raise ImportError(text) from error
+
+    class Picture(Figure):
+        def _repr_png_(self) -> bytes:
+            import io
+
+            written = io.BytesIO()
+            self.savefig(written, format="png")
+            return written.getvalue()
+
+    return Picture(figsize=(9, 7), dpi=100, layout="constrained")

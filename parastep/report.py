@@ -17,6 +17,13 @@ class Evaluation(NamedTuple):
     end: float
     accepted: bool
 
+    @property
+    def kind(self) -> str:
+        """exact (the leader's, at the true latent), accepted or rejected (guesses)."""
+        if not self.accepted:
+            return "rejected"
+        return "exact" if self.rank == 0 else "accepted"
+
 
 class Failure(NamedTuple):
     """A rank that was left out: the step it was to evaluate, a short name, and the reason."""
@@ -27,13 +34,16 @@ class Failure(NamedTuple):
     text: str
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """A finished run.
 
     `rounds` are the leader's evaluations, so wall time in forwards; `accepted` the steps taken in
     each round; `drift` how far each step's guess was off in units of its noise scale, NaN where
-    there was no guess; `fallback` why speculation ended, or None.
+    there was no guess; `interpolated` how many steps were answered between nodes; `tolerance` the
+    one that the run was given; `fallback` why speculation ended, or None.
+
+    In a notebook it shows itself; `print` gives one line, `plot` a figure.
     """
 
     steps: int = 0
@@ -50,11 +60,12 @@ class Report:
     fallback: str | None = None
     answered: int = 0
     not_finite: int = 0
+    tolerance: float | None = None
 
     @classmethod
-    def from_core(cls, found: dict[str, Any]) -> Report:
-        """From the dict of `_core.Leader.report()`."""
-        found = dict(found)
+    def from_core(cls, found: dict[str, Any], tolerance: float | None = None) -> Report:
+        """From the dict of `_core.Leader.report()`, and the tolerance it was created with."""
+        found = {**found, "tolerance": tolerance}
         found["timeline"] = [Evaluation(*record) for record in found["timeline"]]
         found["failures"] = [Failure(*line) for line in found["failures"]]
         return cls(**found)
@@ -64,19 +75,61 @@ class Report:
         """Model calls over rounds: the gain in forwards of wall time, were all else free."""
         return self.steps / self.rounds if self.rounds else math.nan
 
+    @property
+    def kinds(self) -> list[str]:
+        """What answered each step: exact, accepted or interpolated.
+
+        Steps without an evaluation of their own lie between nodes, as many as `interpolated`; those
+        after them the host evaluated alone, once speculation had ended.
+        """
+        found = {record.step: record.kind for record in self.timeline if record.accepted}
+        others = [step for step in range(self.steps) if step not in found]
+        found |= dict.fromkeys(others, "exact")
+        found |= dict.fromkeys(others[: self.interpolated], "interpolated")
+        return [found[step] for step in range(self.steps)]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings; NaN and Inf become None, so that it is valid JSON."""
         plain = asdict(self)
         plain["drift"] = [value if math.isfinite(value) else None for value in self.drift]
+        if self.tolerance is not None and not math.isfinite(self.tolerance):
+            plain["tolerance"] = None
         plain["timeline"] = [record._asdict() for record in self.timeline]
         plain["failures"] = [line._asdict() for line in self.failures]
         return plain
 
+    def plot(self, figure: Any = None) -> Any:
+        """A matplotlib figure: who evaluated what when, the drift of each step, steps per round.
+
+        Draws into `figure` where one is given (`report.plot(pyplot.figure())` for `pyplot.show`),
+        else makes one of its own, which a notebook shows and `savefig` writes.
+
+        Raises ImportError where matplotlib is missing.
+        """
+        from . import plot
+
+        return plot.report(self, figure)
+
+    def _repr_html_(self) -> str:
+        from . import notebook
+
+        return notebook.html_of(self)
+
+    def __repr__(self) -> str:
+        return f"<parastep.Report: {self}>"
+
     def __str__(self) -> str:
-        text = f"{self.steps} steps in {self.rounds} rounds on {self.ranks} ranks"
-        text += f" ({self.speedup:.2f}x in forwards), {self.seconds:.2f} s"
+        text = f"{_count(self.steps, 'step')} in {_count(self.rounds, 'round')} on "
+        text += f"{_count(self.ranks, 'rank')} ({self.speedup:.2f}x in forwards), "
+        text += f"{self.seconds:.2f} s"
+        if self.interpolated:
+            text += f", {self.interpolated} interpolated"
         if self.failures:
-            text += f", {len(self.failures)} ranks left out"
+            text += f", {_count(len(self.failures), 'rank')} left out"
         if self.fallback:
-            text += f"; went on serially: {self.fallback}"
+            text += f"; went on serially: {' '.join(self.fallback.split())}"
         return text
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

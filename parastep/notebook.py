@@ -1,0 +1,129 @@
+"""A report as HTML, which Jupyter shows: one line, two pictures, what went wrong.
+
+Self-contained: inline SVG, no script, no style sheet, nothing that other outputs could clash with.
+Text takes the page's own colour, so that it can be read on a dark page too.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+
+from .plot import COLOURS, LABELS, drifts
+from .report import Report
+
+_WIDTH, _LEFT = 760, 52  # pixels; what is left of the pictures' own area
+_ROW = 18
+_LABELLED_RANKS = 32  # above it the rows are too many for numbers
+_TEXT = 'fill="currentColor" font-size="10" font-family="sans-serif"'
+
+
+def html_of(report: Report) -> str:
+    """The whole of it, as `Report._repr_html_` returns it."""
+    parts = [f"<p><b>{html.escape(str(report))}</b></p>"]
+    if report.timeline:
+        parts += [_legend(report), _timeline(report)]
+    if drifts(report):
+        parts.append(_drift(report))
+    parts += [f"<p>{line}</p>" for line in _facts(report)]
+    if report.failures:
+        parts.append(_failures(report))
+    return f'<div style="max-width:{_WIDTH}px">{"".join(parts)}</div>'
+
+
+def _facts(report: Report) -> Iterable[str]:
+    evaluations = ", ".join(map(str, report.evaluations))
+    yield f"evaluations of each rank: {evaluations}; {report.bytes_sent / 1e6:.3g} MB sent"
+    if report.interpolated:
+        yield f"{report.interpolated} steps were interpolated: estimated, not verified"
+    if report.not_finite:
+        yield f"{report.not_finite} outputs of the leader hold NaN or Inf"
+
+
+def _failures(report: Report) -> str:
+    rows = "".join(
+        f"<tr><td>{line.rank}</td><td>{line.step}</td><td>{html.escape(line.status)}</td>"
+        f'<td style="text-align:left">{html.escape(line.text)}</td></tr>'
+        for line in report.failures
+    )
+    head = "<tr><th>left out</th><th>at step</th><th></th><th></th></tr>"
+    return f"<table>{head}{rows}</table>"
+
+
+def _legend(report: Report) -> str:
+    shown = {record.kind for record in report.timeline} | set(report.kinds)
+    parts = [
+        f'<span style="color:{colour}">&#9632;</span> {html.escape(LABELS[kind])}'
+        for kind, colour in COLOURS.items()
+        if kind in shown
+    ]
+    return f"<p>{' &nbsp; '.join(parts)}</p>"
+
+
+def _svg(height: int, parts: Sequence[str], label: str) -> str:
+    return (
+        f'<svg role="img" aria-label="{html.escape(label)}" width="{_WIDTH}" height="{height}" '
+        f'viewBox="0 0 {_WIDTH} {height}" style="max-width:100%;height:auto">{"".join(parts)}</svg>'
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    escaped = html.escape(text)
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {_TEXT}>{escaped}</text>'
+
+
+def _timeline(report: Report) -> str:
+    """A row a rank, seconds to the right; one path a kind, which keeps long runs small."""
+    seconds = max(report.seconds, max(record.end for record in report.timeline), 1e-9)
+    scale = (_WIDTH - _LEFT - 8) / seconds
+    paths: dict[str, list[str]] = {kind: [] for kind in COLOURS}
+    numbers = []
+    for record in report.timeline:
+        x, width = _LEFT + record.begin * scale, (record.end - record.begin) * scale
+        y = record.rank * _ROW + 2
+        paths[record.kind].append(f"M{x:.1f} {y}h{max(width - 0.5, 0.3):.1f}v{_ROW - 4}H{x:.1f}z")
+        if width >= 7 * len(str(record.step)) and report.ranks <= _LABELLED_RANKS:
+            numbers.append(_text(x + width / 2, y + 11, str(record.step), "middle"))
+    parts = [f'<path d="{"".join(d)}" fill="{COLOURS[k]}"/>' for k, d in paths.items() if d]
+    apart = 1 + (report.ranks - 1) // _LABELLED_RANKS
+    rows = [_text(0, k * _ROW + 13, f"rank {k}") for k in range(0, report.ranks, apart)]
+    foot = report.ranks * _ROW + 12
+    ends = [_text(_LEFT, foot, "0 s"), _text(_WIDTH - 8, foot, f"{seconds:.3g} s", "end")]
+    label = "timeline: which rank evaluated which step when"
+    return _svg(foot + 4, [*parts, *numbers, *rows, *ends], label)
+
+
+def _drift(report: Report) -> str:
+    """Drift of each step on a logarithmic axis, one decade a line, and the tolerance."""
+    height, top = 110, 6
+    shown = [value for _, value, _ in drifts(report)]
+    tolerance = report.tolerance if report.tolerance and report.tolerance < math.inf else None
+    if tolerance is not None:
+        shown.append(tolerance)
+    low = math.floor(math.log10(min(shown)))
+    high = max(math.ceil(math.log10(max(shown))), low + 1)
+
+    def y_of(value: float) -> float:
+        return top + height * (high - math.log10(value)) / (high - low)
+
+    x_scale = (_WIDTH - _LEFT - 8) / max(len(report.drift), 1)
+    parts = []
+    for power in range(low, high + 1, 1 + (high - low) // 8):
+        y = y_of(10.0**power)
+        parts.append(_line(y, 'stroke="currentColor" stroke-opacity="0.2"'))
+        parts.append(_text(_LEFT - 4, y + 3, f"1e{power}", "end"))
+    if tolerance is not None:
+        y = y_of(tolerance)
+        parts.append(_line(y, 'stroke="currentColor" stroke-dasharray="4 3"'))
+        parts.append(_text(_WIDTH - 8, y - 3, f"tolerance {tolerance:g}", "end"))
+    for step, value, kind in drifts(report):
+        x, colour = _LEFT + (step + 0.5) * x_scale, COLOURS[kind]
+        parts.append(f'<circle cx="{x:.1f}" cy="{y_of(value):.1f}" r="2.5" fill="{colour}"/>')
+    foot, last = top + height + 14, len(report.drift) - 1
+    parts += [_text(_LEFT, foot, "drift of step 0"), _text(_WIDTH - 8, foot, f"step {last}", "end")]
+    return _svg(foot + 4, parts, "drift of each step")
+
+
+def _line(y: float, style: str) -> str:
+    return f'<line x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}" {style}/>'
