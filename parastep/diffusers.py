@@ -280,7 +280,8 @@ class ParallelPipeline:
                 report.evaluations[rank] = following.evaluated
         report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
         report.seconds, report.fallback = time.perf_counter() - began, leading.reason
-        report.tolerance = self._options["tolerance"]
+        if self._options["policy"] == "verified":
+            report.tolerance = self._options["tolerance"]
         self.report = report
 
 

@@ -41,7 +41,8 @@ class Report:
     `rounds` are the leader's evaluations, so wall time in forwards; `accepted` the steps taken in
     each round; `drift` how far each step's guess was off in units of its noise scale, NaN where
     there was no guess; `interpolated` how many steps were answered between nodes; `tolerance` the
-    one that the run was given; `fallback` why speculation ended, or None.
+    one that decided, None under the published rule, which has none; `fallback` why speculation
+    ended, or None.
 
     In a notebook it shows itself; `print` gives one line, `plot` a figure.
     """

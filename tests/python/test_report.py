@@ -97,6 +97,14 @@ def test_a_run_knows_its_tolerance(tolerance):
     json.loads(json.dumps(report.to_dict(), allow_nan=False))
 
 
+def test_the_published_rule_has_no_tolerance():
+    program = parastep.Program.flow_euler(np.linspace(1, 0, 8))
+    x = np.ones((1, 4))
+    _, report = parastep.sample(program, lambda x, step, rank: x, x, ranks=2, policy="paper")
+    assert report.tolerance is None
+    Checker(report._repr_html_())
+
+
 def test_kinds():
     assert strided().kinds == [
         "exact", "interpolated", "accepted", "interpolated", "interpolated", "accepted", "exact",

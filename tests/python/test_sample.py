@@ -385,7 +385,7 @@ def test_report(options):
     assert report.bytes_sent == 2 * followers * x.nbytes
     assert report.speedup == 15 / report.rounds
     assert (report.failures, report.fallback, report.not_finite) == ([], None, 0)
-    assert f"15 steps in {report.rounds} rounds on {options['ranks']} ranks" in str(report)
+    assert f"15 steps in {report.rounds} rounds on {options['ranks']} rank" in str(report)
     check_timeline(report)
 
 
