@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -86,12 +86,26 @@ def _give_noise(leader: _core.Leader, noise: Any, given: int, step: int) -> int:
     return max(given, leader.horizon)
 
 
+def _steps_shown(steps: int, progress: bool) -> Iterable[int]:
+    """The numbers of the steps, with a bar of tqdm's if one is wanted: it counts steps, of which
+    a round takes several at once.
+    """
+    if not progress:
+        return range(steps)
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        text = "progress needs tqdm, which is not installed: pip install tqdm"
+        raise ImportError(text) from error
+    return tqdm(range(steps), unit="step")
+
+
 def _run(
-    leader: _core.Leader, program: _core.Program, denoiser: Denoiser, x: Any, noise: Any
+    leader: _core.Leader, steps: Iterable[int], denoiser: Denoiser, x: Any, noise: Any
 ) -> Any:
     """The leader's loop; what its own denoiser call raises is raised."""
     given = 0
-    for step in range(len(program)):
+    for step in steps:
         if noise is not None:
             given = _give_noise(leader, noise, given, step)
         if not leader.ask(step, x, leader.output()):
@@ -117,6 +131,7 @@ def sample(
     noise: Any = None,
     deadline: float | None = None,
     on_failure: str = "continue",
+    progress: bool = False,
 ) -> tuple[Any, Report]:
     """Samples from x with `ranks` evaluations at a time; returns (x_N, report).
 
@@ -130,7 +145,7 @@ def sample(
     published rule (arXiv 2505.14741) with `warmup` steps one by one.  `order` 0 reuses outputs in
     guesses, 1 goes on along their slope.  `noise`, (N, *x.shape), is needed where the program
     draws.  `deadline` seconds for a follower's reply; a lost one is a FollowerWarning and a line in
-    the report, or LostError with `on_failure="raise"`.
+    the report, or LostError with `on_failure="raise"`.  `progress` shows a bar that counts steps.
 
     Raises ShapeError, DtypeError, DeviceError, InvalidError (subclasses of parastep.Error and of
     the fitting built-in) for arguments that do not fit, and whatever the denoiser raises on rank 0.
@@ -151,6 +166,7 @@ def sample(
         on_failure=on_failure,
     )
     _check_noise(program, noise)
+    steps = _steps_shown(len(program), progress)
     context = HostContext()
     lanes: dict[int, threading.Thread] = {}
     try:
@@ -158,7 +174,7 @@ def sample(
             follower = leader.follower(rank)
             serve = partial(_serve, follower, denoiser)
             lanes[rank] = context.start(serve, f"parastep-{rank}")
-        result = _run(leader, program, denoiser, x, noise)
+        result = _run(leader, steps, denoiser, x, noise)
     finally:
         leader.finish()
     report = Report.from_core(leader.report(), tolerance if policy == "verified" else None)

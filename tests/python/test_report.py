@@ -1,4 +1,4 @@
-"""What people look at: a report's line, its HTML and its figure."""
+"""What people look at: a report's line, its HTML and its figure, and progress."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ STEPS = 12
 VOID = {"br", "img", "hr", "input", "meta", "link"}
 
 
-def sampled(tolerance=0.02, ranks=3):
+def sampled(tolerance=0.02, ranks=3, **options):
     program = parastep.Program.flow_euler(np.linspace(1, 0, STEPS + 1))
     x = np.random.default_rng(0).standard_normal((2, 8))
-    _, report = parastep.sample(
-        program, lambda x, step, rank: np.tanh(3 * x), x, ranks=ranks, tolerance=tolerance
-    )
+    options |= {"ranks": ranks, "tolerance": tolerance}
+    _, report = parastep.sample(program, lambda x, step, rank: np.tanh(3 * x), x, **options)
     return report
 
 
@@ -98,9 +97,7 @@ def test_a_run_knows_its_tolerance(tolerance):
 
 
 def test_the_published_rule_has_no_tolerance():
-    program = parastep.Program.flow_euler(np.linspace(1, 0, 8))
-    x = np.ones((1, 4))
-    _, report = parastep.sample(program, lambda x, step, rank: x, x, ranks=2, policy="paper")
+    report = sampled(policy="paper")
     assert report.tolerance is None
     Checker(report._repr_html_())
 
@@ -193,3 +190,18 @@ def test_matplotlib_is_not_needed_before_a_figure_is_asked_for():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install matplotlib" in done.stdout
+
+
+def test_progress_counts_steps(capsys):
+    pytest.importorskip("tqdm")
+    report = sampled(math.inf, progress=True)
+    shown = capsys.readouterr()
+    assert report.rounds < STEPS and f"{STEPS}/{STEPS}" in shown.err and "step/s" in shown.err
+    sampled()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_without_tqdm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(ImportError, match="pip install tqdm"):
+        sampled(progress=True)
