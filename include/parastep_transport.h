@@ -72,6 +72,43 @@ struct ps_link { /* transports put this first in their own struct */
 PS_API ps_status ps_threads_open(const ps_layout *layout, int slots, ps_link **leader_end,
                                  ps_link **follower_end);
 
+/* ---- messages carried by the host ------------------------------------------------------------ */
+
+/* The other end is in another process, reached by whatever the host has: torch.distributed, MPI, a
+ * pipe.  A message is its header, the payload of every slot (points in WORK, outputs in OUTPUT)
+ * and, where the reply says MOVED, the points of every slot; no bytes at all say that the sending
+ * end has let go. */
+typedef struct ps_part {
+  const void *data;
+  size_t bytes;
+} ps_part;
+
+typedef struct ps_carrier {
+  /* Takes one message to the other end, whole and in order.  parts are borrowed for the call, which
+   * must not wait for the other end; anything but PS_OK loses it. */
+  ps_status (*send)(void *ctx, const ps_part *parts, int count);
+  void (*release)(void *ctx); /* after the last send; called once, also when opening fails */
+  void *ctx;
+} ps_carrier;
+
+/* Where the host hands in what arrives for one end of a link, from any thread. */
+typedef struct ps_inbox ps_inbox;
+
+typedef enum ps_role { PS_LEADS = 1, PS_FOLLOWS = 2 } ps_role;
+
+/* One end of a link and its inbox; both are the caller's, and either may be released first.
+ * same_clock: the other process reads the same monotonic clock. */
+PS_API ps_status ps_host_open(const ps_layout *layout, int slots, ps_role role, int same_clock,
+                              const ps_carrier *carrier, ps_link **end, ps_inbox **inbox);
+
+/* A message of the other end; nothing about it is trusted.  PS_PROTOCOL: it does not fit, and the
+ * link is lost.  What comes after this end has let go is dropped. */
+PS_API ps_status ps_inbox_deliver(ps_inbox *inbox, const void *message, size_t bytes);
+
+/* Nothing more will come: the other process is gone. */
+PS_API void ps_inbox_lost(ps_inbox *inbox, const char *why);
+PS_API void ps_inbox_release(ps_inbox *inbox); /* NULL is fine */
+
 /* Comma-separated names of the transports of this build. */
 PS_API const char *ps_transports(void);
 

@@ -50,6 +50,7 @@ typedef struct psb_state {
   PyTypeObject *program_type;  /* program_type.c */
   PyTypeObject *leader_type;   /* leader_type.c */
   PyTypeObject *follower_type; /* follower_type.c */
+  PyTypeObject *inbox_type;    /* carrier.c */
 
   /* names that convert.c and tensor.c look up, made once by psb_tensor_add_types */
   struct psb_names {
@@ -173,5 +174,6 @@ ps_program *psb_program_of(psb_state *st, PyObject *obj);
 
 int psb_leader_add_type(PyObject *module, psb_state *st);
 int psb_follower_add_type(PyObject *module, psb_state *st);
+int psb_inbox_add_type(PyObject *module, psb_state *st);
 
 #endif

@@ -1,13 +1,12 @@
 /* leader_type.c - Leader: the core's leader of a run as a Python object.
  *
  * api.py's loop and the hosts' adapters drive it.  The GIL is released around every exchange, wait
- * and pass over memory.  A leader opens its links itself and hands out the follower ends, one a
- * thread.
+ * and pass over memory.  A leader opens its links itself and hands out their other ends: a Follower
+ * for a thread, an Inbox for a rank in another process.
  */
 #include "run.h"
 
 #include "parastep_backend.h"
-#include "parastep_transport.h"
 
 typedef struct leader_object {
   PyObject_HEAD psb_guard guard;
@@ -17,6 +16,7 @@ typedef struct leader_object {
   int ranks;
   int step;                /* of the last ask */
   ps_link **follower_ends; /* (ranks - 1) not yet handed out, or NULL */
+  PyObject **inboxes;      /* (ranks - 1) of ranks in other processes, NULL for the rest */
 } leader_object;
 
 /* ---- making ---------------------------------------------------------------------------------- */
@@ -31,23 +31,43 @@ static void close_links(ps_link **links, int count)
   }
 }
 
-static ps_status open_run(leader_object *self, const psb_order *order)
+static PyObject *carrier_of(const psb_order *order, int rank)
+{
+  PyObject *key = order->carriers != NULL ? PyLong_FromLong(rank) : NULL;
+  PyObject *found = key != NULL ? PyDict_GetItemWithError(order->carriers, key) : NULL;
+  Py_XDECREF(key);
+  return found;
+}
+
+/* The leader's end of a link: to a thread, or through a carrier to another process. */
+static int open_link(psb_state *st, leader_object *self, const psb_order *order, int rank,
+                     ps_link **leader_end)
+{
+  int slots = order->slots[rank];
+  PyObject *carrier = carrier_of(order, rank);
+  if (carrier == NULL) {
+    return psb__judge(
+        st, ps_threads_open(&self->spec.layout, slots, leader_end, &self->follower_ends[rank - 1]));
+  }
+  self->inboxes[rank - 1] = psb__host_open(st, &self->spec, slots, PS_LEADS, carrier, leader_end);
+  return self->inboxes[rank - 1] != NULL ? 0 : -1;
+}
+
+static int open_run(psb_state *st, leader_object *self, const psb_order *order)
 {
   ps_link *leader_ends[PS_RANKS_MAX];
-  ps_status status = PS_OK;
   int opened = 0;
-  while (status == PS_OK && opened < self->ranks - 1) {
-    status = ps_threads_open(&self->spec.layout, order->slots[opened + 1], &leader_ends[opened],
-                             &self->follower_ends[opened]);
-    opened += status == PS_OK;
+  while (opened < self->ranks - 1 &&
+         open_link(st, self, order, opened + 1, &leader_ends[opened]) == 0) {
+    ++opened;
   }
-  if (status != PS_OK) {
+  if (opened < self->ranks - 1) {
     close_links(leader_ends, opened);
-    return status;
+    return -1;
   }
-  return ps_leader_create(order->program, &self->spec.layout, &order->options,
-                          ps_backend_find("cpu"), leader_ends, self->ranks - 1, order->slots,
-                          &self->leader);
+  return psb__judge(st, ps_leader_create(order->program, &self->spec.layout, &order->options,
+                                         ps_backend_find("cpu"), leader_ends, self->ranks - 1,
+                                         order->slots, &self->leader));
 }
 
 static PyObject *leader_make(psb_state *st, PyTypeObject *type, const psb_order *order)
@@ -60,11 +80,12 @@ static PyObject *leader_make(psb_state *st, PyTypeObject *type, const psb_order 
   self->ranks = order->ranks;
   self->like = Py_NewRef(order->x);
   self->follower_ends = PyMem_Calloc((size_t)order->ranks, sizeof *self->follower_ends);
-  if (self->follower_ends == NULL) {
+  self->inboxes = PyMem_Calloc((size_t)order->ranks, sizeof *self->inboxes);
+  if (self->follower_ends == NULL || self->inboxes == NULL) {
     PyErr_NoMemory();
     goto fail;
   }
-  if (psb__spec_from(st, order->x, &self->spec) < 0 || psb__judge(st, open_run(self, order)) < 0) {
+  if (psb__spec_from(st, order->x, &self->spec) < 0 || open_run(st, self, order) < 0) {
     goto fail;
   }
   return (PyObject *)self;
@@ -108,6 +129,10 @@ static void leader_dealloc(PyObject *obj)
     close_links(self->follower_ends, self->ranks - 1);
     ps_leader_destroy(self->leader);
   }
+  for (int k = 0; self->inboxes != NULL && k < self->ranks - 1; ++k) {
+    Py_XDECREF(self->inboxes[k]);
+  }
+  PyMem_Free(self->inboxes);
   PyMem_Free(self->follower_ends);
   leader_clear(obj);
   type->tp_free(obj);
@@ -427,6 +452,20 @@ static PyObject *leader_follower(PyObject *obj, PyObject *arg)
   return follower;
 }
 
+static PyObject *leader_inbox(PyObject *obj, PyObject *arg)
+{
+  leader_object *self = (leader_object *)obj;
+  psb_state *st = psb_state_of(Py_TYPE(obj));
+  long rank = PyLong_AsLong(arg);
+  if (rank == -1 && PyErr_Occurred()) {
+    return NULL;
+  }
+  if (rank < 1 || rank >= self->ranks || self->inboxes[rank - 1] == NULL) {
+    return psb_raise(st, PS_INVALID, "inbox: rank %ld has no carrier", rank);
+  }
+  return Py_NewRef(self->inboxes[rank - 1]);
+}
+
 /* ---- the type -------------------------------------------------------------------------------- */
 
 #define KEYWORDS(function) ((PyCFunction)(void (*)(void))(function))
@@ -465,6 +504,8 @@ static PyMethodDef methods[] = {
      "report($self)\n--\n\nCounters, drift, timeline and failures, as a dict."},
     {"follower", leader_follower, METH_O,
      "follower($self, rank, /)\n--\n\nThe other end, taken once."},
+    {"inbox", leader_inbox, METH_O,
+     "inbox($self, rank, /)\n--\n\nWhere messages of a rank with a carrier are handed in."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -476,8 +517,9 @@ static PyGetSetDef getters[] = {
 
 PyDoc_STRVAR(leader_doc,
              "Leader(program, x, *, ranks=1, slots=None, tolerance=0.02, policy='verified', "
-             "order=1, warmup=5, deadline=None, on_failure='continue')\n--\n\n"
-             "The leader of a run; x is a latent of the run, its shape and dtype are kept.");
+             "order=1, warmup=5, deadline=None, on_failure='continue', carriers=None)\n--\n\n"
+             "The leader of a run; x is a latent of the run, its shape and dtype are kept.\n"
+             "carriers: {rank: (send, same_clock)} of ranks in other processes.");
 
 static PyType_Slot type_slots[] = {
     {Py_tp_doc, (void *)leader_doc}, {Py_tp_new, leader_new},

@@ -3,10 +3,9 @@
  * Python imports it through parastep/__init__.py.  Import starts no thread and takes no lock; all
  * state is the module's own, so that sub-interpreters and free-threaded builds work.
  */
-#include "binding.h"
+#include "run.h"
 
 #include "parastep_backend.h"
-#include "parastep_transport.h"
 
 /* ---- exceptions ------------------------------------------------------------------------------ */
 
@@ -170,6 +169,11 @@ static PyMethodDef methods[] = {
      "copy($module, x, /)\n--\n\nA contiguous copy of a tensor, of the same kind."},
     {"build_info", core_build_info, METH_NOARGS,
      "build_info($module)\n--\n\nVersion, backends and transports of this build, as a dict."},
+    {"join", psb_join, METH_VARARGS,
+     "join($module, x, rank, slots, carrier, /)\n--\n\n"
+     "(Follower, Inbox) of a run that is led in another process; x has its latents' shape and "
+     "dtype,\n"
+     "carrier is (send, same_clock): send(bytes) takes a message to the leader's Inbox."},
     {"now_ns", core_now_ns, METH_NOARGS,
      "now_ns($module)\n--\n\nThe monotonic clock of began_ns and the timeline, in ns."},
     {NULL, NULL, 0, NULL},
@@ -182,7 +186,7 @@ static int module_exec(PyObject *module)
   psb_state *st = PyModule_GetState(module);
   if (add_exceptions(module, st) < 0 || psb_tensor_add_types(module, st) < 0 ||
       psb_program_add_types(module, st) < 0 || psb_leader_add_type(module, st) < 0 ||
-      psb_follower_add_type(module, st) < 0) {
+      psb_follower_add_type(module, st) < 0 || psb_inbox_add_type(module, st) < 0) {
     return -1;
   }
   return PyModule_AddFunctions(module, psb_tensor_methods);
@@ -198,6 +202,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
   Py_VISIT(st->program_type);
   Py_VISIT(st->leader_type);
   Py_VISIT(st->follower_type);
+  Py_VISIT(st->inbox_type);
   return psb_tensor_traverse(st, visit, arg);
 }
 
@@ -211,6 +216,7 @@ static int module_clear(PyObject *module)
   Py_CLEAR(st->program_type);
   Py_CLEAR(st->leader_type);
   Py_CLEAR(st->follower_type);
+  Py_CLEAR(st->inbox_type);
   psb_tensor_clear(st);
   return 0;
 }

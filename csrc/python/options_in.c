@@ -127,20 +127,43 @@ static int slots_in(psb_state *st, PyObject *obj, int ranks, int *slots)
 
 typedef struct keywords {
   PyObject *program, *x, *ranks, *slots, *tolerance, *policy, *order, *warmup, *deadline,
-      *on_failure;
+      *on_failure, *carriers;
 } keywords;
 
 static int keywords_in(PyObject *args, PyObject *kwargs, keywords *given)
 {
   static char *names[] = {"program", "x",      "ranks",    "slots",      "tolerance", "policy",
-                          "order",   "warmup", "deadline", "on_failure", NULL};
+                          "order",   "warmup", "deadline", "on_failure", "carriers",  NULL};
   *given = (keywords){0};
-  return PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOOOO:Leader", names, &given->program,
+  return PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOOOOO:Leader", names, &given->program,
                                      &given->x, &given->ranks, &given->slots, &given->tolerance,
                                      &given->policy, &given->order, &given->warmup,
-                                     &given->deadline, &given->on_failure)
+                                     &given->deadline, &given->on_failure, &given->carriers)
              ? 0
              : -1;
+}
+
+/* None, or a dict {rank: (send, same_clock)}; what its values are is looked at where they are used.
+ */
+static int carriers_in(psb_state *st, PyObject *obj, int ranks, PyObject **carriers)
+{
+  PyObject *key, *value;
+  Py_ssize_t place = 0;
+  *carriers = obj != Py_None ? obj : NULL;
+  if (*carriers == NULL) {
+    return 0;
+  }
+  if (!PyDict_Check(obj)) {
+    PyErr_Format(PyExc_TypeError, "carriers: %R: must be {rank: (send, same_clock)}", obj);
+    return -1;
+  }
+  while (PyDict_Next(obj, &place, &key, &value)) {
+    int rank;
+    if (int_in(st, key, "carriers: rank", 1, ranks - 1, &rank) < 0) {
+      return -1;
+    }
+  }
+  return 0;
 }
 
 int psb__order_in(psb_state *st, PyObject *args, PyObject *kwargs, psb_order *order)
@@ -166,7 +189,8 @@ int psb__order_in(psb_state *st, PyObject *args, PyObject *kwargs, psb_order *or
       int_in(st, given.order, "order", 0, 1, &options->order) < 0 ||
       int_in(st, given.warmup, "warmup", 1, INT_MAX, &options->warmup) < 0 ||
       deadline_in(st, given.deadline, &options->deadline_ns) < 0 ||
-      choice_in(st, given.on_failure, "on_failure", reactions, &options->raise_on_loss) < 0) {
+      choice_in(st, given.on_failure, "on_failure", reactions, &options->raise_on_loss) < 0 ||
+      carriers_in(st, given.carriers, order->ranks, &order->carriers) < 0) {
     return -1;
   }
   options->policy = policy == 0 ? PS_VERIFIED : PS_PAPER;

@@ -11,6 +11,8 @@
 
 #include "binding.h"
 
+#include "parastep_transport.h"
+
 /* ---- who is inside --------------------------------------------------------------------------- */
 
 /* An object of a run is used by one thread at a time, in the process that made the run. */
@@ -82,7 +84,8 @@ typedef PyObject *(*psb_item)(const void *context, int k);
 
 PyObject *psb__list(int count, psb_item item, const void *context);
 
-/* ---- options_in.c, report_out.c, follower_type.c --------------------------------------------- */
+/* ---- options_in.c, report_out.c, follower_type.c, carrier.c
+ * --------------------------------------------- */
 
 /* What a Leader is made with; the objects are borrowed from the call's arguments. */
 typedef struct psb_order {
@@ -90,6 +93,7 @@ typedef struct psb_order {
   PyObject *x;
   int ranks;
   int slots[PS_RANKS_MAX]; /* (ranks) */
+  PyObject *carriers;      /* {rank: (send, same_clock)} of ranks in other processes, or NULL */
   ps_options options;
 } psb_order;
 
@@ -100,5 +104,13 @@ PyObject *psb__report_out(const ps_report *report);
 /* A Follower that owns link from now on, also when NULL is returned. */
 PyObject *psb__follower_new(psb_state *st, PyObject *like, const psb_spec *spec, ps_link *link,
                             int rank);
+
+/* One end of a link to another process, and its Inbox; carrier is a tuple (send, same_clock).  The
+ * caller closes the end, but not where NULL is returned. */
+PyObject *psb__host_open(psb_state *st, const psb_spec *spec, int slots, ps_role role,
+                         PyObject *carrier, ps_link **end);
+
+/* join(x, rank, slots, carrier) of the module. */
+PyObject *psb_join(PyObject *module, PyObject *args);
 
 #endif

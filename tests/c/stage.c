@@ -262,11 +262,59 @@ void stage_set(stage *on, ps_program *program, int ranks, size_t items, size_t s
   ps_options_init(&on->options);
 }
 
+/* A carrier's context: the other end's inbox, which it releases in the end. */
+typedef struct wire {
+  ps_inbox *to;
+} wire;
+
+static ps_status wire_send(void *ctx, const ps_part *parts, int count)
+{
+  size_t bytes = 0;
+  for (int k = 0; k < count; ++k) {
+    bytes += parts[k].bytes;
+  }
+  unsigned char *message = malloc(bytes + 1);
+  for (int k = 0, at = 0; k < count; at += (int)parts[k++].bytes) {
+    memcpy(message + at, parts[k].data, parts[k].bytes);
+  }
+  ps_inbox *to = ((wire *)ctx)->to;
+  ps_status status = to != NULL ? ps_inbox_deliver(to, message, bytes) : PS_LOST;
+  free(message);
+  return status;
+}
+
+static void wire_release(void *ctx)
+{
+  ps_inbox_release(((wire *)ctx)->to);
+  free(ctx);
+}
+
+ps_status stage_host_open(const ps_layout *layout, int slots, ps_link **leader_end,
+                          ps_link **follower_end)
+{
+  wire *down = calloc(1, sizeof *down), *up = calloc(1, sizeof *up);
+  ps_carrier leader_carrier = {wire_send, wire_release, down};
+  ps_carrier follower_carrier = {wire_send, wire_release, up};
+  *leader_end = *follower_end = NULL;
+  ps_status status = ps_host_open(layout, slots, PS_LEADS, 1, &leader_carrier, leader_end, &up->to);
+  if (status != PS_OK) {
+    free(up);
+    return status;
+  }
+  status = ps_host_open(layout, slots, PS_FOLLOWS, 1, &follower_carrier, follower_end, &down->to);
+  if (status != PS_OK) {
+    (*leader_end)->ops->close(*leader_end);
+    *leader_end = NULL;
+  }
+  return status;
+}
+
 /* A link to a follower in a thread of its own. */
 static ps_link *start_follower(stage *on, stage_rank *self)
 {
   ps_link *here, *there;
-  CHECK_OK(ps_threads_open(&on->layout, on->slots[self->rank], &here, &there));
+  CHECK_OK((on->by_host ? stage_host_open : ps_threads_open)(&on->layout, on->slots[self->rank],
+                                                             &here, &there));
   CHECK_OK(ps_follower_create(&on->layout, there, &self->follower));
   CHECK_EQ(pthread_create(&self->thread, NULL, follow, self), 0);
   return here;

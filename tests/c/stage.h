@@ -44,8 +44,9 @@ struct stage {
   double (*f)(const stage_rank *self, int step, double x, size_t i);
   /* What a follower does; NULL = stage_serve. */
   ps_status (*serve)(stage_rank *self);
-  /* The leader's end of a link of the test's own, with nobody behind it; NULL = threads. */
+  /* The leader's end of a link of the test's own, with nobody behind it; NULL = see below. */
   ps_link *(*link)(stage *on, int rank);
+  bool by_host; /* followers at the other end of a link that the host carries; else threads */
   /* Called by the host before it asks for a step, and with the answer or output before it is used.
    */
   void (*before)(stage *on, int step, void *x);
@@ -77,6 +78,10 @@ ps_report stage_report(const stage *on);
 ps_status stage_serve(stage_rank *self);
 void stage_evaluate(stage_rank *self, int step, const void *x, void *m);
 double stage_f(const stage_rank *self, int step, double x, size_t i);
+
+/* Both ends of a link whose carriers deliver at once, as ps_threads_open does. */
+ps_status stage_host_open(const ps_layout *layout, int slots, ps_link **leader_end,
+                          ps_link **follower_end);
 
 size_t stage_elements(const stage *on);
 size_t stage_x_bytes(const stage *on);
