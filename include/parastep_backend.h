@@ -1,8 +1,13 @@
-/* parastep_backend.h - how vectors are combined: what the core asks of a backend.
+/* parastep_backend.h - where vectors live and how they are combined: what the core asks of a
+ * backend.
  *
  * The core does scalar algebra in double and hands every pass over memory to one of these.  The CPU
  * backend (csrc/backend/cpu.c) is the specification: fixed order, float accumulation (double where
  * the storage is), no fused multiply-add, so that the bits are the same on every CPU.
+ *
+ * A backend may work behind the caller's back: calls return when the work is in order behind what
+ * was asked of it before, and only sweep and settle wait for its end.  Vectors passed to it stay
+ * valid until then.  One thread at a time uses a backend; each rank has its own.
  */
 #ifndef PARASTEP_BACKEND_H
 #define PARASTEP_BACKEND_H
@@ -41,23 +46,71 @@ typedef struct ps_swept {
   size_t not_finite; /* elements of m that are NaN or Inf */
 } ps_swept;          /* a NaN among x or guess makes excess and distance NaN */
 
-struct ps_backend {
-  const char *name;
+/* The same bytes in the memory of two backends: one block where they share it, a copy on each side
+ * where not.  Each side is used by its own rank's thread; whoever hands work over has told the
+ * other side by other means. */
+typedef enum ps_side { PS_NEAR = 0, PS_FAR = 1 } ps_side;
+
+typedef struct ps_mirror ps_mirror;
+
+typedef struct ps_mirror_ops {
+  /* Bytes from offset on go over to the other side, in order behind all work of this side's
+   * backend.  Never waits. */
+  ps_status (*send)(ps_mirror *mirror, ps_side from, size_t offset, size_t bytes);
+
+  /* What the other side has sent so far is in order before all further work of this side's backend.
+   * Never waits. */
+  ps_status (*receive)(ps_mirror *mirror, ps_side to);
+
+  /* Waits until everything that this side has sent is there. */
+  ps_status (*settle)(ps_mirror *mirror, ps_side from, const ps_wait *wait);
+
+  /* This side lets go.  Memory is freed when both have and their work on it is done. */
+  void (*close)(ps_mirror *mirror, ps_side side);
+} ps_mirror_ops;
+
+struct ps_mirror { /* backends put this first in their own struct */
+  const ps_mirror_ops *ops;
+  unsigned char *memory[2]; /* (bytes) as each side reaches it, zeroed */
+};
+
+struct ps_backend { /* backends put this first in their own struct */
+  const char *name; /* "cpu", "cuda" */
+  int device;       /* which of them, from 0 on */
+
+  void (*retain)(const ps_backend *backend);
+  void (*release)(const ps_backend *backend);
+
+  /* Memory for vectors, zeroed, 64-byte aligned; NULL with the last error set.  It is freed once
+   * the backend's work on it is done. */
+  void *(*alloc)(const ps_backend *backend, size_t bytes);
+  void (*free)(const ps_backend *backend, void *p); /* p may be NULL */
+
+  /* bytes that this backend, near, shares with far, of the same kind.  Both are retained. */
+  ps_status (*mirror)(const ps_backend *near, const ps_backend *far, size_t bytes,
+                      ps_mirror **mirror);
 
   /* out[k] = sum_{j<terms} weight[k * terms + j] in[j] for k < outs, over n elements, in one pass.
    * Terms are added to +0 in the order given, in double where out_dtype is PS_F64, else in float;
    * one with weight 0 is not added to that output, and one whose weights are all 0 may have NULL
    * data.  An output may be one of the inputs (same address, 64 outputs at most then), never
-   * overlap one otherwise.  outs, terms >= 1. */
-  ps_status (*lincomb)(size_t n, int outs, int terms, const double *weight, const ps_term *in,
-                       void *const *out, ps_dtype out_dtype);
+   * overlap one otherwise.  outs, terms >= 1; weight, in and out are read during the call. */
+  ps_status (*lincomb)(const ps_backend *backend, size_t n, int outs, int terms,
+                       const double *weight, const ps_term *in, void *const *out,
+                       ps_dtype out_dtype);
 
-  ps_status (*sweep)(const ps_sweep *sweep, ps_swept *swept);
+  /* Waits for the result; wait may be NULL. */
+  ps_status (*sweep)(const ps_backend *backend, const ps_sweep *sweep, const ps_wait *wait,
+                     ps_swept *swept);
 
-  ps_status (*copy)(void *to, const void *from, size_t bytes);
+  ps_status (*copy)(const ps_backend *backend, void *to, const void *from, size_t bytes);
+
+  /* Waits until all work so far is done; wait may be NULL. */
+  ps_status (*settle)(const ps_backend *backend, const ps_wait *wait);
 };
 
-/* "cpu"; NULL where this build or machine has no such backend. */
+/* "cpu", the backend of host memory: always there, never freed.  NULL for any other name: those of
+ * a device are opened. */
 PS_API const ps_backend *ps_backend_find(const char *name);
 
 #ifdef __cplusplus

@@ -67,8 +67,14 @@ struct ps_link { /* transports put this first in their own struct */
   int same_clock; /* both ends read one monotonic clock: began_ns and ended_ns are comparable */
 };
 
-/* Ranks are threads of one process: messages are pointers, nothing is copied.  Writes the leader
- * end and the follower end of a link with room for slots evaluations of layout. */
+/* Ranks are threads of one process, each with a backend; those of one device share its memory and
+ * copy nothing.  Writes the leader end and the follower end of a link with room for slots
+ * evaluations of layout.  The backends are retained. */
+PS_API ps_status ps_threads_open_on(const ps_layout *layout, int slots, const ps_backend *leader,
+                                    const ps_backend *follower, ps_link **leader_end,
+                                    ps_link **follower_end);
+
+/* The same for ranks on the CPU. */
 PS_API ps_status ps_threads_open(const ps_layout *layout, int slots, ps_link **leader_end,
                                  ps_link **follower_end);
 

@@ -242,9 +242,11 @@ static ps_status check_combination(const combination *c)
   return status;
 }
 
-static ps_status lincomb(size_t n, int outs, int terms, const double *weight, const ps_term *in,
-                         void *const *out, ps_dtype out_dtype)
+static ps_status lincomb(const ps_backend *backend, size_t n, int outs, int terms,
+                         const double *weight, const ps_term *in, void *const *out,
+                         ps_dtype out_dtype)
 {
+  (void)backend;
   if (n < 1 || outs < 1 || terms < 1 || !weight || !in || !out) {
     return ps__fail(PS_INVALID, "lincomb of %zu elements, %d outputs, %d inputs", n, outs, terms);
   }
@@ -368,8 +370,11 @@ static ps_status check_sweep(const ps_sweep *s)
 }
 
 /* A NaN, once there, stays: nothing is larger. */
-static ps_status sweep(const ps_sweep *s, ps_swept *swept)
+static ps_status sweep(const ps_backend *backend, const ps_sweep *s, const ps_wait *wait,
+                       ps_swept *swept)
 {
+  (void)backend;
+  (void)wait;
   ps_status status = check_sweep(s);
   *swept = (ps_swept){0, 0, 0, 0};
   for (size_t item = 0; item < s->items && status == PS_OK; item++) {
@@ -389,10 +394,11 @@ static ps_status sweep(const ps_sweep *s, ps_swept *swept)
   return status;
 }
 
-/* ---- copy ------------------------------------------------------------------------------------ */
+/* ---- copies and memory ----------------------------------------------------------------------- */
 
-static ps_status copy(void *to, const void *from, size_t bytes)
+static ps_status copy(const ps_backend *backend, void *to, const void *from, size_t bytes)
 {
+  (void)backend;
   if (bytes > 0 && (!to || !from)) {
     return ps__fail(PS_INVALID, "copy of %zu bytes %s NULL", bytes, to ? "from" : "to");
   }
@@ -402,4 +408,102 @@ static ps_status copy(void *to, const void *from, size_t bytes)
   return PS_OK;
 }
 
-const ps_backend ps__cpu = {"cpu", lincomb, sweep, copy};
+static ps_status settle(const ps_backend *backend, const ps_wait *wait)
+{
+  (void)backend;
+  (void)wait;
+  return PS_OK; /* every call returns with its work done */
+}
+
+static void keep(const ps_backend *backend)
+{
+  (void)backend;
+}
+
+static void *alloc(const ps_backend *backend, size_t bytes)
+{
+  (void)backend;
+  return ps__alloc(bytes);
+}
+
+static void release(const ps_backend *backend, void *p)
+{
+  (void)backend;
+  ps__free(p);
+}
+
+/* ---- mirrors: one block, as all ranks reach it ----------------------------------------------- */
+
+typedef struct shared_block {
+  ps_mirror base;
+  int sides; /* that have not let go; changed atomically */
+} shared_block;
+
+static ps_status mirror_send(ps_mirror *mirror, ps_side from, size_t offset, size_t bytes)
+{
+  (void)mirror;
+  (void)from;
+  (void)offset;
+  (void)bytes;
+  return PS_OK;
+}
+
+static ps_status mirror_receive(ps_mirror *mirror, ps_side to)
+{
+  (void)mirror;
+  (void)to;
+  return PS_OK;
+}
+
+static ps_status mirror_settle(ps_mirror *mirror, ps_side from, const ps_wait *wait)
+{
+  (void)mirror;
+  (void)from;
+  (void)wait;
+  return PS_OK;
+}
+
+static void mirror_close(ps_mirror *mirror, ps_side side)
+{
+  (void)side;
+  if (__atomic_sub_fetch(&((shared_block *)mirror)->sides, 1, __ATOMIC_ACQ_REL) == 0) {
+    ps__free(mirror);
+  }
+}
+
+static ps_status open_mirror(const ps_backend *near, const ps_backend *far, size_t bytes,
+                             ps_mirror **mirror)
+{
+  static const ps_mirror_ops ops = {mirror_send, mirror_receive, mirror_settle, mirror_close};
+  ps__arena arena = {0};
+  *mirror = NULL;
+  if (far != near) {
+    return ps__fail(PS_DEVICE, "a rank on the CPU and one on %s: all must be of one kind",
+                    far->name);
+  }
+  ps__carve(&arena, 1, sizeof(shared_block));
+  ps__carve(&arena, 1, bytes);
+  arena.base = ps__alloc(arena.used);
+  arena.used = 0;
+  if (arena.base == NULL) {
+    return PS_NO_MEMORY;
+  }
+  shared_block *block = ps__carve(&arena, 1, sizeof *block);
+  unsigned char *memory = ps__carve(&arena, 1, bytes);
+  *block = (shared_block){.base = {.ops = &ops, .memory = {memory, memory}}, .sides = 2};
+  *mirror = &block->base;
+  return PS_OK;
+}
+
+const ps_backend ps__cpu = {
+    .name = "cpu",
+    .retain = keep,
+    .release = keep,
+    .alloc = alloc,
+    .free = release,
+    .mirror = open_mirror,
+    .lincomb = lincomb,
+    .sweep = sweep,
+    .copy = copy,
+    .settle = settle,
+};

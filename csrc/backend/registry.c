@@ -1,4 +1,4 @@
-/* registry.c - which backends this build has.  Called by whoever creates a leader. */
+/* registry.c - backends by name.  Called by whoever creates a leader. */
 #include <string.h>
 
 #include "parastep_backend.h"

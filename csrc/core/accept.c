@@ -56,7 +56,7 @@ ps_status ps__measure(const ps_leader *leader, const ps__node *node, const void 
       .keep_m = keep_m,
   };
   ps_swept swept;
-  ps_status status = leader->backend->sweep(&sweep, &swept);
+  ps_status status = ps__sweep(leader, &sweep, &swept);
   if (status == PS_OK) {
     *drift = sqrt(swept.excess) / program->s[node->step];
     *finite = swept.not_finite == 0;
@@ -77,7 +77,7 @@ bool ps__finite(const ps_leader *leader, const ps__node *node)
       .m = node->output,
   };
   ps_swept swept;
-  return leader->backend->sweep(&sweep, &swept) == PS_OK && swept.not_finite == 0 &&
+  return ps__sweep(leader, &sweep, &swept) == PS_OK && swept.not_finite == 0 &&
          swept.distance == 0.0;
 }
 
@@ -96,7 +96,7 @@ static ps_status compare(const ps_leader *leader, ps_dtype dtype, const void *ou
       .floor = rounding_between_ranks(dtype),
   };
   ps_swept swept;
-  ps_status status = leader->backend->sweep(&sweep, &swept);
+  ps_status status = ps__sweep(leader, &sweep, &swept);
   if (status == PS_OK) {
     *relative = swept.excess == 0.0 ? 0.0 : sqrt(swept.distance / swept.reference);
   }

@@ -54,17 +54,23 @@ void ps__free(void *p)
   }
 }
 
-/* A sum that does not fit stays at SIZE_MAX, which no allocator has. */
-void *ps__carve(ps__arena *arena, size_t count, size_t size)
+/* Cuts from one of the blocks.  A sum that does not fit stays at SIZE_MAX, which no allocator has.
+ */
+static void *cut(unsigned char *base, size_t *used, size_t count, size_t size)
 {
-  void *p = arena->base != NULL ? arena->base + arena->used : NULL;
-  size_t room = SIZE_MAX - ALIGNMENT - arena->used;
-  if (arena->used > SIZE_MAX - ALIGNMENT || (size > 0 && count > room / size)) {
-    arena->used = SIZE_MAX;
+  void *p = base != NULL ? base + *used : NULL;
+  size_t room = SIZE_MAX - ALIGNMENT - *used;
+  if (*used > SIZE_MAX - ALIGNMENT || (size > 0 && count > room / size)) {
+    *used = SIZE_MAX;
   } else {
-    arena->used += round_up(count * size);
+    *used += round_up(count * size);
   }
   return p;
+}
+
+void *ps__carve(ps__arena *arena, size_t count, size_t size)
+{
+  return cut(arena->base, &arena->used, count, size);
 }
 
 /* Latents have sizes of 2^k bytes more often than not.  A pass reads a dozen at once, and if they
@@ -72,5 +78,5 @@ void *ps__carve(ps__arena *arena, size_t count, size_t size)
 void *ps__carve_vector(ps__arena *arena, size_t bytes)
 {
   enum { APART = 5 * ALIGNMENT };
-  return ps__carve(arena, 1, bytes + APART);
+  return cut(arena->vectors, &arena->vectors_used, 1, bytes + APART);
 }

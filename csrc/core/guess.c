@@ -298,6 +298,7 @@ ps_status ps__guess(ps_leader *leader, const ps__node *nodes, int count)
     roll_verified(leader, guesser, nodes, count);
   }
   int terms = pack_terms(guesser, count - 1);
-  return leader->backend->lincomb(leader->layout.items * leader->layout.size, count - 1, terms,
-                                  guesser->weight, guesser->term, guesser->out, leader->layout.x);
+  return leader->backend->lincomb(leader->backend, leader->layout.items * leader->layout.size,
+                                  count - 1, terms, guesser->weight, guesser->term, guesser->out,
+                                  leader->layout.x);
 }

@@ -23,14 +23,17 @@ ps_status ps__fail(ps_status status, const char *format, ...) __attribute__((for
 void *ps__alloc(size_t bytes); /* zeroed, 64-byte aligned; NULL with the last error set */
 void ps__free(void *p);
 
-/* One block, cut in two passes by the same code: base NULL counts, base set hands out. */
+/* One block of host memory, and one of the backend's for vectors, cut in two passes by the same
+ * code: base NULL counts, base set hands out. */
 typedef struct ps__arena {
   unsigned char *base;
   size_t used;
+  unsigned char *vectors;
+  size_t vectors_used;
 } ps__arena;
 
 void *ps__carve(ps__arena *arena, size_t count, size_t size); /* NULL while counting */
-void *ps__carve_vector(ps__arena *arena, size_t bytes);       /* likewise, for passes over memory */
+void *ps__carve_vector(ps__arena *arena, size_t bytes);       /* likewise, the backend's memory */
 
 /* ---- layout ---------------------------------------------------------------------------------- */
 
@@ -100,7 +103,8 @@ struct ps_leader {
   ps_program *program;
   ps_layout layout;
   ps_options options;
-  const ps_backend *backend;
+  const ps_backend *backend; /* retained */
+  void *vectors;             /* the backend's memory that all vectors are cut from */
   uint64_t run;
   ps__phase phase;
   int step;       /* the step being asked or answered; ask takes the one after it */
@@ -138,6 +142,13 @@ struct ps_leader {
   int failures;
   char fallback[160];
 };
+
+/* A sweep of the run's backend, whose wait lets Ctrl-C through. */
+static inline ps_status ps__sweep(const ps_leader *leader, const ps_sweep *sweep, ps_swept *swept)
+{
+  ps_wait wait = {0, leader->options.check, leader->options.check_ctx};
+  return leader->backend->sweep(leader->backend, sweep, &wait, swept);
+}
 
 /* plan.c: which rank holds the k-th node of a window.  Writes rank and slot of every node of steps
  * first, first + 1, ... and returns how many there are: at most what the ranks alive can hold. */

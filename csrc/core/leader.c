@@ -60,7 +60,8 @@ static ps_status try_answer(ps_leader *leader, const void *x, void *m_out, bool 
   ps__node *node = leader->fallback[0] == '\0' ? ready_node(leader, step) : NULL;
   *answered = false;
   if (node == NULL) {
-    return leader->backend->copy(x_at(leader, step), x, ps__x_bytes(&leader->layout));
+    return leader->backend->copy(leader->backend, x_at(leader, step), x,
+                                 ps__x_bytes(&leader->layout));
   }
   bool finite = false;
   void *keep_m = m_out != NULL ? m_at(leader, step) : NULL;
@@ -117,8 +118,8 @@ static ps_status write_points(ps_leader *leader, int count)
     return ps__guess(leader, leader->fresh, count);
   }
   for (int k = 1; k < count && status == PS_OK; ++k) {
-    status = leader->backend->copy(leader->fresh[k].point, x_at(leader, leader->step),
-                                   ps__x_bytes(&leader->layout));
+    status = leader->backend->copy(leader->backend, leader->fresh[k].point,
+                                   x_at(leader, leader->step), ps__x_bytes(&leader->layout));
   }
   return status;
 }
@@ -176,7 +177,8 @@ ps_status ps_leader_amend(ps_leader *leader, const void *x, void *m_out, double 
   int step = leader->step;
   *drift = NAN;
   if (leader->phase == PS__EVALUATING) {
-    return leader->backend->copy(x_at(leader, step), x, ps__x_bytes(&leader->layout));
+    return leader->backend->copy(leader->backend, x_at(leader, step), x,
+                                 ps__x_bytes(&leader->layout));
   }
   ps_status status = check_phase(leader, PS__ASKING, "amend");
   const ps__node *node = status == PS_OK && step >= 0 ? ready_node(leader, step) : NULL;
@@ -237,7 +239,7 @@ static ps_status keep_output(ps_leader *leader, const void *m)
       .keep_m = m_at(leader, leader->step),
   };
   ps_swept swept;
-  ps_status status = leader->backend->sweep(&sweep, &swept);
+  ps_status status = ps__sweep(leader, &sweep, &swept);
   if (status == PS_OK && swept.not_finite > 0) {
     ++leader->not_finite;
   }
@@ -302,7 +304,8 @@ ps_status ps_leader_noise(ps_leader *leader, int step, const void *z)
   }
   int place = step % leader->window_max;
   leader->noise_step[place] = step;
-  return leader->backend->copy(leader->noise[place], z, ps__x_bytes(&leader->layout));
+  return leader->backend->copy(leader->backend, leader->noise[place], z,
+                               ps__x_bytes(&leader->layout));
 }
 
 ps_status ps_leader_advance(ps_leader *leader, const void *z, void *x_next)
@@ -324,9 +327,9 @@ ps_status ps_leader_advance(ps_leader *leader, const void *z, void *x_next)
     leader->row_term[terms++] = (ps_term){z, leader->layout.x};
   }
   if (status == PS_OK) {
-    status =
-        leader->backend->lincomb(leader->layout.items * leader->layout.size, 1, terms,
-                                 leader->row_weight, leader->row_term, &x_next, leader->layout.x);
+    status = leader->backend->lincomb(leader->backend, leader->layout.items * leader->layout.size,
+                                      1, terms, leader->row_weight, leader->row_term, &x_next,
+                                      leader->layout.x);
   }
   return status;
 }

@@ -1,6 +1,7 @@
 /* life.c - how a leader comes to be and ends: checks, the arena, followers told to leave.
  *
- * Called once a run by its caller.  Everything a run needs is cut here from one block; after that
+ * Called once a run by its caller.  Everything a run needs is cut here from two blocks, the
+ * backend's for vectors and one of host memory for the rest; after that
  * leader.c, guess.c and links.c work in what they were given and allocate nothing.
  */
 #include "core/internal.h"
@@ -126,16 +127,20 @@ static int window_of(int followers, const int *slots)
 static ps_leader *leader_new(const ps_leader *like, ps_link *const *links, const int *slots)
 {
   ps_leader plan = *like;
-  ps__arena arena = {NULL, 0};
+  ps__arena arena = {0};
   ps__carve(&arena, 1, sizeof plan);
   carve_leader(&plan, &arena, links, slots);
   arena.base = ps__alloc(arena.used);
-  arena.used = 0;
-  if (arena.base == NULL) {
+  arena.vectors =
+      arena.base != NULL ? like->backend->alloc(like->backend, arena.vectors_used) : NULL;
+  arena.used = arena.vectors_used = 0;
+  if (arena.vectors == NULL) {
+    ps__free(arena.base);
     return NULL;
   }
   ps_leader *leader = ps__carve(&arena, 1, sizeof plan);
   *leader = *like;
+  leader->vectors = arena.vectors;
   carve_leader(leader, &arena, links, slots);
   return leader;
 }
@@ -176,6 +181,7 @@ ps_status ps_leader_create(ps_program *program, const ps_layout *layout, const p
     goto fail;
   }
   ps_program_retain(program);
+  backend->retain(backend);
   return PS_OK;
 
 fail:
@@ -198,8 +204,11 @@ ps_status ps_leader_finish(ps_leader *leader)
 void ps_leader_destroy(ps_leader *leader)
 {
   if (leader != NULL) {
+    const ps_backend *backend = leader->backend;
     ps_leader_finish(leader);
     ps_program_release(leader->program);
+    backend->free(backend, leader->vectors);
     ps__free(leader);
+    backend->release(backend);
   }
 }

@@ -14,7 +14,7 @@
 static ps_program *program_new(int steps, int history)
 {
   size_t rows = (size_t)steps, cells = rows * (size_t)history;
-  ps__arena arena = {NULL, 0};
+  ps__arena arena = {0};
   ps__carve(&arena, 1, sizeof(ps_program));
   size_t head = arena.used;
   ps_program *program = ps__alloc(head + (2 * cells + 3 * rows) * sizeof(double));

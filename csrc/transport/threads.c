@@ -1,10 +1,13 @@
 /* threads.c - the transport for ranks that are threads of one process.
  *
- * leader.c and follower.c use it through ps_link_ops.  Both ends share one channel: points and
- * outputs stay where they are, a message is a change of state under the channel's monitor.  The
- * channel lives until both ends have let go, so that a follower that was given up, still inside its
- * denoiser, holds memory that is its own.
+ * leader.c and follower.c use it through ps_link_ops.  Both ends share one channel: a message is a
+ * change of state under its monitor, points and outputs lie in a mirror of the two backends.  Where
+ * the ranks share memory they stay where they are; else they are on their way before the message is
+ * seen, and every side's further work is in order behind them.  Channel and mirror live until both
+ * ends have let go, so that a follower that was given up, still inside its denoiser, holds memory
+ * that is its own.
  */
+#include <stdio.h>
 #include <string.h>
 
 #include "core/internal.h"
@@ -23,12 +26,14 @@ typedef struct channel {
   bool leader_gone, follower_gone;
   int slots;
   ps_header message, reply;
-  void *point[PS_SLOTS_MAX], *output[PS_SLOTS_MAX];
+  ps_mirror *mirror;    /* points of all slots, then outputs of all slots */
+  size_t point, output; /* bytes from one slot's to the next one's */
 } channel;
 
 typedef struct end {
   ps_link base;
   channel *channel;
+  ps_side side;
 } end;
 
 static channel *channel_of(ps_link *link)
@@ -40,44 +45,63 @@ static channel *channel_of(ps_link *link)
 
 static void *link_point(ps_link *link, int slot)
 {
-  return channel_of(link)->point[slot];
+  const channel *shared = channel_of(link);
+  return shared->mirror->memory[((end *)link)->side] + (size_t)slot * shared->point;
+}
+
+static size_t outputs_at(const channel *shared)
+{
+  return (size_t)shared->slots * shared->point;
 }
 
 static void *link_output(ps_link *link, int slot)
 {
-  return channel_of(link)->output[slot];
+  const channel *shared = channel_of(link);
+  return shared->mirror->memory[((end *)link)->side] + outputs_at(shared) +
+         (size_t)slot * shared->output;
 }
 
-static channel *carve_channel(const ps_layout *layout, int slots, ps__arena *arena)
+/* The arena's own cutting says how far apart vectors lie. */
+static size_t vector_bytes(size_t bytes)
 {
-  channel *shared = ps__carve(arena, 1, sizeof *shared);
-  for (int slot = 0; slot < slots; ++slot) {
-    void *point = ps__carve_vector(arena, ps__x_bytes(layout));
-    void *output = ps__carve_vector(arena, ps__m_bytes(layout));
-    if (shared != NULL) {
-      shared->point[slot] = point;
-      shared->output[slot] = output;
-    }
-  }
-  return shared;
+  ps__arena arena = {0};
+  ps__carve_vector(&arena, bytes);
+  return arena.vectors_used;
 }
 
-static channel *channel_new(const ps_layout *layout, int slots)
+static ps_status channel_new(const ps_layout *layout, int slots, const ps_backend *leader,
+                             const ps_backend *follower, channel **made)
 {
-  ps__arena arena = {NULL, 0};
-  carve_channel(layout, slots, &arena);
-  arena.base = ps__alloc(arena.used);
-  arena.used = 0;
-  if (arena.base == NULL) {
-    return NULL;
+  channel *shared = ps__alloc(sizeof *shared);
+  if (shared == NULL) {
+    return PS_NO_MEMORY;
   }
-  channel *shared = carve_channel(layout, slots, &arena);
   shared->slots = slots;
-  if (ps__monitor_init(&shared->monitor) != PS_OK) {
-    ps__free(shared);
-    return NULL;
+  shared->point = vector_bytes(ps__x_bytes(layout));
+  shared->output = vector_bytes(ps__m_bytes(layout));
+  ps_status status = PS_NO_MEMORY;
+  if (shared->point > SIZE_MAX / PS_SLOTS_MAX / 2 || shared->output > SIZE_MAX / PS_SLOTS_MAX / 2) {
+    ps__fail(status, "latents of %zu bytes do not fit in memory", ps__x_bytes(layout));
+    goto fail;
   }
-  return shared;
+  status = leader->mirror(leader, follower, (size_t)slots * (shared->point + shared->output),
+                          &shared->mirror);
+  if (status != PS_OK) {
+    goto fail;
+  }
+  status = ps__monitor_init(&shared->monitor);
+  if (status != PS_OK) {
+    goto fail_mirror;
+  }
+  *made = shared;
+  return PS_OK;
+
+fail_mirror:
+  shared->mirror->ops->close(shared->mirror, PS_NEAR);
+  shared->mirror->ops->close(shared->mirror, PS_FAR);
+fail:
+  ps__free(shared);
+  return status;
 }
 
 static void channel_free(channel *shared)
@@ -86,23 +110,46 @@ static void channel_free(channel *shared)
   ps__free(shared);
 }
 
+static ps_status send_points(channel *shared, ps_side from, const ps_header *message)
+{
+  return shared->mirror->ops->send(shared->mirror, from, 0, (size_t)message->count * shared->point);
+}
+
+static ps_status receive(channel *shared, ps_side to)
+{
+  return shared->mirror->ops->receive(shared->mirror, to);
+}
+
 /* ---- leader ---------------------------------------------------------------------------------- */
 
-static ps_status leader_post(ps_link *link, const ps_header *message)
+/* Whether a message may be posted.  Only the leader posts, so that a yes stays one. */
+static ps_status may_post(channel *shared)
 {
-  channel *shared = channel_of(link);
   ps_status status = PS_OK;
   ps__monitor_enter(&shared->monitor);
   if (shared->follower_gone) {
     status = ps__fail(PS_LOST, "the follower has left");
   } else if (shared->state != EMPTY) {
     status = ps__fail(PS_STATE, "a message before the reply to the last one");
-  } else {
+  }
+  ps__monitor_leave(&shared->monitor);
+  return status;
+}
+
+static ps_status leader_post(ps_link *link, const ps_header *message)
+{
+  channel *shared = channel_of(link);
+  ps_status status = may_post(shared);
+  if (status == PS_OK && message->kind == PS_MSG_WORK) {
+    status = send_points(shared, PS_NEAR, message);
+  }
+  if (status == PS_OK) {
+    ps__monitor_enter(&shared->monitor);
     shared->message = *message;
     shared->state = POSTED;
     ps__monitor_notify(&shared->monitor);
+    ps__monitor_leave(&shared->monitor);
   }
-  ps__monitor_leave(&shared->monitor);
   return status;
 }
 
@@ -123,7 +170,7 @@ static ps_status leader_collect(ps_link *link, const ps_wait *wait, ps_header *r
     status = ps__fail(PS_LOST, "the follower has left");
   }
   ps__monitor_leave(&shared->monitor);
-  return status;
+  return status == PS_OK ? receive(shared, PS_NEAR) : status;
 }
 
 /* ---- follower -------------------------------------------------------------------------------- */
@@ -149,20 +196,82 @@ static ps_status follower_take(ps_link *link, const ps_wait *wait, ps_header *me
     status = PS_OK;
   }
   ps__monitor_leave(&shared->monitor);
-  return status;
+  return status == PS_OK && message->kind == PS_MSG_WORK ? receive(shared, PS_FAR) : status;
 }
 
-static ps_status follower_reply(ps_link *link, const ps_header *reply)
+/* A reply to the message that was taken can be made: the leader is still there. */
+static ps_status may_reply(channel *shared)
 {
-  channel *shared = channel_of(link);
   ps_status status = PS_OK;
   ps__monitor_enter(&shared->monitor);
   if (shared->leader_gone) {
     status = ps__fail(PS_ABANDONED, "the leader went on without this follower");
   } else if (shared->state != TAKEN) {
     status = ps__fail(PS_STATE, "a reply to no message");
+  }
+  ps__monitor_leave(&shared->monitor);
+  return status;
+}
+
+static int leader_has_left(void *ctx)
+{
+  channel *shared = ctx;
+  ps__monitor_enter(&shared->monitor);
+  bool gone = shared->leader_gone;
+  ps__monitor_leave(&shared->monitor);
+  return gone;
+}
+
+/* The follower waits for its own device, so that the leader, which waits for a reply with a
+ * deadline, never comes to wait for a device that hangs. */
+static ps_status send_outputs(channel *shared, const ps_header *reply)
+{
+  ps_wait wait = {0, leader_has_left, shared};
+  const ps_mirror_ops *ops = shared->mirror->ops;
+  ps_status status = PS_OK;
+  if (reply->flags & PS_FLAG_MOVED) {
+    status = send_points(shared, PS_FAR, reply);
+  }
+  if (status == PS_OK) {
+    status = ops->send(shared->mirror, PS_FAR, outputs_at(shared),
+                       (size_t)reply->count * shared->output);
+  }
+  if (status == PS_OK) {
+    status = ops->settle(shared->mirror, PS_FAR, &wait);
+  }
+  if (status == PS_INTERRUPTED) {
+    status = ps__fail(PS_ABANDONED, "the leader went on without this follower");
+  }
+  return status;
+}
+
+/* Outputs that cannot be sent are a reply too: the leader learns at once, and why. */
+static void make_failed(ps_header *reply)
+{
+  reply->kind = PS_MSG_FAILED;
+  snprintf(reply->text, sizeof reply->text, "%s", ps_last_error());
+}
+
+static ps_status follower_reply(ps_link *link, const ps_header *reply)
+{
+  channel *shared = channel_of(link);
+  ps_header made = *reply;
+  ps_status status = may_reply(shared);
+  if (status != PS_OK) {
+    return status;
+  }
+  if (reply->kind == PS_MSG_OUTPUT) {
+    status = send_outputs(shared, reply);
+    made.ended_ns = ps_now_ns(); /* outputs are there only now */
+  }
+  if (status != PS_OK) {
+    make_failed(&made);
+  }
+  ps__monitor_enter(&shared->monitor);
+  if (shared->leader_gone) {
+    status = ps__fail(PS_ABANDONED, "the leader went on without this follower");
   } else {
-    shared->reply = *reply;
+    shared->reply = made;
     shared->state = REPLIED;
     ps__monitor_notify(&shared->monitor);
   }
@@ -175,6 +284,7 @@ static ps_status follower_reply(ps_link *link, const ps_header *reply)
 static void close_end(ps_link *link, bool leader)
 {
   channel *shared = channel_of(link);
+  shared->mirror->ops->close(shared->mirror, leader ? PS_NEAR : PS_FAR);
   ps__monitor_enter(&shared->monitor);
   bool last = leader ? shared->follower_gone : shared->leader_gone;
   shared->leader_gone = shared->leader_gone || leader;
@@ -215,17 +325,26 @@ static const ps_link_ops follower_ops = {
     .close = follower_close,
 };
 
-static end *end_new(const ps_link_ops *ops, channel *shared, int slots)
+static end *end_new(const ps_link_ops *ops, channel *shared, ps_side side)
 {
   end *made = ps__alloc(sizeof *made);
   if (made != NULL) {
-    *made = (end){.base = {.ops = ops, .slots = slots, .same_clock = 1}, .channel = shared};
+    ps_link base = {.ops = ops, .slots = shared->slots, .same_clock = 1};
+    *made = (end){.base = base, .channel = shared, .side = side};
   }
   return made;
 }
 
 ps_status ps_threads_open(const ps_layout *layout, int slots, ps_link **leader_end,
                           ps_link **follower_end)
+{
+  const ps_backend *cpu = ps_backend_find("cpu");
+  return ps_threads_open_on(layout, slots, cpu, cpu, leader_end, follower_end);
+}
+
+ps_status ps_threads_open_on(const ps_layout *layout, int slots, const ps_backend *leader_backend,
+                             const ps_backend *follower_backend, ps_link **leader_end,
+                             ps_link **follower_end)
 {
   *leader_end = *follower_end = NULL;
   ps_status status = ps__layout_check(layout);
@@ -235,15 +354,16 @@ ps_status ps_threads_open(const ps_layout *layout, int slots, ps_link **leader_e
   if (slots < 1 || slots > PS_SLOTS_MAX) {
     return ps__fail(PS_INVALID, "%d slots: must be 1 to %d", slots, PS_SLOTS_MAX);
   }
-  channel *shared = channel_new(layout, slots);
-  if (shared == NULL) {
-    goto fail;
+  channel *shared;
+  status = channel_new(layout, slots, leader_backend, follower_backend, &shared);
+  if (status != PS_OK) {
+    return status;
   }
-  end *leader = end_new(&leader_ops, shared, slots);
+  end *leader = end_new(&leader_ops, shared, PS_NEAR);
   if (leader == NULL) {
     goto fail_channel;
   }
-  end *follower = end_new(&follower_ops, shared, slots);
+  end *follower = end_new(&follower_ops, shared, PS_FAR);
   if (follower == NULL) {
     goto fail_leader;
   }
@@ -254,7 +374,8 @@ ps_status ps_threads_open(const ps_layout *layout, int slots, ps_link **leader_e
 fail_leader:
   ps__free(leader);
 fail_channel:
+  shared->mirror->ops->close(shared->mirror, PS_NEAR);
+  shared->mirror->ops->close(shared->mirror, PS_FAR);
   channel_free(shared);
-fail:
   return PS_NO_MEMORY;
 }

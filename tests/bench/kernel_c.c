@@ -76,7 +76,7 @@ PS_API int bench_lincomb(size_t n, int outs, int terms, int dtype, size_t gap, s
     double began = seconds();
     memcpy(copies + half, copies, copied);
     double between = seconds();
-    if (ps__cpu.lincomb(n, outs, terms, weight, in, out, (ps_dtype)dtype) != PS_OK) {
+    if (ps__cpu.lincomb(&ps__cpu, n, outs, terms, weight, in, out, (ps_dtype)dtype) != PS_OK) {
       goto out;
     }
     times[2 * r] = between - began;
@@ -116,7 +116,7 @@ PS_API int bench_sweep(size_t n, int dtype, size_t gap, int repeats, double *tim
   ps_status status = PS_OK;
   for (int r = 0; r < repeats && status == PS_OK; r++) {
     double began = seconds();
-    status = ps__cpu.sweep(&sweep, &swept);
+    status = ps__cpu.sweep(&ps__cpu, &sweep, NULL, &swept);
     times[r] = seconds() - began;
   }
   free(v);

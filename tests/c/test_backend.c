@@ -241,7 +241,7 @@ TEST(halves_in_bulk_are_the_same)
     const double one = 1;
     const ps_term widen = {halves, dtype}, narrow = {floats, PS_F32};
     void *wide = floats, *narrowed = back;
-    CHECK_OK(cpu()->lincomb(0x10000, 1, 1, &one, &widen, &wide, PS_F32));
+    CHECK_OK(cpu()->lincomb(cpu(), 0x10000, 1, 1, &one, &widen, &wide, PS_F32));
     for (uint32_t h = 0; h < 0x10000; h++) {
       float expected = i ? ps__bf16_to_float((uint16_t)h) : ps__f16_to_float((uint16_t)h);
       CHECK(isnan(expected) ? isnan(floats[h]) : floats[h] == expected);
@@ -249,7 +249,7 @@ TEST(halves_in_bulk_are_the_same)
       floats[h] = h % 4 == 3 ? ps__bits_float(random_bits())
                              : ps__bits_float(ps__float_bits(expected) + 0xfff * (h % 4) + h % 3);
     }
-    CHECK_OK(cpu()->lincomb(0x10000, 1, 1, &one, &narrow, &narrowed, dtype));
+    CHECK_OK(cpu()->lincomb(cpu(), 0x10000, 1, 1, &one, &narrow, &narrowed, dtype));
     for (uint32_t h = 0; h < 0x10000; h++) {
       float value = 0.0f + 1.0f * floats[h];
       CHECK_EQ(back[h], i ? ps__float_to_bf16(value) : ps__float_to_f16(value));
@@ -294,7 +294,8 @@ static problem *new_problem(size_t n, int outs, int terms, ps_dtype in_dtype, ps
 
 static ps_status solve(problem *p, const ps_backend *backend)
 {
-  return backend->lincomb(p->n, p->outs, p->terms, p->weight, p->term, p->target, p->out_dtype);
+  return backend->lincomb(backend, p->n, p->outs, p->terms, p->weight, p->term, p->target,
+                          p->out_dtype);
 }
 
 /* The specification, element by element: what out[k][i] must be, and the sum of magnitudes. */
@@ -431,7 +432,7 @@ TEST(lincomb_is_the_same_in_pieces)
       for (int k = 0; k < 2; k++) {
         out[k] = (char *)p->target[k] + at * size;
       }
-      CHECK_OK(cpu()->lincomb(n, 2, 9, p->weight, term, out, dtypes[d]));
+      CHECK_OK(cpu()->lincomb(cpu(), n, 2, 9, p->weight, term, out, dtypes[d]));
     }
     for (int k = 0; k < 2; k++) {
       CHECK(memcmp(whole[k], p->target[k], LONGEST * size) == 0);
@@ -482,7 +483,7 @@ TEST(lincomb_is_not_contracted)
   }
   const ps_term in[] = {{minus, PS_F32}, {x, PS_F32}};
   void *out = zero;
-  CHECK_OK(cpu()->lincomb(64, 1, 2, weight, in, &out, PS_F32));
+  CHECK_OK(cpu()->lincomb(cpu(), 64, 1, 2, weight, in, &out, PS_F32));
   for (int i = 0; i < 64; i++) {
     CHECK_EQ(zero[i], 0);
   }
@@ -496,10 +497,10 @@ TEST(lincomb_accumulates_in_the_output_s_type)
   double wide;
   float narrow;
   void *out = &wide;
-  CHECK_OK(cpu()->lincomb(1, 1, 2, weight, in, &out, PS_F64));
+  CHECK_OK(cpu()->lincomb(cpu(), 1, 1, 2, weight, in, &out, PS_F64));
   CHECK_EQ(wide, 0x1p-40);
   out = &narrow;
-  CHECK_OK(cpu()->lincomb(1, 1, 2, weight, in, &out, PS_F32));
+  CHECK_OK(cpu()->lincomb(cpu(), 1, 1, 2, weight, in, &out, PS_F32));
   CHECK_EQ(narrow, 0);
 }
 
@@ -510,19 +511,19 @@ TEST(lincomb_refuses_nonsense)
   ps_term in = {&x, PS_F32};
   void *out = &y, *none = NULL;
   const ps_backend *b = cpu();
-  CHECK_STATUS(b->lincomb(0, 1, 1, weight, &in, &out, PS_F32), PS_INVALID);
-  CHECK_STATUS(b->lincomb(1, 0, 1, weight, &in, &out, PS_F32), PS_INVALID);
-  CHECK_STATUS(b->lincomb(1, 1, -1, weight, &in, &out, PS_F32), PS_INVALID);
-  CHECK_STATUS(b->lincomb(1, 1, 1, NULL, &in, &out, PS_F32), PS_INVALID);
-  CHECK_STATUS(b->lincomb(1, 1, 1, weight, NULL, &out, PS_F32), PS_INVALID);
-  CHECK_STATUS(b->lincomb(1, 1, 1, weight, &in, NULL, PS_F32), PS_INVALID);
-  CHECK_STATUS(b->lincomb(1, 1, 1, weight, &in, &none, PS_F32), PS_INVALID);
-  CHECK_STATUS(b->lincomb(1, 1, 1, weight, &in, &out, PS_NONE), PS_DTYPE);
-  CHECK_STATUS(b->lincomb(1, 1, 1, weight, &in, &out, (ps_dtype)9), PS_DTYPE);
+  CHECK_STATUS(b->lincomb(b, 0, 1, 1, weight, &in, &out, PS_F32), PS_INVALID);
+  CHECK_STATUS(b->lincomb(b, 1, 0, 1, weight, &in, &out, PS_F32), PS_INVALID);
+  CHECK_STATUS(b->lincomb(b, 1, 1, -1, weight, &in, &out, PS_F32), PS_INVALID);
+  CHECK_STATUS(b->lincomb(b, 1, 1, 1, NULL, &in, &out, PS_F32), PS_INVALID);
+  CHECK_STATUS(b->lincomb(b, 1, 1, 1, weight, NULL, &out, PS_F32), PS_INVALID);
+  CHECK_STATUS(b->lincomb(b, 1, 1, 1, weight, &in, NULL, PS_F32), PS_INVALID);
+  CHECK_STATUS(b->lincomb(b, 1, 1, 1, weight, &in, &none, PS_F32), PS_INVALID);
+  CHECK_STATUS(b->lincomb(b, 1, 1, 1, weight, &in, &out, PS_NONE), PS_DTYPE);
+  CHECK_STATUS(b->lincomb(b, 1, 1, 1, weight, &in, &out, (ps_dtype)9), PS_DTYPE);
   in.dtype = (ps_dtype)9;
-  CHECK_STATUS(b->lincomb(1, 1, 1, weight, &in, &out, PS_F32), PS_DTYPE);
+  CHECK_STATUS(b->lincomb(b, 1, 1, 1, weight, &in, &out, PS_F32), PS_DTYPE);
   in = (ps_term){NULL, PS_F32};
-  CHECK_STATUS(b->lincomb(1, 1, 1, weight, &in, &out, PS_F32), PS_INVALID);
+  CHECK_STATUS(b->lincomb(b, 1, 1, 1, weight, &in, &out, PS_F32), PS_INVALID);
 }
 
 /* ---- sweep ----------------------------------------------------------------------------------- */
@@ -614,13 +615,13 @@ TEST(sweep_of_every_dtype_with_every_dtype)
     for (int to = 0; to < DTYPES; to++) {
       for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
         stroke *s = new_stroke(sizes[i], dtypes[from], dtypes[to]);
-        CHECK_OK(cpu()->sweep(&s->sweep, &s->swept));
+        CHECK_OK(cpu()->sweep(cpu(), &s->sweep, NULL, &s->swept));
         check_answer(s);
         check_measure(s);
         for (widest = 0; widest <= 2; widest++) {
           ps_swept swept;
           reset(&s->out, dtypes[to], s->out.n);
-          CHECK_OK(narrow_cpu.sweep(&s->sweep, &swept));
+          CHECK_OK(narrow_cpu.sweep(&narrow_cpu, &s->sweep, NULL, &swept));
           check_answer(s);
           CHECK(same_swept(&swept, &s->swept));
         }
@@ -638,14 +639,14 @@ TEST(sweep_without_slope_or_guess_copies_bits)
       data_of(&s->m)[i] = (unsigned char)(i % 3 ? random_bits() : 0xff); /* NaNs of all kinds */
     }
     s->sweep.slope = 0;
-    CHECK_OK(cpu()->sweep(&s->sweep, &s->swept));
+    CHECK_OK(cpu()->sweep(cpu(), &s->sweep, NULL, &s->swept));
     CHECK(equal(&s->out, &s->m) && equal(&s->keep_m, &s->m) && equal(&s->keep_x, &s->x));
     CHECK(s->swept.distance > 0);
     reset(&s->out, dtypes[d], s->out.n);
     s->sweep.slope = 0.3;
     s->sweep.guess = NULL;
     s->sweep.keep_m = NULL;
-    CHECK_OK(cpu()->sweep(&s->sweep, &s->swept));
+    CHECK_OK(cpu()->sweep(cpu(), &s->sweep, NULL, &s->swept));
     CHECK(equal(&s->out, &s->m));
     CHECK(s->swept.distance == 0 && s->swept.reference == 0 && s->swept.excess == 0);
     free(s);
@@ -657,7 +658,7 @@ TEST(sweep_measures_alone)
   stroke *s = new_stroke(300, PS_BF16, PS_F32);
   s->sweep.m = s->sweep.out = s->sweep.keep_x = s->sweep.keep_m = NULL;
   s->sweep.m_dtype = PS_NONE;
-  CHECK_OK(cpu()->sweep(&s->sweep, &s->swept));
+  CHECK_OK(cpu()->sweep(cpu(), &s->sweep, NULL, &s->swept));
   check_measure(s);
   free(s);
 }
@@ -669,8 +670,8 @@ TEST(sweep_keeps_without_an_answer)
     stroke *s = new_stroke(300, PS_F32, dtypes[d]), *t = new_stroke(300, PS_F32, dtypes[d]);
     t->x = s->x, t->guess = s->guess, t->m = s->m;
     t->sweep.out = NULL;
-    CHECK_OK(cpu()->sweep(&s->sweep, &s->swept));
-    CHECK_OK(cpu()->sweep(&t->sweep, &t->swept));
+    CHECK_OK(cpu()->sweep(cpu(), &s->sweep, NULL, &s->swept));
+    CHECK_OK(cpu()->sweep(cpu(), &t->sweep, NULL, &t->swept));
     CHECK(equal(&s->keep_m, &t->keep_m));
     CHECK(same_swept(&t->swept, &s->swept));
     free(s);
@@ -686,8 +687,8 @@ TEST(sweep_in_place)
     t->x = s->x, t->guess = s->guess, t->m = s->m;
     t->sweep.out = data_of(&t->m);
     t->sweep.keep_x = data_of(&t->guess);
-    CHECK_OK(cpu()->sweep(&s->sweep, &s->swept));
-    CHECK_OK(cpu()->sweep(&t->sweep, &t->swept));
+    CHECK_OK(cpu()->sweep(cpu(), &s->sweep, NULL, &s->swept));
+    CHECK_OK(cpu()->sweep(cpu(), &t->sweep, NULL, &t->swept));
     CHECK(equal(&t->m, &s->out) && equal(&t->guess, &s->x) && equal(&t->keep_m, &s->out));
     CHECK(same_swept(&t->swept, &s->swept));
     CHECK_EQ(s->swept.not_finite, 1);
@@ -706,7 +707,7 @@ TEST(sweep_counts_what_is_not_finite)
     put(data_of(&s->m), dtypes[d], 1, (double)NAN);
     put(data_of(&s->m), dtypes[d], 299 + 256, (double)INFINITY);
     put(data_of(&s->m), dtypes[d], 899, -(double)INFINITY);
-    CHECK_OK(cpu()->sweep(&s->sweep, &s->swept));
+    CHECK_OK(cpu()->sweep(cpu(), &s->sweep, NULL, &s->swept));
     CHECK_EQ(s->swept.not_finite, 3);
     CHECK(isfinite(s->swept.excess));
     free(s);
@@ -720,7 +721,7 @@ TEST(sweep_passes_a_nan_on)
       stroke *s = new_stroke(300, dtypes[d], PS_F32);
       buffer *b = which % 2 ? &s->x : &s->guess;
       put(data_of(b), dtypes[d], (size_t)which / 2 * 300 + 270, (double)NAN);
-      CHECK_OK(cpu()->sweep(&s->sweep, &s->swept));
+      CHECK_OK(cpu()->sweep(cpu(), &s->sweep, NULL, &s->swept));
       CHECK(isnan(s->swept.excess) && isnan(s->swept.distance));
       CHECK_EQ(s->swept.not_finite, 0);
       free(s);
@@ -734,16 +735,16 @@ TEST(sweep_takes_the_floor_off_each_item)
   const float x[] = {64, -64, 1, 1}, guess[] = {65, -65, 1.5f, 0.5f};
   ps_sweep sweep = {.items = 2, .size = 2, .x_dtype = PS_F32, .x = x, .guess = guess};
   ps_swept swept;
-  CHECK_OK(cpu()->sweep(&sweep, &swept));
+  CHECK_OK(cpu()->sweep(cpu(), &sweep, NULL, &swept));
   CHECK_EQ(swept.excess, 1);
   CHECK_EQ(swept.distance, 1);
   CHECK_EQ(swept.reference, 4096);
   sweep.floor = 0x1p-6;
-  CHECK_OK(cpu()->sweep(&sweep, &swept));
+  CHECK_OK(cpu()->sweep(cpu(), &sweep, NULL, &swept));
   CHECK_EQ(swept.excess, 0.25 - 0x1p-12);
   CHECK_EQ(swept.distance, 1);
   sweep.floor = 1;
-  CHECK_OK(cpu()->sweep(&sweep, &swept));
+  CHECK_OK(cpu()->sweep(cpu(), &sweep, NULL, &swept));
   CHECK_EQ(swept.excess, 0);
   CHECK_EQ(swept.distance, 1);
   CHECK_EQ(swept.reference, 4096);
@@ -754,7 +755,7 @@ TEST(sweep_of_the_point_itself_is_0)
   stroke *s = new_stroke(300, PS_F16, PS_BF16);
   s->sweep.guess = s->sweep.x;
   s->sweep.keep_m = NULL;
-  CHECK_OK(cpu()->sweep(&s->sweep, &s->swept));
+  CHECK_OK(cpu()->sweep(cpu(), &s->sweep, NULL, &s->swept));
   CHECK(s->swept.distance == 0 && s->swept.excess == 0 && s->swept.reference > 0);
   CHECK(equal(&s->out, &s->m));
   free(s);
@@ -768,25 +769,25 @@ TEST(sweep_refuses_nonsense)
   good.m = &x;
   good.out = &out;
   ps_swept swept;
-  CHECK_OK(cpu()->sweep(&good, &swept));
+  CHECK_OK(cpu()->sweep(cpu(), &good, NULL, &swept));
   ps_sweep bad = good;
   bad.items = 0;
-  CHECK_STATUS(cpu()->sweep(&bad, &swept), PS_INVALID);
+  CHECK_STATUS(cpu()->sweep(cpu(), &bad, NULL, &swept), PS_INVALID);
   bad = good;
   bad.size = 0;
-  CHECK_STATUS(cpu()->sweep(&bad, &swept), PS_INVALID);
+  CHECK_STATUS(cpu()->sweep(cpu(), &bad, NULL, &swept), PS_INVALID);
   bad = good;
   bad.x = NULL;
-  CHECK_STATUS(cpu()->sweep(&bad, &swept), PS_INVALID);
+  CHECK_STATUS(cpu()->sweep(cpu(), &bad, NULL, &swept), PS_INVALID);
   bad = good;
   bad.m = NULL;
-  CHECK_STATUS(cpu()->sweep(&bad, &swept), PS_INVALID);
+  CHECK_STATUS(cpu()->sweep(cpu(), &bad, NULL, &swept), PS_INVALID);
   bad = good;
   bad.x_dtype = PS_NONE;
-  CHECK_STATUS(cpu()->sweep(&bad, &swept), PS_DTYPE);
+  CHECK_STATUS(cpu()->sweep(cpu(), &bad, NULL, &swept), PS_DTYPE);
   bad = good;
   bad.m_dtype = (ps_dtype)7;
-  CHECK_STATUS(cpu()->sweep(&bad, &swept), PS_DTYPE);
+  CHECK_STATUS(cpu()->sweep(cpu(), &bad, NULL, &swept), PS_DTYPE);
 }
 
 /* ---- copy, registry -------------------------------------------------------------------------- */
@@ -797,11 +798,11 @@ TEST(copy_copies)
   for (int i = 0; i < 300; i++) {
     from[i] = (unsigned char)i;
   }
-  CHECK_OK(cpu()->copy(to, from, 299));
+  CHECK_OK(cpu()->copy(cpu(), to, from, 299));
   CHECK(memcmp(to, from, 299) == 0 && to[299] == 0);
-  CHECK_OK(cpu()->copy(NULL, NULL, 0));
-  CHECK_STATUS(cpu()->copy(to, NULL, 1), PS_INVALID);
-  CHECK_STATUS(cpu()->copy(NULL, from, 1), PS_INVALID);
+  CHECK_OK(cpu()->copy(cpu(), NULL, NULL, 0));
+  CHECK_STATUS(cpu()->copy(cpu(), to, NULL, 1), PS_INVALID);
+  CHECK_STATUS(cpu()->copy(cpu(), NULL, from, 1), PS_INVALID);
 }
 
 TEST(registry_knows_the_cpu)

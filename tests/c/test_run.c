@@ -304,7 +304,8 @@ static void sample_plainly(const stage *on, const double *noise, double *x)
       weight[terms] = ps_program_table(on->program, 'c')[j];
       term[terms++] = (ps_term){noise + (size_t)j * n, PS_F64};
     }
-    CHECK_OK(ps_backend_find("cpu")->lincomb(n, 1, terms, weight, term, (void *[]){x}, PS_F64));
+    CHECK_OK(
+        ps_backend_find("cpu")->lincomb(NULL, n, 1, terms, weight, term, (void *[]){x}, PS_F64));
   }
   for (int k = 0; k < 2 * steps; ++k) {
     free(past[k]);
