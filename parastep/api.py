@@ -100,9 +100,7 @@ def _steps_shown(steps: int, progress: bool) -> Iterable[int]:
     return tqdm(range(steps), unit="step")
 
 
-def _run(
-    leader: _core.Leader, steps: Iterable[int], denoiser: Denoiser, x: Any, noise: Any
-) -> Any:
+def _run(leader: _core.Leader, steps: Iterable[int], denoiser: Denoiser, x: Any, noise: Any) -> Any:
     """The leader's loop; what its own denoiser call raises is raised."""
     given = 0
     for step in steps:
