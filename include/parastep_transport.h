@@ -103,9 +103,11 @@ typedef struct ps_inbox ps_inbox;
 typedef enum ps_role { PS_LEADS = 1, PS_FOLLOWS = 2 } ps_role;
 
 /* One end of a link and its inbox; both are the caller's, and either may be released first.
- * same_clock: the other process reads the same monotonic clock. */
+ * same_clock: the other process reads the same monotonic clock.  backend: where the end's points
+ * and outputs live; retained. */
 PS_API ps_status ps_host_open(const ps_layout *layout, int slots, ps_role role, int same_clock,
-                              const ps_carrier *carrier, ps_link **end, ps_inbox **inbox);
+                              const ps_backend *backend, const ps_carrier *carrier, ps_link **end,
+                              ps_inbox **inbox);
 
 /* A message of the other end; nothing about it is trusted.  PS_PROTOCOL: it does not fit, and the
  * link is lost.  What comes after this end has let go is dropped. */

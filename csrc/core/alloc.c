@@ -80,3 +80,10 @@ void *ps__carve_vector(ps__arena *arena, size_t bytes)
   enum { APART = 5 * ALIGNMENT };
   return cut(arena->vectors, &arena->vectors_used, 1, bytes + APART);
 }
+
+size_t ps__vector_bytes(size_t bytes)
+{
+  ps__arena arena = {0};
+  ps__carve_vector(&arena, bytes);
+  return arena.vectors_used;
+}

@@ -34,6 +34,7 @@ typedef struct ps__arena {
 
 void *ps__carve(ps__arena *arena, size_t count, size_t size); /* NULL while counting */
 void *ps__carve_vector(ps__arena *arena, size_t bytes);       /* likewise, the backend's memory */
+size_t ps__vector_bytes(size_t bytes); /* how far apart that cuts vectors of bytes */
 
 /* ---- layout ---------------------------------------------------------------------------------- */
 

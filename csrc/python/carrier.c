@@ -76,8 +76,8 @@ PyObject *psb__host_open(psb_state *st, const psb_spec *spec, int slots, ps_role
   }
   self->guard = psb__guard_new();
   ps_carrier calls = {carry, let_go, Py_NewRef(send)};
-  ps_status status =
-      ps_host_open(&spec->layout, slots, role, same_clock, &calls, end, &self->inbox);
+  ps_status status = ps_host_open(&spec->layout, slots, role, same_clock, ps_backend_find("cpu"),
+                                  &calls, end, &self->inbox);
   if (psb__judge(st, status) < 0) {
     Py_CLEAR(self);
   }

@@ -29,7 +29,8 @@ struct ps_inbox {
   bool lost;
   char why[160]; /* of lost */
   ps_header message;
-  void *point[PS_SLOTS_MAX], *output[PS_SLOTS_MAX];
+  ps_mirror *mirror; /* points of all slots, then outputs; near is the core's, far the carrier's */
+  size_t point, output; /* bytes from one slot's to the next one's */
 };
 
 typedef ps_inbox desk;
@@ -45,50 +46,73 @@ static desk *desk_of(ps_link *link)
   return ((end *)link)->desk;
 }
 
+static void close_mirror(desk *shared)
+{
+  shared->mirror->ops->close(shared->mirror, PS_NEAR);
+  shared->mirror->ops->close(shared->mirror, PS_FAR);
+}
+
 /* ---- memory ---------------------------------------------------------------------------------- */
+
+static size_t outputs_at(const desk *own)
+{
+  return (size_t)own->slots * own->point;
+}
+
+static unsigned char *point_on(const desk *own, ps_side side, int slot)
+{
+  return own->mirror->memory[side] + (size_t)slot * own->point;
+}
+
+static unsigned char *output_on(const desk *own, ps_side side, int slot)
+{
+  return own->mirror->memory[side] + outputs_at(own) + (size_t)slot * own->output;
+}
 
 static void *link_point(ps_link *link, int slot)
 {
-  return desk_of(link)->point[slot];
+  return point_on(desk_of(link), PS_NEAR, slot);
 }
 
 static void *link_output(ps_link *link, int slot)
 {
-  return desk_of(link)->output[slot];
+  return output_on(desk_of(link), PS_NEAR, slot);
 }
 
-static desk *carve_desk(const ps_layout *layout, int slots, ps__arena *arena)
+static ps_status desk_new(const ps_layout *layout, int slots, ps_role role,
+                          const ps_backend *backend, desk **out)
 {
-  desk *made = ps__carve(arena, 1, sizeof *made);
-  for (int slot = 0; slot < slots; ++slot) {
-    void *point = ps__carve_vector(arena, ps__x_bytes(layout));
-    void *output = ps__carve_vector(arena, ps__m_bytes(layout));
-    if (made != NULL) {
-      made->point[slot] = point;
-      made->output[slot] = output;
-    }
+  desk *made = ps__alloc(sizeof *made);
+  ps_status status = PS_NO_MEMORY;
+  if (made == NULL) {
+    return status;
   }
-  return made;
-}
-
-static desk *desk_new(const ps_layout *layout, int slots, ps_role role)
-{
-  ps__arena arena = {NULL, 0};
-  carve_desk(layout, slots, &arena);
-  arena.base = ps__alloc(arena.used);
-  arena.used = 0;
-  if (arena.base == NULL) {
-    return NULL;
-  }
-  desk *made = carve_desk(layout, slots, &arena);
   made->layout = *layout;
   made->slots = slots;
   made->role = role;
-  if (ps__monitor_init(&made->monitor) != PS_OK) {
-    ps__free(made);
-    return NULL;
+  made->point = ps__vector_bytes(ps__x_bytes(layout));
+  made->output = ps__vector_bytes(ps__m_bytes(layout));
+  if (made->point > SIZE_MAX / PS_SLOTS_MAX / 2 || made->output > SIZE_MAX / PS_SLOTS_MAX / 2) {
+    ps__fail(status, "latents of %zu bytes do not fit in memory", ps__x_bytes(layout));
+    goto fail;
   }
-  return made;
+  status = backend->mirror(backend, ps_backend_find("cpu"),
+                           (size_t)slots * (made->point + made->output), &made->mirror);
+  if (status != PS_OK) {
+    goto fail;
+  }
+  status = ps__monitor_init(&made->monitor);
+  if (status != PS_OK) {
+    goto fail_mirror;
+  }
+  *out = made;
+  return PS_OK;
+
+fail_mirror:
+  close_mirror(made);
+fail:
+  ps__free(made);
+  return status;
 }
 
 /* Marks one of the two as released and frees the desk with the other. */
@@ -99,6 +123,7 @@ static void leave_desk(desk *shared, bool *mine)
   bool last = shared->end_gone && shared->inbox_gone;
   ps__monitor_leave(&shared->monitor);
   if (last) {
+    close_mirror(shared);
     ps__monitor_destroy(&shared->monitor);
     ps__free(shared);
   }
@@ -116,28 +141,44 @@ static ps_status send_parts(const end *from, const ps_part *parts, int count)
              : ps__fail(PS_LOST, "the message could not be sent");
 }
 
-static int add_parts(ps_part *parts, int count, void *const *data, int slots, size_t bytes)
+/* Brings some slots over to where the carrier reads them. */
+static ps_status bring_over(desk *own, size_t offset, size_t bytes, const ps_wait *wait)
 {
-  for (int slot = 0; slot < slots; ++slot) {
-    parts[count++] = (ps_part){data[slot], bytes};
+  const ps_mirror_ops *ops = own->mirror->ops;
+  ps_status status = ops->send(own->mirror, PS_NEAR, offset, bytes);
+  if (status == PS_OK) {
+    status = ops->settle(own->mirror, PS_NEAR, wait);
   }
-  return count;
+  return status == PS_OK ? ops->receive(own->mirror, PS_FAR) : status;
+}
+
+static ps_status bring_message(desk *own, const ps_header *header)
+{
+  size_t count = (size_t)header->count;
+  ps_status status = PS_OK;
+  if (header->kind == PS_MSG_WORK || header->flags & PS_FLAG_MOVED) {
+    status = bring_over(own, 0, count * own->point, NULL);
+  }
+  if (status == PS_OK && header->kind == PS_MSG_OUTPUT) {
+    status = bring_over(own, outputs_at(own), count * own->output, NULL);
+  }
+  return status;
 }
 
 static ps_status send_message(const end *from, const ps_header *header)
 {
-  const desk *own = from->desk;
+  desk *own = from->desk;
   ps_part parts[PARTS_MAX] = {{header, sizeof *header}};
   int count = 1;
-  if (header->kind == PS_MSG_WORK) {
-    count = add_parts(parts, count, own->point, header->count, header->bytes);
-  } else if (header->kind == PS_MSG_OUTPUT) {
-    count = add_parts(parts, count, own->output, header->count, header->bytes);
-    if (header->flags & PS_FLAG_MOVED) {
-      count = add_parts(parts, count, own->point, header->count, ps__x_bytes(&own->layout));
-    }
+  ps_status status = bring_message(own, header);
+  for (int slot = 0; header->kind == PS_MSG_OUTPUT && slot < header->count; ++slot) {
+    parts[count++] = (ps_part){output_on(own, PS_FAR, slot), header->bytes};
   }
-  return send_parts(from, parts, count);
+  bool points = header->kind == PS_MSG_WORK || header->flags & PS_FLAG_MOVED;
+  for (int slot = 0; points && slot < header->count; ++slot) {
+    parts[count++] = (ps_part){point_on(own, PS_FAR, slot), ps__x_bytes(&own->layout)};
+  }
+  return status == PS_OK ? send_parts(from, parts, count) : status;
 }
 
 static ps_status gone(const desk *own)
@@ -162,6 +203,21 @@ static ps_status shift(desk *own, desk_state from, desk_state to, const char *ot
   }
   ps__monitor_leave(&own->monitor);
   return status;
+}
+
+/* What arrived goes over to where the core reads it. */
+static ps_status take_over(desk *own, const ps_header *header)
+{
+  const ps_mirror_ops *ops = own->mirror->ops;
+  size_t count = (size_t)header->count;
+  ps_status status = PS_OK;
+  if (header->kind == PS_MSG_WORK || header->flags & PS_FLAG_MOVED) {
+    status = ops->send(own->mirror, PS_FAR, 0, count * own->point);
+  }
+  if (status == PS_OK && header->kind == PS_MSG_OUTPUT) {
+    status = ops->send(own->mirror, PS_FAR, outputs_at(own), count * own->output);
+  }
+  return status == PS_OK ? ops->receive(own->mirror, PS_NEAR) : status;
 }
 
 /* ---- leader ---------------------------------------------------------------------------------- */
@@ -198,7 +254,7 @@ static ps_status leader_collect(ps_link *link, const ps_wait *wait, ps_header *r
     status = gone(own);
   }
   ps__monitor_leave(&own->monitor);
-  return status;
+  return status == PS_OK && reply->kind == PS_MSG_OUTPUT ? take_over(own, reply) : status;
 }
 
 /* ---- follower -------------------------------------------------------------------------------- */
@@ -223,7 +279,7 @@ static ps_status follower_take(ps_link *link, const ps_wait *wait, ps_header *me
     status = PS_OK;
   }
   ps__monitor_leave(&own->monitor);
-  return status;
+  return status == PS_OK && message->kind == PS_MSG_WORK ? take_over(own, message) : status;
 }
 
 static ps_status follower_reply(ps_link *link, const ps_header *reply)
@@ -280,25 +336,18 @@ static ps_status check_message(const desk *own, const ps_header *header, size_t 
   return PS_OK;
 }
 
-static const unsigned char *copy_slots(void *const *to, const ps_header *header, size_t bytes,
-                                       const unsigned char *from)
-{
-  for (int slot = 0; slot < header->count; ++slot) {
-    memcpy(to[slot], from, bytes);
-    from += bytes;
-  }
-  return from;
-}
-
 static void take_in(desk *own, const ps_header *header, const unsigned char *payload)
 {
-  if (header->kind == PS_MSG_WORK) {
-    copy_slots(own->point, header, header->bytes, payload);
-  } else if (header->kind == PS_MSG_OUTPUT) {
-    payload = copy_slots(own->output, header, header->bytes, payload);
-    if (header->flags & PS_FLAG_MOVED) {
-      copy_slots(own->point, header, ps__x_bytes(&own->layout), payload);
-    }
+  bool output = header->kind == PS_MSG_OUTPUT;
+  bool points = header->kind == PS_MSG_WORK || (output && header->flags & PS_FLAG_MOVED);
+  size_t x_bytes = ps__x_bytes(&own->layout);
+  for (int slot = 0; output && slot < header->count; ++slot) {
+    memcpy(output_on(own, PS_FAR, slot), payload, header->bytes);
+    payload += header->bytes;
+  }
+  for (int slot = 0; points && slot < header->count; ++slot) {
+    memcpy(point_on(own, PS_FAR, slot), payload, x_bytes);
+    payload += x_bytes;
   }
   if (header->kind == PS_MSG_DONE) {
     own->other_gone = true;
@@ -415,7 +464,8 @@ static ps_status check_open(const ps_layout *layout, int slots, ps_role role)
 }
 
 ps_status ps_host_open(const ps_layout *layout, int slots, ps_role role, int same_clock,
-                       const ps_carrier *carrier, ps_link **link, ps_inbox **inbox)
+                       const ps_backend *backend, const ps_carrier *carrier, ps_link **link,
+                       ps_inbox **inbox)
 {
   end *made = NULL;
   *link = NULL;
@@ -424,10 +474,10 @@ ps_status ps_host_open(const ps_layout *layout, int slots, ps_role role, int sam
   if (status != PS_OK) {
     goto fail;
   }
-  status = PS_NO_MEMORY;
+  desk *shared;
   made = ps__alloc(sizeof *made);
-  desk *shared = made != NULL ? desk_new(layout, slots, role) : NULL;
-  if (shared == NULL) {
+  status = made != NULL ? desk_new(layout, slots, role, backend, &shared) : PS_NO_MEMORY;
+  if (status != PS_OK) {
     goto fail;
   }
   *made = (end){

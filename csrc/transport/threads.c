@@ -61,14 +61,6 @@ static void *link_output(ps_link *link, int slot)
          (size_t)slot * shared->output;
 }
 
-/* The arena's own cutting says how far apart vectors lie. */
-static size_t vector_bytes(size_t bytes)
-{
-  ps__arena arena = {0};
-  ps__carve_vector(&arena, bytes);
-  return arena.vectors_used;
-}
-
 static ps_status channel_new(const ps_layout *layout, int slots, const ps_backend *leader,
                              const ps_backend *follower, channel **made)
 {
@@ -77,8 +69,8 @@ static ps_status channel_new(const ps_layout *layout, int slots, const ps_backen
     return PS_NO_MEMORY;
   }
   shared->slots = slots;
-  shared->point = vector_bytes(ps__x_bytes(layout));
-  shared->output = vector_bytes(ps__m_bytes(layout));
+  shared->point = ps__vector_bytes(ps__x_bytes(layout));
+  shared->output = ps__vector_bytes(ps__m_bytes(layout));
   ps_status status = PS_NO_MEMORY;
   if (shared->point > SIZE_MAX / PS_SLOTS_MAX / 2 || shared->output > SIZE_MAX / PS_SLOTS_MAX / 2) {
     ps__fail(status, "latents of %zu bytes do not fit in memory", ps__x_bytes(layout));

@@ -296,12 +296,14 @@ ps_status stage_host_open(const ps_layout *layout, int slots, ps_link **leader_e
   ps_carrier leader_carrier = {wire_send, wire_release, down};
   ps_carrier follower_carrier = {wire_send, wire_release, up};
   *leader_end = *follower_end = NULL;
-  ps_status status = ps_host_open(layout, slots, PS_LEADS, 1, &leader_carrier, leader_end, &up->to);
+  ps_status status = ps_host_open(layout, slots, PS_LEADS, 1, ps_backend_find("cpu"),
+                                  &leader_carrier, leader_end, &up->to);
   if (status != PS_OK) {
     free(up);
     return status;
   }
-  status = ps_host_open(layout, slots, PS_FOLLOWS, 1, &follower_carrier, follower_end, &down->to);
+  status = ps_host_open(layout, slots, PS_FOLLOWS, 1, ps_backend_find("cpu"), &follower_carrier,
+                        follower_end, &down->to);
   if (status != PS_OK) {
     (*leader_end)->ops->close(*leader_end);
     *leader_end = NULL;

@@ -164,7 +164,7 @@ TEST(a_carrier_that_cannot_send)
 {
   ps_link *end;
   ps_inbox *inbox;
-  CHECK_OK(ps_host_open(&layout, 1, PS_LEADS, 0, &broken, &end, &inbox));
+  CHECK_OK(ps_host_open(&layout, 1, PS_LEADS, 0, ps_backend_find("cpu"), &broken, &end, &inbox));
   CHECK_STATUS(end->ops->post(end, &hello), PS_LOST);
   ps_inbox_release(inbox);
   end->ops->close(end);
@@ -176,11 +176,16 @@ TEST(opening_refuses_what_cannot_be)
   ps_link *end;
   ps_inbox *inbox;
   const ps_layout empty = {0, 4, PS_F32, PS_F32};
-  CHECK_STATUS(ps_host_open(&empty, 1, PS_LEADS, 0, &broken, &end, &inbox), PS_SHAPE);
-  CHECK_STATUS(ps_host_open(&layout, 0, PS_LEADS, 0, &broken, &end, &inbox), PS_INVALID);
-  CHECK_STATUS(ps_host_open(&layout, PS_SLOTS_MAX + 1, PS_LEADS, 0, &broken, &end, &inbox),
+  CHECK_STATUS(ps_host_open(&empty, 1, PS_LEADS, 0, ps_backend_find("cpu"), &broken, &end, &inbox),
+               PS_SHAPE);
+  CHECK_STATUS(ps_host_open(&layout, 0, PS_LEADS, 0, ps_backend_find("cpu"), &broken, &end, &inbox),
                PS_INVALID);
-  CHECK_STATUS(ps_host_open(&layout, 1, (ps_role)3, 0, &broken, &end, &inbox), PS_INVALID);
+  CHECK_STATUS(ps_host_open(&layout, PS_SLOTS_MAX + 1, PS_LEADS, 0, ps_backend_find("cpu"), &broken,
+                            &end, &inbox),
+               PS_INVALID);
+  CHECK_STATUS(
+      ps_host_open(&layout, 1, (ps_role)3, 0, ps_backend_find("cpu"), &broken, &end, &inbox),
+      PS_INVALID);
   CHECK_EQ(releases, 4);
   CHECK(end == NULL && inbox == NULL);
   ps_inbox_release(NULL);
@@ -226,7 +231,7 @@ static void leader_gets(const ps_header *header, size_t bytes, ps_status deliver
   ps_inbox *inbox;
   ps_header reply;
   memcpy(message, header, sizeof *header);
-  CHECK_OK(ps_host_open(&layout, 1, PS_LEADS, 0, &sink, &end, &inbox));
+  CHECK_OK(ps_host_open(&layout, 1, PS_LEADS, 0, ps_backend_find("cpu"), &sink, &end, &inbox));
   CHECK_OK(end->ops->post(end, &hello));
   CHECK_STATUS(ps_inbox_deliver(inbox, message, bytes), delivered);
   CHECK_STATUS(end->ops->collect(end, &at_once, &reply), collected);
@@ -284,7 +289,7 @@ TEST(work_that_does_not_fit)
   ps_header taken, bad = hello;
   bad.bytes -= 4;
   memcpy(message, &bad, sizeof bad);
-  CHECK_OK(ps_host_open(&layout, 1, PS_FOLLOWS, 0, &sink, &end, &inbox));
+  CHECK_OK(ps_host_open(&layout, 1, PS_FOLLOWS, 0, ps_backend_find("cpu"), &sink, &end, &inbox));
   CHECK_STATUS(ps_inbox_deliver(inbox, message, sizeof bad + bad.bytes), PS_PROTOCOL);
   CHECK_STATUS(end->ops->take(end, &at_once, &taken), PS_LOST);
   CHECK_OK(ps_inbox_deliver(inbox, message, 3)); /* it is lost: the rest is dropped */
@@ -300,7 +305,7 @@ TEST(messages_out_of_turn)
   ps_inbox *inbox;
   ps_header taken;
   memcpy(message, &hello, sizeof hello);
-  CHECK_OK(ps_host_open(&layout, 1, PS_FOLLOWS, 0, &sink, &end, &inbox));
+  CHECK_OK(ps_host_open(&layout, 1, PS_FOLLOWS, 0, ps_backend_find("cpu"), &sink, &end, &inbox));
   CHECK_OK(ps_inbox_deliver(inbox, message, sizeof hello + hello.bytes));
   CHECK_OK(end->ops->take(end, &at_once, &taken));
   memset(message + sizeof hello, 7, hello.bytes);
@@ -316,7 +321,7 @@ TEST(a_process_that_is_gone)
   ps_link *end;
   ps_inbox *inbox;
   ps_header reply;
-  CHECK_OK(ps_host_open(&layout, 1, PS_LEADS, 0, &sink, &end, &inbox));
+  CHECK_OK(ps_host_open(&layout, 1, PS_LEADS, 0, ps_backend_find("cpu"), &sink, &end, &inbox));
   CHECK_OK(end->ops->post(end, &hello));
   ps_inbox_lost(inbox, "killed by signal 9");
   CHECK_STATUS(end->ops->collect(end, &at_once, &reply), PS_LOST);
