@@ -5,6 +5,7 @@
  */
 #include "run.h"
 
+#include "parastep_backend.h"
 #include "parastep_transport.h"
 
 typedef struct inbox_object {
