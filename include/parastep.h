@@ -105,21 +105,25 @@ typedef struct ps_layout {
  */
 typedef struct ps_program ps_program;
 
-/* a, b: (steps, history) row-major; c, s, g: (steps) or NULL for 0, 1, 0.  Copied.  PS_INVALID
- * where steps or history is below 1, a coefficient is not finite, s is not above 0, or a row of the
- * first steps reaches back before step 0 with a coefficient other than 0. */
+/* a, b: (steps, history) row-major; c, s, g, alpha: (steps) or NULL for 0, 1, 0, 1.  Copied.
+ * PS_INVALID where steps or history is below 1, a coefficient is not finite, s is not above 0,
+ * alpha is below 0, or a row of the first steps reaches back before step 0 with a coefficient other
+ * than 0. */
 PS_API ps_status ps_program_create(int steps, int history, const double *a, const double *b,
                                    const double *c, const double *s, const double *g,
-                                   ps_program **program);
+                                   const double *alpha, ps_program **program);
 PS_API ps_program *ps_program_retain(ps_program *program);
 PS_API void ps_program_release(ps_program *program); /* NULL is fine */
 
 PS_API int ps_program_steps(const ps_program *program);
 PS_API int ps_program_history(const ps_program *program);
 
-/* One table of the program: 'a' and 'b' are (steps, history), 'c', 's', 'g' are (steps); NULL for
- * any other letter.  Borrowed until release. */
+/* One table of the program: 'a' and 'b' are (steps, history), 'c', 's', 'g' and 'l' (alpha) are
+ * (steps); NULL for any other letter.  Borrowed until release. */
 PS_API const double *ps_program_table(const ps_program *program, char which);
+
+/* Whether rounds may be strided: no noise is drawn, and every noise level has one evaluation. */
+PS_API int ps_program_strides(const ps_program *program);
 
 /* What the denoiser's output is, with x = alpha x0 + s eps. */
 typedef enum ps_prediction {
@@ -172,6 +176,8 @@ typedef struct ps_options {
   double tolerance; /* drift below it is accepted; 0 = exact, INFINITY = no limit */
   int order;        /* extrapolation of outputs in guesses: 0 reuse, 1 slope damped by 1/2 */
   int warmup;       /* PS_PAPER: steps evaluated one by one first, at least 1 */
+  int max_stride;   /* steps from node to node at most: 1 = some rank evaluates every step; 0 = as
+                       many as the tolerance allows.  Where rounds cannot be strided it is 1 */
   int64_t
       deadline_ns; /* for a follower's reply, from the leader's own submit; 0 = the default rule */
   int raise_on_loss;       /* a lost follower ends the run with an error instead of a report line */
@@ -182,17 +188,22 @@ typedef struct ps_options {
 PS_API void ps_options_init(
     ps_options *options); /* verified, .02, order 1, warm-up 5, default rule */
 
-/* links: (followers) leader ends, link r-1 to rank r; the leader owns them from now on, also when
- * creation fails.  slots: (1 + followers) evaluations a round a rank can hold, or NULL for 1 each.
- * program is retained; layout and options are copied. */
+/* links: (ranks) leader ends, link r to rank r; the leader owns them from now on, also when
+ * creation fails.  links[0] is a lane: a follower on the leader's own device, for hosts that cannot
+ * evaluate steps ahead of their loop; NULL where the host itself evaluates what PS_AHEAD asks for.
+ * slots: (ranks) evaluations a round a rank can hold, or NULL for 1 each.  program is retained;
+ * layout and options are copied. */
 PS_API ps_status ps_leader_create(ps_program *program, const ps_layout *layout,
                                   const ps_options *options, const ps_backend *backend,
-                                  ps_link *const *links, int followers, const int *slots,
+                                  ps_link *const *links, int ranks, const int *slots,
                                   ps_leader **leader);
 
 typedef enum ps_verdict {
   PS_EVALUATE = 0, /* run the denoiser at x_j and ps_leader_submit; followers are already at work */
   PS_ANSWER = 1,   /* m_out holds m_j; no model run */
+  PS_AHEAD = 2,    /* evaluate what ps_leader_work gives, submit NULL, and ask for step j again; or
+                      evaluate x_j and submit that, as after PS_EVALUATE.  Never with max_stride 1 or
+                      with a lane */
 } ps_verdict;
 
 /* The host's loop is at step j with the true latent x, (items, size) of layout.x.  Steps come in
@@ -219,12 +230,13 @@ typedef struct ps_work {
   size_t output_bytes; /* room at each output */
 } ps_work;
 
-/* The leader's own guesses beside x_j (count is 0 with one slot).  Valid from PS_EVALUATE to
- * submit. */
+/* The leader's own guesses beside x_j (count is 0 with one slot).  Valid from PS_EVALUATE or
+ * PS_AHEAD to submit. */
 PS_API ps_status ps_leader_work(ps_leader *leader, ps_work *work);
 
-/* The leader's output at x_j, (items, size) of m_dtype; then gathers the followers'.  began_ns:
- * when the evaluation began, 0 = at the ask.  PS_LOST only with raise_on_loss. */
+/* The leader's output at x_j, (items, size) of m_dtype; then gathers the followers'.  m is NULL
+ * where the work of PS_AHEAD was evaluated.  began_ns: when the evaluation began, 0 = at the ask.
+ * PS_LOST only with raise_on_loss. */
 PS_API ps_status ps_leader_submit(ps_leader *leader, const void *m, ps_dtype m_dtype,
                                   int64_t began_ns);
 
@@ -298,13 +310,15 @@ typedef struct ps_failure {
 
 typedef struct ps_report {
   int steps, ranks;
-  int rounds;                /* evaluations of the leader: wall time in forwards */
-  int answered;              /* steps answered without a model run */
-  int not_finite;            /* outputs of the leader with NaN or Inf */
-  int64_t seconds_ns;        /* since the run began, or until it finished */
-  uint64_t bytes_sent;       /* leader to followers and back */
-  const int *evaluations;    /* (ranks) */
-  const int *accepted;       /* (min(rounds, steps)) steps taken in each round */
+  int rounds;             /* evaluations of the leader: wall time in forwards */
+  int answered;           /* steps answered without a model run of the leader at x_j */
+  int interpolated;       /* those of them answered between two nodes */
+  int not_finite;         /* outputs of the leader with NaN or Inf */
+  int64_t seconds_ns;     /* since the run began, or until it finished */
+  uint64_t bytes_sent;    /* leader to followers and back */
+  const int *evaluations; /* (ranks) */
+  const int *accepted;    /* (counted) steps taken in each round, as far as they are counted */
+  int counted;
   const double *drift;       /* (steps) of the guess for each step; NaN where there was none */
   const ps_record *timeline; /* (records) */
   int records;

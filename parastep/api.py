@@ -106,7 +106,10 @@ def _run(leader: _core.Leader, steps: Iterable[int], denoiser: Denoiser, x: Any,
     for step in steps:
         if noise is not None:
             given = _give_noise(leader, noise, given, step)
-        if not leader.ask(step, x, leader.output()):
+        while (answered := leader.ask(step, x, leader.output())) is None:
+            leader.fill([denoiser(point, ahead, 0) for ahead, point in leader.work()])
+            leader.submit(None)
+        if not answered:
             m = denoiser(x, step, 0)
             if m is None:
                 raise _core.DenoiserError(f"the denoiser returned None at step {step} on rank 0")
@@ -159,6 +162,7 @@ def sample(
         tolerance=tolerance,
         policy=policy,
         order=order,
+        max_stride=max_stride,
         warmup=warmup,
         deadline=deadline,
         on_failure=on_failure,

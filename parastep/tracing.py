@@ -64,6 +64,7 @@ class Traced:
         c: (N,), standard deviation of the noise that step j adds, 0 where it adds none.
         s: (N,), noise scale of x_j, positive and finite, from `add_noise` or `scale_noise`.
         g: (N,), rebase slope: answer = m + g (x - x_guess); 0 where m's meaning is not known.
+        alpha: (N,), signal scale of x_j, from the same, 0 or above.
         error: the worst relative rms difference between a row and the real step on random data,
             over the loop; infinite where there are no rows.
         exact: error < 1e-6.
@@ -79,6 +80,7 @@ class Traced:
     c: Array
     s: Array
     g: Array
+    alpha: Array
     error: float
     exact: bool
     stochastic: bool
@@ -99,7 +101,7 @@ class Traced:
         from ._core import Program
 
         c = (self.c != 0).astype(np.float64) if noise_ahead else self.c
-        return Program(*(np.array(v) for v in (self.a, self.b, c, self.s, self.g)))
+        return Program(*(np.array(v) for v in (self.a, self.b, c, self.s, self.g, self.alpha)))
 
 
 def trace(scheduler: Any, num_inference_steps: int | None, **set_timesteps_kwargs: Any) -> Program:
@@ -222,6 +224,7 @@ def _traced(
         c=np.sqrt((weights**2).sum(axis=1)),
         s=_positive(levels.s),
         g=np.where(np.isfinite(g), g, 0.0),
+        alpha=np.maximum(np.nan_to_num(levels.alpha, nan=1.0, posinf=1.0), 0.0),
         error=error,
         exact=error < EXACT,
         stochastic=len(run.z) > 0,
@@ -392,6 +395,7 @@ def _reuse(count: int, reason: str, stochastic: bool) -> Traced:
         c=zeros[:, 0],
         s=zeros[:, 0] + 1,
         g=zeros[:, 0],
+        alpha=zeros[:, 0] + 1,
         error=float("inf"),
         exact=False,
         stochastic=stochastic,

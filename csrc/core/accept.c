@@ -10,7 +10,7 @@
 
 /* Half a unit in the last place of a value stored as dtype, about: the host's own rounding of x
  * puts this much, times rms(x), under every drift. */
-static double rounding_floor(ps_dtype dtype)
+double ps__rounding(ps_dtype dtype)
 {
   switch (dtype) {
   case PS_F64: return 0x1p-54;
@@ -36,8 +36,8 @@ static double rounding_between_ranks(ps_dtype dtype)
   return 0.0;
 }
 
-ps_status ps__measure(const ps_leader *leader, const ps__node *node, const void *x, void *out,
-                      void *keep_x, void *keep_m, double *drift, bool *finite)
+ps_status ps__measure(const ps_leader *leader, int step, const void *point, const void *m,
+                      const void *x, void *out, void *keep_x, void *keep_m, ps__measured *found)
 {
   const ps_program *program = leader->program;
   bool rebase = leader->options.policy == PS_VERIFIED;
@@ -47,10 +47,10 @@ ps_status ps__measure(const ps_leader *leader, const ps__node *node, const void 
       .x_dtype = leader->layout.x,
       .m_dtype = leader->layout.m,
       .x = x,
-      .guess = node->point,
-      .m = node->output,
-      .slope = rebase ? program->g[node->step] : 0.0,
-      .floor = rounding_floor(leader->layout.x),
+      .guess = point,
+      .m = m,
+      .slope = rebase ? program->g[step] : 0.0,
+      .floor = ps__rounding(leader->layout.x),
       .out = out,
       .keep_x = keep_x,
       .keep_m = keep_m,
@@ -58,8 +58,8 @@ ps_status ps__measure(const ps_leader *leader, const ps__node *node, const void 
   ps_swept swept;
   ps_status status = ps__sweep(leader, &sweep, &swept);
   if (status == PS_OK) {
-    *drift = sqrt(swept.excess) / program->s[node->step];
-    *finite = swept.not_finite == 0;
+    found->drift = sqrt(swept.excess) / program->s[step];
+    found->finite = swept.not_finite == 0;
   }
   return status;
 }

@@ -1,24 +1,34 @@
-/* guess.c - where the followers evaluate: a roll-out of the program.
+/* guess.c - where nodes are evaluated: a roll-out of the program.
  *
  * Called by leader.c at the start of a round.  Every latent and output on the way is a linear
- * combination of vectors on hand, the basis: true latents and outputs, carried points and outputs,
- * noise.  So the roll-out is scalar algebra on coefficients, and the points are written by one pass
- * of the backend over memory.
+ * combination of vectors on hand, the basis: true latents and outputs, anchors, carried points and
+ * outputs, noise.  So the roll-out is scalar algebra on coefficients, and the points are written by
+ * one pass of the backend over memory.  Guesses of steps between nodes are formed when the host
+ * gets there (between.c); what they read is kept until the round is over.
  */
 #include <string.h>
 
 #include "core/internal.h"
 
+/* A step whose output is known: an anchor behind the frontier, or a carried node ahead of it. */
+typedef struct known {
+  int step;
+  int m;     /* column of the output */
+  int point; /* column of the point where a carried one was evaluated, -1 for an anchor */
+} known;
+
 typedef struct ps__guesser {
-  int capacity;             /* columns the basis may have */
-  int columns;              /* basis vectors in use */
-  ps_term *basis;           /* (capacity) */
-  int oldest, last;         /* steps the roll-out spans: x[oldest .. last], m[oldest .. last] */
-  double *x;                /* (span, capacity) x_j in the basis; true ones are unit rows */
-  double *m;                /* (span, capacity) m_j likewise */
-  double *own;              /* (capacity) the published rule's reused output */
-  const ps__node **carried; /* (span) node whose output a step carries, or NULL */
-  int *noise;               /* (span) column of z_j, -1 where it is not known */
+  int capacity;     /* columns the basis may have */
+  int columns;      /* basis vectors in use */
+  ps_term *basis;   /* (capacity) */
+  void **kept;      /* (capacity) room for the basis of guesses between nodes, or NULL */
+  int oldest, last; /* steps the roll-out spans: x[oldest .. last], m[oldest .. last] */
+  double *x;        /* (span, capacity) x_j in the basis; true ones are unit rows */
+  double *m;        /* (span, capacity) m_j likewise */
+  double *own;      /* (capacity) the published rule's reused output */
+  known *known;     /* (PS__ANCHORS + window) ascending */
+  int knowns;
+  int *noise;     /* (span) column of z_j, -1 where it is not known */
   double *weight; /* (window, capacity) what the backend is given, unused columns left out */
   ps_term *term;  /* (capacity) */
   void **out;     /* (window) */
@@ -26,21 +36,39 @@ typedef struct ps__guesser {
 
 static int span_of(const ps_leader *leader)
 {
-  return leader->depth + leader->window_max;
+  int ahead = leader->window_max;
+  if (leader->pace.strided) {
+    ahead = leader->program->steps < PS__SPAN_MAX ? leader->program->steps : PS__SPAN_MAX;
+  }
+  return leader->depth + ahead;
+}
+
+static void **carve_kept(const ps_leader *leader, ps__arena *arena, size_t capacity)
+{
+  size_t x = ps__x_bytes(&leader->layout), m = ps__m_bytes(&leader->layout);
+  void **kept = ps__carve(arena, capacity, sizeof(void *));
+  for (size_t column = 0; leader->pace.strided && column < capacity; ++column) {
+    void *room = ps__carve_vector(arena, x > m ? x : m);
+    if (kept != NULL) {
+      kept[column] = room;
+    }
+  }
+  return kept;
 }
 
 size_t ps__guesser_carve(ps_leader *leader, ps__arena *arena)
 {
   size_t window = (size_t)leader->window_max, span = (size_t)span_of(leader);
-  size_t capacity = 2 * (size_t)leader->depth + 3 * window;
+  size_t capacity = 2 * (size_t)leader->depth + PS__ANCHORS + 3 * window;
   ps__guesser *guesser = ps__carve(arena, 1, sizeof *guesser);
   ps__guesser parts = {
       .capacity = (int)capacity,
       .basis = ps__carve(arena, capacity, sizeof(ps_term)),
+      .kept = carve_kept(leader, arena, capacity),
       .x = ps__carve(arena, span * capacity, sizeof(double)),
       .m = ps__carve(arena, span * capacity, sizeof(double)),
       .own = ps__carve(arena, capacity, sizeof(double)),
-      .carried = ps__carve(arena, span, sizeof(ps__node *)),
+      .known = ps__carve(arena, PS__ANCHORS + window, sizeof(known)),
       .noise = ps__carve(arena, span, sizeof(int)),
       .weight = ps__carve(arena, window * capacity, sizeof(double)),
       .term = ps__carve(arena, capacity, sizeof(ps_term)),
@@ -100,15 +128,34 @@ static void take_history(const ps_leader *leader, ps__guesser *guesser, int i)
   }
 }
 
+/* The newest anchors; those within the history are columns already. */
+static void take_anchors(const ps_leader *leader, ps__guesser *guesser, int i)
+{
+  int held = leader->anchors < PS__ANCHORS ? leader->anchors : PS__ANCHORS;
+  guesser->knowns = 0;
+  for (int k = leader->anchors - held; k < leader->anchors; ++k) {
+    const ps__anchor *anchor = &leader->anchor[k % leader->anchors_max];
+    int columns = i - guesser->oldest + 1, column = columns + anchor->step - guesser->oldest;
+    if (anchor->step < guesser->oldest) {
+      if (!leader->pace.strided) {
+        continue; /* its output has left the trajectory */
+      }
+      column = add_basis(guesser, anchor->m, leader->layout.m);
+    }
+    guesser->known[guesser->knowns++] = (known){anchor->step, column, -1};
+  }
+}
+
 /* Outputs of the last round that were not reached or not accepted serve as guesses of m (carry). */
 static void take_carried(const ps_leader *leader, ps__guesser *guesser, int i)
 {
-  memset(guesser->carried, 0, (size_t)span_of(leader) * sizeof *guesser->carried);
   for (int k = 0; leader->options.policy == PS_VERIFIED && k < leader->nodes; ++k) {
     const ps__node *node = &leader->node[k];
     if (node->state == PS__READY && node->step >= i && node->step <= guesser->last &&
         ps__finite(leader, node)) {
-      guesser->carried[node->step - guesser->oldest] = node;
+      int m = add_basis(guesser, node->output, leader->layout.m);
+      int point = add_basis(guesser, node->point, leader->layout.x);
+      guesser->known[guesser->knowns++] = (known){node->step, m, point};
     }
   }
 }
@@ -126,52 +173,69 @@ static void take_noise(const ps_leader *leader, ps__guesser *guesser, int i)
 
 /* ---- outputs on the way ---------------------------------------------------------------------- */
 
-/* The newest step before j (and before `before`) whose output is known: true, or carried. */
-static int newest_known(const ps__guesser *guesser, int i, int before)
+/* Adds an output to row: rebased, m_l = o_l + g_l (x_l - x^_l), where the roll-out has passed it.
+ */
+static void add_known(const ps__guesser *guesser, double *row, double factor, const known *from,
+                      int j)
 {
-  for (int j = before - 1; j >= i; --j) {
-    if (guesser->carried[j - guesser->oldest] != NULL) {
-      return j;
-    }
-  }
-  return before < i ? before - 1 : i - 1;
-}
-
-/* m_j = o_j + g_j (x_j - x^_j): a carried output, rebased to where this roll-out passes. */
-static void carry_output(const ps_leader *leader, ps__guesser *guesser, int j)
-{
-  const ps__node *node = guesser->carried[j - guesser->oldest];
-  double slope = leader->program->g[j];
-  double *row = m_row(guesser, j);
-  clear_row(guesser, row);
-  row[add_basis(guesser, node->output, leader->layout.m)] = 1.0;
-  if (slope != 0.0) {
-    row[add_basis(guesser, node->point, leader->layout.x)] = -slope;
-    add_row(guesser, row, slope, x_row(guesser, j));
-  }
-}
-
-/* Order 0 reuses the newest output, order 1 goes on along the slope of the two newest, damped. */
-static void extrapolate_output(const ps_leader *leader, ps__guesser *guesser, int i, int j)
-{
-  const double damping = 0.5;
-  double *row = m_row(guesser, j);
-  int newest = newest_known(guesser, i, j), before = newest_known(guesser, i, newest);
-  double factor = 0.0;
-  clear_row(guesser, row);
-  if (leader->options.order > 0 && before >= guesser->oldest) {
-    factor = damping * (j - newest) / (double)(newest - before);
-    add_row(guesser, row, -factor, m_row(guesser, before));
-  }
-  add_row(guesser, row, 1.0 + factor, m_row(guesser, newest));
-}
-
-static void guess_output(const ps_leader *leader, ps__guesser *guesser, int i, int j)
-{
-  if (guesser->carried[j - guesser->oldest] != NULL) {
-    carry_output(leader, guesser, j);
+  if (from->point >= 0 && from->step < j) {
+    add_row(guesser, row, factor, m_row(guesser, from->step));
   } else {
-    extrapolate_output(leader, guesser, i, j);
+    row[from->m] += factor;
+  }
+}
+
+static void carry_output(const ps_leader *leader, ps__guesser *guesser, const known *from)
+{
+  double slope = leader->program->g[from->step], *row = m_row(guesser, from->step);
+  row[from->m] = 1.0;
+  row[from->point] = -slope;
+  add_row(guesser, row, slope, x_row(guesser, from->step));
+}
+
+/* Between two known outputs on the line through them, by the clock. */
+static void join_outputs(const ps_leader *leader, ps__guesser *guesser, const known *before, int j)
+{
+  const known *after = before + 1;
+  const double *clock = leader->pace.clock;
+  double part = (clock[j] - clock[before->step]) / (clock[after->step] - clock[before->step]);
+  add_known(guesser, m_row(guesser, j), 1.0 - part, before, j);
+  add_known(guesser, m_row(guesser, j), part, after, j);
+}
+
+/* Beyond the newest: order 0 reuses it, order 1 goes on along the slope over one stride. */
+static void extrapolate_output(const ps_leader *leader, ps__guesser *guesser, const known *newest,
+                               int j)
+{
+  const double damping = leader->pace.strided ? 1.0 : 0.5;
+  const double *clock = leader->pace.clock;
+  const known *before = newest;
+  double factor = 0.0;
+  while (before > guesser->known &&
+         clock[newest->step] - clock[before->step] < 0.9 * leader->pace.stride) {
+    --before;
+  }
+  if (leader->options.order > 0 && before < newest) {
+    factor =
+        damping * (clock[j] - clock[newest->step]) / (clock[newest->step] - clock[before->step]);
+    add_known(guesser, m_row(guesser, j), -factor, before, j);
+  }
+  add_known(guesser, m_row(guesser, j), 1.0 + factor, newest, j);
+}
+
+static void guess_output(const ps_leader *leader, ps__guesser *guesser, int j)
+{
+  const known *at = guesser->known + guesser->knowns - 1;
+  while (at > guesser->known && at->step > j) {
+    --at;
+  }
+  clear_row(guesser, m_row(guesser, j));
+  if (at->step == j) {
+    carry_output(leader, guesser, at);
+  } else if (at + 1 < guesser->known + guesser->knowns) {
+    join_outputs(leader, guesser, at, j);
+  } else {
+    extrapolate_output(leader, guesser, at, j);
   }
 }
 
@@ -210,14 +274,17 @@ static void collect_point(ps__guesser *guesser, double *weights, int row, const 
 static void roll_verified(const ps_leader *leader, ps__guesser *guesser, const ps__node *nodes,
                           int count)
 {
-  int i = nodes[0].step;
+  int i = leader->step;
+  take_anchors(leader, guesser, i);
   take_carried(leader, guesser, i);
-  for (int j = i, k = 1; k < count; ++j) {
-    guess_output(leader, guesser, i, j);
-    roll_step(leader, guesser, j);
-    if (nodes[k].step == j + 1) {
-      collect_point(guesser, guesser->weight, k - 1, &nodes[k]);
+  for (int j = i, k = 0; k < count; ++j) {
+    if (nodes[k].step == j) {
+      collect_point(guesser, guesser->weight, k, &nodes[k]);
       ++k;
+    }
+    if (k < count) {
+      guess_output(leader, guesser, j);
+      roll_step(leader, guesser, j);
     }
   }
 }
@@ -227,8 +294,8 @@ static void roll_verified(const ps_leader *leader, ps__guesser *guesser, const p
 static void roll_paper(const ps_leader *leader, ps__guesser *guesser, const ps__node *nodes,
                        int count)
 {
-  int i = nodes[0].step;
-  for (int k = 1; k < count; ++k) {
+  int i = leader->step;
+  for (int k = 0; k < count; ++k) {
     const ps__rank *rank = &leader->rank[nodes[k].rank];
     clear_row(guesser, guesser->own);
     if (nodes[k].slot < rank->spoken) {
@@ -240,7 +307,7 @@ static void roll_paper(const ps_leader *leader, ps__guesser *guesser, const ps__
       reuse_output(guesser, j);
       roll_step(leader, guesser, j);
     }
-    collect_point(guesser, guesser->weight, k - 1, &nodes[k]);
+    collect_point(guesser, guesser->weight, k, &nodes[k]);
   }
 }
 
@@ -283,10 +350,35 @@ static int pack_terms(ps__guesser *guesser, int outs)
   return terms;
 }
 
+/* What guesses between nodes read must outlive the round: points are about to be written where
+ * carried ones lie, and the trajectory moves on. */
+static ps_status keep_basis(const ps_leader *leader, ps__guesser *guesser)
+{
+  ps_status status = PS_OK;
+  for (int column = 0; column < guesser->columns && status == PS_OK; ++column) {
+    bool used = false;
+    for (int j = leader->step; j < guesser->last && !used; ++j) {
+      used = x_row(guesser, j)[column] != 0.0;
+    }
+    ps_term *term = &guesser->basis[column];
+    if (used) {
+      size_t bytes = leader->layout.items * leader->layout.size * ps_dtype_size(term->dtype);
+      status = leader->backend->copy(leader->backend, guesser->kept[column], term->data, bytes);
+      term->data = guesser->kept[column];
+    }
+  }
+  return status;
+}
+
 ps_status ps__guess(ps_leader *leader, const ps__node *nodes, int count)
 {
   ps__guesser *guesser = leader->guesser;
-  int i = nodes[0].step, oldest = i - leader->depth + 1;
+  int i = leader->step, oldest = i - leader->depth + 1;
+  int exact = nodes[0].point == NULL;
+  bool gaps = nodes[count - 1].step - i + 1 > count;
+  ps_status status = PS_OK;
+  nodes += exact;
+  count -= exact;
   guesser->columns = 0;
   guesser->oldest = oldest > 0 ? oldest : 0;
   guesser->last = nodes[count - 1].step;
@@ -297,8 +389,24 @@ ps_status ps__guess(ps_leader *leader, const ps__node *nodes, int count)
   } else {
     roll_verified(leader, guesser, nodes, count);
   }
-  int terms = pack_terms(guesser, count - 1);
-  return leader->backend->lincomb(leader->backend, leader->layout.items * leader->layout.size,
-                                  count - 1, terms, guesser->weight, guesser->term, guesser->out,
+  if (gaps) {
+    status = keep_basis(leader, guesser);
+  }
+  int terms = pack_terms(guesser, count);
+  return status != PS_OK
+             ? status
+             : leader->backend->lincomb(leader->backend, leader->layout.items * leader->layout.size,
+                                        count, terms, guesser->weight, guesser->term, guesser->out,
+                                        leader->layout.x);
+}
+
+ps_status ps__guess_between(ps_leader *leader, int step, void *point)
+{
+  ps__guesser *guesser = leader->guesser;
+  guesser->out[0] = point;
+  memcpy(guesser->weight, x_row(guesser, step), (size_t)guesser->capacity * sizeof(double));
+  int terms = pack_terms(guesser, 1);
+  return leader->backend->lincomb(leader->backend, leader->layout.items * leader->layout.size, 1,
+                                  terms, guesser->weight, guesser->term, guesser->out,
                                   leader->layout.x);
 }

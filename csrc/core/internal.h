@@ -63,6 +63,7 @@ struct ps_program {
   int steps, history;
   double *a, *b;     /* (steps, history) */
   double *c, *s, *g; /* (steps) */
+  double *alpha;     /* (steps) */
   bool draws;        /* some c is not 0 */
 };
 
@@ -74,6 +75,7 @@ typedef enum ps__node_state {
   PS__READY,   /* output holds f(point, t_step) */
 } ps__node_state;
 
+/* The host's own evaluation at x_j has neither point nor output: it is not a guess. */
 typedef struct ps__node {
   int step, rank, slot;
   ps__node_state state;
@@ -82,14 +84,39 @@ typedef struct ps__node {
   void *output; /* (items, size) m dtype; likewise */
 } ps__node;
 
+/* A node that was evaluated or accepted: (step, m_step), what later guesses and answers between
+ * nodes are made from. */
+typedef struct ps__anchor {
+  int step;
+  void *m;
+} ps__anchor;
+
+enum {
+  PS__DEGREE = 2,               /* of the interpolation between nodes */
+  PS__ANCHORS = PS__DEGREE + 3, /* anchors that a round begins with at most */
+  PS__SPAN_MAX = 1024,          /* steps from the first node of a round to its last */
+};
+
+/* ---- pace: how far apart nodes lie ----------------------------------------------------------- */
+
+typedef struct ps__pace {
+  bool strided;         /* nodes may lie further apart than one step */
+  double *clock;        /* (steps + 1), ascending */
+  double stride;        /* of the round at hand, in the clock's units */
+  int newest;           /* step of the newest anchor, -1 = none */
+  int first;            /* frontier where the round at hand began */
+  double drifted, gaps; /* estimated error of x so far in this round: from drift, from gaps */
+  double missed;        /* gaps, with the step measured last whether it was accepted or not */
+} ps__pace;
+
 /* ---- leader ---------------------------------------------------------------------------------- */
 
 typedef struct ps__rank {
-  ps_link *link; /* NULL for the leader itself and for ranks left out */
+  ps_link *link; /* NULL for a leader without a lane, and for ranks left out */
   int slots;
   int spoken; /* slots whose output holds their last evaluation (the published rule reuses it) */
   int64_t posted_ns; /* when its work of this round was sent; 0 = none was */
-  void **point;      /* (slots); the leader's own are in its arena, slot 0 of it has none */
+  void **point;      /* (slots); a leader without a lane has its own in its arena */
   void **output;     /* (slots) */
 } ps__rank;
 
@@ -111,18 +138,28 @@ struct ps_leader {
   int step;       /* the step being asked or answered; ask takes the one after it */
   int window_max; /* slots of all ranks together */
   int ranks;
+  bool lane;      /* rank 0 has a link: what lies ahead on the leader's device is evaluated there */
   ps__rank *rank; /* (ranks); 0 is the leader */
 
   /* The true trajectory, as far back as rows and extrapolation reach: step j is at [j % depth]. */
   int depth;
   void **x, **m;
 
-  /* The round: its nodes, nodes[0] the leader's own exact one.  Before the next round's guesses are
-   * made the same array still holds the last round's, which are then carried. */
+  /* The round: its nodes, ascending, the host's own exact one first if there is one.  Before the
+   * next round's guesses are made the same array still holds the last round's, which are then
+   * carried. */
   int round; /* rounds begun */
   int nodes;
-  ps__node *node;  /* (window_max) */
-  ps__node *fresh; /* (window_max) the next round's, while guesses still read the last one's */
+  ps__node *node;  /* (window_max + 1) */
+  ps__node *fresh; /* (window_max + 1) the next round's, while guesses still read the last one's */
+
+  ps__pace pace;
+  int anchors;        /* made so far; the newest is at [(anchors - 1) % anchors_max] */
+  int old_anchors;    /* those made before the round at hand */
+  int anchors_max;    /* PS__ANCHORS of the past and a round's own */
+  ps__anchor *anchor; /* m is a copy where rounds are strided, else in the trajectory */
+  void *between_x;    /* strided: the guess of a step between nodes, and its output by  */
+  void *between_m[2]; /* interpolation, of PS__DEGREE and of one degree less */
 
   void **noise;    /* (window_max) z of step j is at [j % window_max]; NULL where c is all 0 */
   int *noise_step; /* (window_max) which step that is, -1 none */
@@ -134,8 +171,9 @@ struct ps_leader {
   /* Report. */
   int64_t began_ns, finished_ns, asked_ns, submitted_ns, longest_ns;
   uint64_t bytes_sent;
-  int answered, not_finite;
-  int *evaluations, *accepted; /* (ranks), (steps) */
+  int answered, interpolated, not_finite;
+  int counted, rounds_max;     /* rounds in accepted, and how many it has room for */
+  int *evaluations, *accepted; /* (ranks), (rounds_max) */
   double *drift;               /* (steps) */
   ps_record *timeline;
   int records, records_max;
@@ -151,14 +189,30 @@ static inline ps_status ps__sweep(const ps_leader *leader, const ps_sweep *sweep
   return leader->backend->sweep(leader->backend, sweep, &wait, swept);
 }
 
-/* plan.c: which rank holds the k-th node of a window.  Writes rank and slot of every node of steps
- * first, first + 1, ... and returns how many there are: at most what the ranks alive can hold. */
-int ps__plan(const ps_leader *leader, int first, ps__node *nodes);
+/* pace.c */
+void ps__pace_begin(ps_leader *leader); /* once, when the clock has its room */
+/* The stride of the round about to begin; whether the host has to evaluate its first step. */
+bool ps__pace_round(ps_leader *leader);
+/* Whether the step at hand may be answered: drift in units of s, gap is the rms difference of two
+ * interpolations of m, 0 at a node.  If so, it is charged to the round. */
+bool ps__afford(ps_leader *leader, double drift, double gap);
 
-/* guess.c: the points of nodes[1..count-1] from the trajectory, the carried nodes and the program,
- * all in one pass of the backend.  Nodes must have their point set. */
+/* plan.c: writes the nodes of a round that begins at the present step, and returns how many there
+ * are: at most what the ranks alive can hold.  exact: the host evaluates the present step. */
+int ps__plan(const ps_leader *leader, bool exact, ps__node *nodes);
+
+/* guess.c: the points of nodes from the trajectory, the anchors, the carried nodes and the program,
+ * all in one pass of the backend. */
 size_t ps__guesser_carve(ps_leader *leader, ps__arena *arena);
 ps_status ps__guess(ps_leader *leader, const ps__node *nodes, int count);
+/* The guess of a step between the nodes of the round at hand, (items, size) of layout.x. */
+ps_status ps__guess_between(ps_leader *leader, int step, void *point);
+
+/* between.c: answers between nodes. */
+bool ps__is_between(const ps_leader *leader, int step);
+/* m of a step between nodes, interpolated at its guess, both left in the leader's scratch; *gap is
+ * how far one degree less would be off, as for ps__afford. */
+ps_status ps__interpolate(ps_leader *leader, int step, double *gap);
 
 /* links.c: the leader's side of the wire. */
 
@@ -176,10 +230,17 @@ int ps__report_record(ps_leader *leader, const ps__node *node, int64_t begin_ns,
 
 /* accept.c */
 
-/* Measures x against the node's point and rebases its output; out and the histories as in ps_sweep.
- * *drift is in units of s_j, NaN where it cannot be told.  *finite: the output may be used. */
-ps_status ps__measure(const ps_leader *leader, const ps__node *node, const void *x, void *out,
-                      void *keep_x, void *keep_m, double *drift, bool *finite);
+/* Measures x against the point where the output m of a step was evaluated and rebases m; out and
+ * the histories as in ps_sweep.  *drift is in units of s_j, NaN where it cannot be told.  *finite:
+ * the output may be used. */
+typedef struct ps__measured {
+  double drift;
+  bool finite;
+} ps__measured;
+ps_status ps__measure(const ps_leader *leader, int step, const void *point, const void *m,
+                      const void *x, void *out, void *keep_x, void *keep_m, ps__measured *found);
+/* Rounding of a value stored as dtype, relative to it. */
+double ps__rounding(ps_dtype dtype);
 /* Whether the follower's latent and output at step 0 are the leader's, up to rounding. */
 ps_status ps__canary(const ps_leader *leader, const ps__node *node, char *why, size_t room);
 /* Whether a carried node's point and output are finite. */

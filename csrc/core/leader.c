@@ -46,9 +46,76 @@ static ps__node *ready_node(ps_leader *leader, int step)
   return NULL;
 }
 
-static bool is_accepted(const ps_leader *leader, double drift)
+/* What answers later guesses are made from: m_step, evaluated or accepted at a node. */
+static ps_status make_anchor(ps_leader *leader, int step)
 {
-  return leader->options.policy == PS_PAPER || drift < leader->options.tolerance;
+  ps__anchor *anchor = &leader->anchor[leader->anchors++ % leader->anchors_max];
+  anchor->step = leader->pace.newest = step;
+  if (!leader->pace.strided) {
+    anchor->m = m_at(leader, step);
+    return PS_OK;
+  }
+  return leader->backend->copy(leader->backend, anchor->m, m_at(leader, step),
+                               ps__m_bytes(&leader->layout));
+}
+
+/* Measures the guess for this step and rebases its output to x; m_out and keep_m as in ps_sweep.
+ * *gap: see ps__afford. */
+static ps_status measure(ps_leader *leader, const ps__node *node, const void *x, void *m_out,
+                         double *gap, ps__measured *found)
+{
+  int step = leader->step;
+  const void *point = leader->between_x, *m = leader->between_m[0];
+  ps_status status = PS_OK;
+  *gap = 0.0;
+  if (node != NULL) {
+    point = node->point;
+    m = node->output;
+  } else {
+    status = ps__interpolate(leader, step, gap);
+  }
+  if (status == PS_OK) {
+    status = ps__measure(leader, step, point, m, x, m_out, x_at(leader, step),
+                         m_out != NULL ? m_at(leader, step) : NULL, found);
+    leader->drift[step] = found->drift;
+  }
+  return status;
+}
+
+/* An output with NaN or Inf costs its rank the place. */
+static ps_status reject_output(ps_leader *leader, ps__node *node)
+{
+  if (node == NULL) {
+    return PS_OK; /* one of the nodes around it is to blame, which its own step will show */
+  }
+  node->state = PS__VOID;
+  /* Where the guess itself was not finite, no follower could have done better. */
+  if (leader->rank[node->rank].link == NULL || !isfinite(leader->drift[leader->step])) {
+    return PS_OK;
+  }
+  return ps__leave_out(leader, node->rank, PS_NOT_FINITE, "its output holds NaN or Inf");
+}
+
+/* One more step that the round at hand has taken; those beyond N are not the program's. */
+static void count_step(ps_leader *leader)
+{
+  if (leader->step < leader->program->steps && leader->counted == leader->round) {
+    ++leader->accepted[leader->round - 1];
+  }
+}
+
+static ps_status take_answer(ps_leader *leader, const ps__node *node)
+{
+  ++leader->answered;
+  count_step(leader);
+  if (node == NULL) {
+    ++leader->interpolated;
+    return PS_OK;
+  }
+  if (node->record >= 0) {
+    leader->timeline[node->record].accepted = 1;
+  }
+  return make_anchor(leader, leader->step);
 }
 
 /* Whether the guess for this step answers the host.  x and, if it does, m_j enter the trajectory.
@@ -56,65 +123,65 @@ static bool is_accepted(const ps_leader *leader, double drift)
 static ps_status try_answer(ps_leader *leader, const void *x, void *m_out, bool *answered)
 {
   int step = leader->step;
+  double gap;
+  ps__measured found = {.drift = NAN};
   /* Once speculation has ended, what followers evaluated may no longer be the host's function. */
-  ps__node *node = leader->fallback[0] == '\0' ? ready_node(leader, step) : NULL;
+  bool ended = leader->fallback[0] != '\0';
+  ps__node *node = !ended ? ready_node(leader, step) : NULL;
   *answered = false;
-  if (node == NULL) {
+  if (node == NULL && (ended || m_out == NULL || !ps__is_between(leader, step))) {
     return leader->backend->copy(leader->backend, x_at(leader, step), x,
                                  ps__x_bytes(&leader->layout));
   }
-  bool finite = false;
-  void *keep_m = m_out != NULL ? m_at(leader, step) : NULL;
-  ps_status status = ps__measure(leader, node, x, m_out, x_at(leader, step), keep_m,
-                                 &leader->drift[step], &finite);
-  if (status == PS_OK && !finite) {
-    node->state = PS__VOID;
-    /* Where the guess itself was not finite, no follower could have done better. */
-    if (node->rank != 0 && isfinite(leader->drift[step])) {
-      status = ps__leave_out(leader, node->rank, PS_NOT_FINITE, "its output holds NaN or Inf");
-    }
-  } else if (status == PS_OK && m_out != NULL && is_accepted(leader, leader->drift[step])) {
+  ps_status status = measure(leader, node, x, m_out, &gap, &found);
+  if (status == PS_OK && !found.finite) {
+    status = reject_output(leader, node);
+  } else if (status == PS_OK && m_out != NULL && ps__afford(leader, found.drift, gap)) {
     *answered = true;
-    if (node->record >= 0) {
-      leader->timeline[node->record].accepted = 1;
-    }
+    status = take_answer(leader, node);
   }
   return status;
 }
 
-/* The leader's own node, and beside it what speculation allows: step 0 on every rank in the first
- * round, later the planner's window. */
-static int plan_round(ps_leader *leader, bool alone)
+/* What the host evaluates at x_j, alone. */
+static int plan_alone(ps_leader *leader)
 {
-  int step = leader->step, steps = leader->program->steps;
-  ps__node *nodes = leader->fresh;
-  bool warm = leader->options.policy == PS_PAPER && step < leader->options.warmup;
-  alone = alone || leader->fallback[0] != '\0' || step >= steps || steps == 1;
-  nodes[0] = (ps__node){.step = step, .state = PS__PENDING, .record = -1};
-  if (alone || (warm && step > 0)) {
-    return 1;
-  }
-  if (step > 0) {
-    return ps__plan(leader, step, nodes);
-  }
-  int count = 1;
-  for (int rank = 1; rank < leader->ranks; ++rank) {
+  leader->fresh[0] = (ps__node){.step = leader->step, .state = PS__PENDING, .record = -1};
+  return 1;
+}
+
+/* In the first round everybody evaluates step 0: it verifies the followers. */
+static int plan_first(ps_leader *leader)
+{
+  int count = plan_alone(leader);
+  for (int rank = 0; rank < leader->ranks; ++rank) {
     const ps__rank *holder = &leader->rank[rank];
     if (holder->link != NULL) {
-      nodes[count++] = (ps__node){.rank = rank,
-                                  .state = PS__PENDING,
-                                  .record = -1,
-                                  .point = holder->point[0],
-                                  .output = holder->output[0]};
+      leader->fresh[count++] = (ps__node){.rank = rank,
+                                          .state = PS__PENDING,
+                                          .record = -1,
+                                          .point = holder->point[0],
+                                          .output = holder->output[0]};
     }
   }
   return count;
 }
 
+static int plan_round(ps_leader *leader, bool alone)
+{
+  int step = leader->step, steps = leader->program->steps;
+  bool warm = leader->options.policy == PS_PAPER && step < leader->options.warmup;
+  bool exact = ps__pace_round(leader);
+  if (alone || leader->fallback[0] != '\0' || step >= steps || steps == 1 || (warm && step > 0)) {
+    return plan_alone(leader);
+  }
+  return step > 0 ? ps__plan(leader, exact, leader->fresh) : plan_first(leader);
+}
+
 static ps_status write_points(ps_leader *leader, int count)
 {
   ps_status status = PS_OK;
-  if (count > 1 && leader->step > 0) {
+  if (leader->step > 0 && leader->fresh[count - 1].point != NULL) {
     return ps__guess(leader, leader->fresh, count);
   }
   for (int k = 1; k < count && status == PS_OK; ++k) {
@@ -135,18 +202,64 @@ static ps_status begin_round(ps_leader *leader, bool alone)
   leader->node = leader->fresh;
   leader->fresh = carried;
   leader->nodes = count;
-  if (leader->round < leader->program->steps) {
-    leader->accepted[leader->round] = 1;
+  leader->old_anchors = leader->anchors;
+  if (leader->step < leader->program->steps && leader->counted < leader->rounds_max) {
+    leader->accepted[leader->counted++] = 0;
   }
   ++leader->round;
   leader->phase = PS__EVALUATING;
   return ps__post_round(leader);
 }
 
+/* ---- whose turn it is ------------------------------------------------------------------------ */
+
+static bool is_exact(const ps__node *node)
+{
+  return node->point == NULL;
+}
+
+/* A guess that the host itself evaluates. */
+static bool is_hosts(const ps_leader *leader, const ps__node *node)
+{
+  return node->rank == 0 && !leader->lane && !is_exact(node);
+}
+
+static ps_verdict verdict_of(const ps_leader *leader)
+{
+  return is_exact(&leader->node[0]) ? PS_EVALUATE : PS_AHEAD;
+}
+
+/* Everything at hand lies ahead, and a lane or the followers evaluate it: nothing for the host. */
+static ps_status gather_ahead(ps_leader *leader)
+{
+  leader->submitted_ns = ps_now_ns();
+  leader->phase = PS__ASKING;
+  return ps__gather_round(leader);
+}
+
+static ps_status take_turn(ps_leader *leader, const void *x, void *m_out, ps_verdict *verdict)
+{
+  bool answered = false;
+  ps_status status = try_answer(leader, x, m_out, &answered);
+  while (status == PS_OK && !answered) {
+    /* Step 0 needs the followers in any case: it verifies them. */
+    status = begin_round(leader, m_out == NULL && leader->step > 0);
+    *verdict = verdict_of(leader);
+    if (status != PS_OK || *verdict == PS_EVALUATE || is_hosts(leader, &leader->node[0])) {
+      return status;
+    }
+    status = gather_ahead(leader);
+    if (status == PS_OK) {
+      status = try_answer(leader, x, m_out, &answered);
+    }
+  }
+  *verdict = PS_ANSWER;
+  return status;
+}
+
 ps_status ps_leader_ask(ps_leader *leader, int step, const void *x, void *m_out,
                         ps_verdict *verdict)
 {
-  bool answered = false;
   ps_status status = check_phase(leader, PS__ASKING, "ask");
   *verdict = PS_EVALUATE;
   if (status == PS_OK && step != leader->step + 1) {
@@ -157,15 +270,7 @@ ps_status ps_leader_ask(ps_leader *leader, int step, const void *x, void *m_out,
   }
   leader->step = step;
   leader->asked_ns = ps_now_ns();
-  status = try_answer(leader, x, m_out, &answered);
-  if (status == PS_OK && answered) {
-    ++leader->answered;
-    ++leader->accepted[leader->round - 1];
-    *verdict = PS_ANSWER;
-  } else if (status == PS_OK) {
-    /* Step 0 needs the followers in any case: it verifies them. */
-    status = begin_round(leader, m_out == NULL && step > 0);
-  }
+  status = take_turn(leader, x, m_out, verdict);
   if (status != PS_OK) {
     leader->phase = PS__BROKEN;
   }
@@ -182,14 +287,15 @@ ps_status ps_leader_amend(ps_leader *leader, const void *x, void *m_out, double 
   }
   ps_status status = check_phase(leader, PS__ASKING, "amend");
   const ps__node *node = status == PS_OK && step >= 0 ? ready_node(leader, step) : NULL;
-  if (status == PS_OK && (node == NULL || m_out == NULL)) {
+  bool between = status == PS_OK && step >= 0 && node == NULL && ps__is_between(leader, step);
+  if (status == PS_OK && ((node == NULL && !between) || m_out == NULL)) {
     status = ps__fail(PS_STATE, "amend: step %d was not answered, or no output was given", step);
   }
   if (status == PS_OK) {
-    bool finite;
-    status =
-        ps__measure(leader, node, x, m_out, x_at(leader, step), m_at(leader, step), drift, &finite);
-    leader->drift[step] = *drift;
+    double gap;
+    ps__measured found;
+    status = measure(leader, node, x, m_out, &gap, &found);
+    *drift = found.drift;
   }
   return status;
 }
@@ -201,9 +307,9 @@ ps_status ps_leader_work(ps_leader *leader, ps_work *work)
   ps_status status = check_phase(leader, PS__EVALUATING, "work");
   *work = (ps_work){.point_bytes = ps__x_bytes(&leader->layout),
                     .output_bytes = ps__m_bytes(&leader->layout)};
-  for (int k = 1; status == PS_OK && k < leader->nodes; ++k) {
+  for (int k = 0; status == PS_OK && k < leader->nodes; ++k) {
     const ps__node *node = &leader->node[k];
-    if (node->rank == 0) {
+    if (is_hosts(leader, node)) {
       work->step[work->count] = node->step;
       work->point[work->count] = node->point;
       work->output[work->count++] = node->output;
@@ -246,40 +352,60 @@ static ps_status keep_output(ps_leader *leader, const void *m)
   return status;
 }
 
-static void record_own(ps_leader *leader, int64_t began_ns)
+static void record_own(ps_leader *leader, const void *m, int64_t began_ns)
 {
   int64_t begin = began_ns != 0 ? began_ns : leader->asked_ns;
+  bool ahead = !is_exact(&leader->node[0]);
   leader->submitted_ns = ps_now_ns();
   if (leader->submitted_ns - begin > leader->longest_ns) {
     leader->longest_ns = leader->submitted_ns - begin;
   }
   for (int k = 0; k < leader->nodes; ++k) {
     ps__node *node = &leader->node[k];
-    if (node->rank == 0) {
+    if (is_exact(node)) {
       node->record = ps__report_record(leader, node, begin, leader->submitted_ns);
-      /* The first is in the trajectory and answered by itself; the others wait for their ask. */
-      node->state = k == 0 ? PS__VOID : PS__READY;
-      leader->rank[0].spoken = node->slot + 1;
-      if (k == 0 && node->record >= 0) {
-        leader->timeline[node->record].accepted = 1;
-      }
+      node->state = PS__VOID; /* it is in the trajectory, and answered by itself */
+    } else if (is_hosts(leader, node)) {
+      bool evaluated = !ahead || m == NULL;
+      node->state = evaluated ? PS__READY : PS__VOID;
+      node->record = evaluated ? ps__report_record(leader, node, begin, leader->submitted_ns) : -1;
+      leader->rank[0].spoken = evaluated ? node->slot + 1 : leader->rank[0].spoken;
     }
   }
+}
+
+/* The host's own output at x_j, be it asked for or given in place of what lay ahead. */
+static ps_status take_exact(ps_leader *leader, const void *m)
+{
+  ps_status status = keep_output(leader, m);
+  if (leader->node[0].record >= 0 && is_exact(&leader->node[0])) {
+    leader->timeline[leader->node[0].record].accepted = 1;
+  }
+  count_step(leader);
+  return status == PS_OK ? make_anchor(leader, leader->step) : status;
 }
 
 ps_status ps_leader_submit(ps_leader *leader, const void *m, ps_dtype m_dtype, int64_t began_ns)
 {
   ps_status status = check_phase(leader, PS__EVALUATING, "submit");
-  if (status == PS_OK) {
-    status = settle_dtype(leader, m_dtype);
+  if (status == PS_OK && m == NULL && is_exact(&leader->node[0])) {
+    status = ps__fail(PS_STATE, "submit: the output at step %d is needed", leader->step);
   }
   if (status == PS_OK) {
-    status = keep_output(leader, m);
+    status = settle_dtype(leader, m_dtype);
   }
   if (status != PS_OK) {
     return status;
   }
-  record_own(leader, began_ns);
+  record_own(leader, m, began_ns);
+  if (m != NULL) {
+    status = take_exact(leader, m);
+  } else {
+    --leader->step; /* the host asks for it again */
+  }
+  if (status != PS_OK) {
+    return status;
+  }
   leader->phase = PS__ASKING;
   return ps__gather_round(leader);
 }
@@ -345,8 +471,9 @@ ps_status ps_leader_stop(ps_leader *leader, const char *reason)
 
 ps_status ps_leader_leave_out(ps_leader *leader, int rank, const char *reason)
 {
-  if (rank < 1 || rank >= leader->ranks) {
-    return ps__fail(PS_INVALID, "rank %d: must be 1 to %d", rank, leader->ranks - 1);
+  if (rank < (leader->lane ? 0 : 1) || rank >= leader->ranks) {
+    return ps__fail(PS_INVALID, "rank %d: must be %d to %d", rank, leader->lane ? 0 : 1,
+                    leader->ranks - 1);
   }
   return leader->rank[rank].link != NULL ? ps__leave_out(leader, rank, PS_FAILED, reason) : PS_OK;
 }

@@ -10,7 +10,8 @@
 
 void ps_options_init(ps_options *options)
 {
-  *options = (ps_options){.policy = PS_VERIFIED, .tolerance = 0.02, .order = 1, .warmup = 5};
+  *options = (ps_options){
+      .policy = PS_VERIFIED, .tolerance = 0.02, .order = 1, .warmup = 5, .max_stride = 1};
 }
 
 static ps_status check_options(const ps_options *options)
@@ -30,6 +31,10 @@ static ps_status check_options(const ps_options *options)
   if (options->warmup < 1) {
     return ps__fail(PS_INVALID, "warmup %d: must be 1 or above", options->warmup);
   }
+  if (options->max_stride < 0) {
+    return ps__fail(PS_INVALID, "max_stride %d: must be 1 or above, or 0 for no limit",
+                    options->max_stride);
+  }
   if (options->deadline_ns < 0) {
     return ps__fail(PS_INVALID, "a deadline of %lld ns: must be above 0, or 0 for the default rule",
                     (long long)options->deadline_ns);
@@ -37,13 +42,13 @@ static ps_status check_options(const ps_options *options)
   return PS_OK;
 }
 
-static ps_status check_ranks(int followers, ps_link *const *links, const int *slots)
+static ps_status check_ranks(int ranks, ps_link *const *links, const int *slots)
 {
-  if (followers < 0 || followers >= PS_RANKS_MAX) {
-    return ps__fail(PS_INVALID, "%d ranks: must be 1 to %d", followers + 1, PS_RANKS_MAX);
+  if (ranks < 1 || ranks > PS_RANKS_MAX) {
+    return ps__fail(PS_INVALID, "%d ranks: must be 1 to %d", ranks, PS_RANKS_MAX);
   }
-  for (int rank = 0; slots != NULL && rank <= followers; ++rank) {
-    int room = rank == 0 ? PS_SLOTS_MAX : links[rank - 1]->slots;
+  for (int rank = 0; slots != NULL && rank < ranks; ++rank) {
+    int room = links[rank] == NULL ? PS_SLOTS_MAX : links[rank]->slots;
     if (slots[rank] < 1 || slots[rank] > room) {
       return ps__fail(PS_INVALID, "rank %d: %d slots: must be 1 to %d", rank, slots[rank], room);
     }
@@ -66,17 +71,17 @@ static void **carve_buffers(ps__arena *arena, size_t count, size_t bytes)
   return buffers;
 }
 
-/* The leader's first slot is the exact one: its point is the host's latent, its output goes into
- * the trajectory.  Its further slots, and nothing of the followers', live in the arena. */
+/* Followers' points and outputs, and a lane's, live at their link's end; a leader without a lane
+ * has its own in the arena. */
 static void carve_rank(ps_leader *leader, ps__arena *arena, int rank, int slots, ps_link *link)
 {
   void **point = ps__carve(arena, (size_t)slots, sizeof(void *));
   void **output = ps__carve(arena, (size_t)slots, sizeof(void *));
-  for (int slot = rank == 0 ? 1 : 0; slot < slots; ++slot) {
-    void *p = rank == 0 ? ps__carve_vector(arena, ps__x_bytes(&leader->layout))
-                        : link->ops->point(link, slot);
-    void *m = rank == 0 ? ps__carve_vector(arena, ps__m_bytes(&leader->layout))
-                        : link->ops->output(link, slot);
+  for (int slot = 0; slot < slots; ++slot) {
+    void *p = link == NULL ? ps__carve_vector(arena, ps__x_bytes(&leader->layout))
+                           : link->ops->point(link, slot);
+    void *m = link == NULL ? ps__carve_vector(arena, ps__m_bytes(&leader->layout))
+                           : link->ops->output(link, slot);
     if (point != NULL) {
       point[slot] = p;
       output[slot] = m;
@@ -84,6 +89,24 @@ static void carve_rank(ps_leader *leader, ps__arena *arena, int rank, int slots,
   }
   if (leader->rank != NULL) {
     leader->rank[rank] = (ps__rank){.link = link, .slots = slots, .point = point, .output = output};
+  }
+}
+
+/* Outputs at nodes, which the trajectory forgets; at stride 1 it still holds those that matter. */
+static void carve_anchors(ps_leader *leader, ps__arena *arena)
+{
+  size_t count = (size_t)leader->anchors_max, m = ps__m_bytes(&leader->layout);
+  leader->anchor = ps__carve(arena, count, sizeof(ps__anchor));
+  for (size_t k = 0; leader->pace.strided && k < count; ++k) {
+    void *room = ps__carve_vector(arena, m);
+    if (leader->anchor != NULL) {
+      leader->anchor[k].m = room;
+    }
+  }
+  if (leader->pace.strided) {
+    leader->between_x = ps__carve_vector(arena, ps__x_bytes(&leader->layout));
+    leader->between_m[0] = ps__carve_vector(arena, m);
+    leader->between_m[1] = ps__carve_vector(arena, m);
   }
 }
 
@@ -95,13 +118,14 @@ static void carve_leader(ps_leader *leader, ps__arena *arena, ps_link *const *li
   size_t row = 2 * (size_t)leader->program->history + 1;
   leader->rank = ps__carve(arena, (size_t)leader->ranks, sizeof(ps__rank));
   for (int rank = 0; rank < leader->ranks; ++rank) {
-    carve_rank(leader, arena, rank, slots != NULL ? slots[rank] : 1,
-               rank > 0 ? links[rank - 1] : NULL);
+    carve_rank(leader, arena, rank, slots != NULL ? slots[rank] : 1, links[rank]);
   }
   leader->x = carve_buffers(arena, depth, ps__x_bytes(&leader->layout));
   leader->m = carve_buffers(arena, depth, ps__m_bytes(&leader->layout));
-  leader->node = ps__carve(arena, window, sizeof(ps__node));
-  leader->fresh = ps__carve(arena, window, sizeof(ps__node));
+  leader->node = ps__carve(arena, window + 1, sizeof(ps__node));
+  leader->fresh = ps__carve(arena, window + 1, sizeof(ps__node));
+  leader->pace.clock = ps__carve(arena, (size_t)leader->program->steps + 1, sizeof(double));
+  carve_anchors(leader, arena);
   leader->row_term = ps__carve(arena, row, sizeof(ps_term));
   leader->row_weight = ps__carve(arena, row, sizeof(double));
   if (leader->program->draws) {
@@ -115,13 +139,20 @@ static void carve_leader(ps_leader *leader, ps__arena *arena, ps_link *const *li
   ps__report_carve(leader, arena);
 }
 
-static int window_of(int followers, const int *slots)
+static int window_of(int ranks, const int *slots)
 {
   int window = 0;
-  for (int rank = 0; rank <= followers; ++rank) {
+  for (int rank = 0; rank < ranks; ++rank) {
     window += slots != NULL ? slots[rank] : 1;
   }
   return window;
+}
+
+/* Tolerance 0 is the host's result bit for bit: every answer is a rank's own output. */
+static bool is_strided(const ps_program *program, const ps_options *options)
+{
+  return options->policy == PS_VERIFIED && options->tolerance > 0.0 && options->max_stride != 1 &&
+         ps_program_strides(program);
 }
 
 static ps_leader *leader_new(const ps_leader *like, ps_link *const *links, const int *slots)
@@ -142,13 +173,14 @@ static ps_leader *leader_new(const ps_leader *like, ps_link *const *links, const
   *leader = *like;
   leader->vectors = arena.vectors;
   carve_leader(leader, &arena, links, slots);
+  ps__pace_begin(leader);
   return leader;
 }
 
 /* ---- life ------------------------------------------------------------------------------------ */
 
 ps_status ps_leader_create(ps_program *program, const ps_layout *layout, const ps_options *options,
-                           const ps_backend *backend, ps_link *const *links, int followers,
+                           const ps_backend *backend, ps_link *const *links, int ranks,
                            const int *slots, ps_leader **out)
 {
   *out = NULL;
@@ -157,12 +189,13 @@ ps_status ps_leader_create(ps_program *program, const ps_layout *layout, const p
     status = check_options(options);
   }
   if (status == PS_OK) {
-    status = check_ranks(followers, links, slots);
+    status = check_ranks(ranks, links, slots);
   }
   if (status != PS_OK) {
     goto fail;
   }
   int64_t now = ps_now_ns();
+  int window = window_of(ranks, slots);
   ps_leader like = {
       .program = program,
       .layout = *layout,
@@ -170,8 +203,11 @@ ps_status ps_leader_create(ps_program *program, const ps_layout *layout, const p
       .backend = backend,
       .run = (uint64_t)now,
       .step = -1,
-      .window_max = window_of(followers, slots),
-      .ranks = followers + 1,
+      .window_max = window,
+      .ranks = ranks,
+      .lane = links[0] != NULL,
+      .anchors_max = PS__ANCHORS + window + 1,
+      .pace.strided = is_strided(program, options),
       .depth = (program->history > 2 ? program->history : 2) + 1,
       .began_ns = now,
   };
@@ -185,8 +221,10 @@ ps_status ps_leader_create(ps_program *program, const ps_layout *layout, const p
   return PS_OK;
 
 fail:
-  for (int k = 0; k < followers; ++k) {
-    links[k]->ops->close(links[k]);
+  for (int rank = 0; rank < ranks; ++rank) {
+    if (links[rank] != NULL) {
+      links[rank]->ops->close(links[rank]);
+    }
   }
   return status;
 }

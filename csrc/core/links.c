@@ -63,13 +63,18 @@ static ps_header header_of(const ps_leader *leader, ps_kind kind)
   };
 }
 
+static bool is_sent(const ps__node *node, int rank)
+{
+  return node->rank == rank && node->state == PS__PENDING && node->point != NULL;
+}
+
 /* One message holds all slots of a rank, in order of slot. */
 static ps_header work_of(const ps_leader *leader, int rank)
 {
   ps_header work = header_of(leader, PS_MSG_WORK);
   for (int k = 0; k < leader->nodes; ++k) {
     const ps__node *node = &leader->node[k];
-    if (node->rank == rank && node->state == PS__PENDING) {
+    if (is_sent(node, rank)) {
       work.step[work.count++] = node->step;
     }
   }
@@ -79,7 +84,7 @@ static ps_header work_of(const ps_leader *leader, int rank)
 ps_status ps__post_round(ps_leader *leader)
 {
   ps_status status = PS_OK;
-  for (int rank = 1; rank < leader->ranks && status == PS_OK; ++rank) {
+  for (int rank = 0; rank < leader->ranks && status == PS_OK; ++rank) {
     ps__rank *to = &leader->rank[rank];
     ps_header work = work_of(leader, rank);
     to->posted_ns = 0;
@@ -171,7 +176,7 @@ static void take_outputs(ps_leader *leader, int rank, const ps_header *reply)
   int64_t end = begin + (reply->ended_ns - reply->began_ns);
   for (int k = 0; k < leader->nodes; ++k) {
     ps__node *node = &leader->node[k];
-    if (node->rank == rank && node->state == PS__PENDING) {
+    if (is_sent(node, rank)) {
       node->state = PS__READY;
       node->record = ps__report_record(leader, node, begin, end);
     }
@@ -188,7 +193,7 @@ static ps_status verify_function(ps_leader *leader, int rank)
 {
   char why[sizeof leader->failure->text];
   for (int k = 0; k < leader->nodes; ++k) {
-    if (leader->node[k].rank == rank) {
+    if (leader->node[k].rank == rank && leader->node[k].point != NULL) {
       ps_status status = ps__canary(leader, &leader->node[k], why, sizeof why);
       return status == PS_OK ? PS_OK : ps__fail(status, "%s", why);
     }
@@ -220,7 +225,7 @@ static ps_status gather_rank(ps_leader *leader, int rank)
 ps_status ps__gather_round(ps_leader *leader)
 {
   ps_status status = PS_OK;
-  for (int rank = 1; rank < leader->ranks && status == PS_OK; ++rank) {
+  for (int rank = 0; rank < leader->ranks && status == PS_OK; ++rank) {
     if (leader->rank[rank].link != NULL && leader->rank[rank].posted_ns != 0) {
       status = gather_rank(leader, rank);
     }
@@ -236,7 +241,7 @@ ps_status ps__gather_round(ps_leader *leader)
 void ps__close_links(ps_leader *leader)
 {
   ps_header done = header_of(leader, PS_MSG_DONE);
-  for (int rank = 1; rank < leader->ranks; ++rank) {
+  for (int rank = 0; rank < leader->ranks; ++rank) {
     ps_link *link = leader->rank[rank].link;
     if (link != NULL) {
       /* A follower in the middle of its work learns from the closing; the message is for the rest.

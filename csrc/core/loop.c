@@ -14,18 +14,36 @@ static ps_status provide_noise(ps_leader *leader, const void *noise, int *given)
   return status;
 }
 
-/* Evaluates what ask left to the leader: the true latent, and the guesses of its further slots. */
+/* Evaluates what ask left to the leader: the true latent, and guesses of its own; hands all in. */
 static ps_status evaluate_own(ps_leader *leader, ps_denoiser denoiser, void *ctx, int step,
-                              const void *x, void *m)
+                              const void *x, void *m, ps_dtype dtype)
 {
   ps_work work;
   ps_status status = ps_leader_work(leader, &work);
-  int failed = status == PS_OK ? denoiser(ctx, 0, step, x, m) : 0;
+  int failed = status == PS_OK && m != NULL ? denoiser(ctx, 0, step, x, m) : 0;
   for (int k = 0; status == PS_OK && failed == 0 && k < work.count; ++k) {
     failed = denoiser(ctx, 0, work.step[k], work.point[k], work.output[k]);
   }
-  return failed ? ps__fail(PS_FAILED, "the denoiser failed on rank 0 at step %d (%d)", step, failed)
-                : status;
+  if (failed) {
+    status = ps__fail(PS_FAILED, "the denoiser failed on rank 0 at step %d (%d)", step, failed);
+  }
+  return status == PS_OK ? ps_leader_submit(leader, m, dtype, 0) : status;
+}
+
+/* m_j by an answer, or by evaluating whatever lies between the host and one. */
+static ps_status take_step(ps_leader *leader, ps_denoiser denoiser, void *ctx, int step,
+                           const void *x, void *m, ps_dtype dtype)
+{
+  ps_verdict verdict = PS_AHEAD;
+  ps_status status = PS_OK;
+  while (status == PS_OK && verdict == PS_AHEAD) {
+    status = ps_leader_ask(leader, step, x, m, &verdict);
+    if (status == PS_OK && verdict != PS_ANSWER) {
+      void *own = verdict == PS_EVALUATE ? m : NULL;
+      status = evaluate_own(leader, denoiser, ctx, step, x, own, dtype);
+    }
+  }
+  return status;
 }
 
 ps_status ps_sample(ps_leader *leader, ps_denoiser denoiser, void *ctx, const void *noise, void *x)
@@ -40,17 +58,12 @@ ps_status ps_sample(ps_leader *leader, ps_denoiser denoiser, void *ctx, const vo
   }
   for (int j = 0; status == PS_OK && j < leader->program->steps; ++j) {
     const void *z = noise != NULL ? (const unsigned char *)noise + (size_t)j * stride : NULL;
-    ps_verdict verdict = PS_ANSWER;
     if (noise != NULL) {
       given = given > j ? given : j;
       status = provide_noise(leader, noise, &given);
     }
     if (status == PS_OK) {
-      status = ps_leader_ask(leader, j, x, m, &verdict);
-    }
-    if (status == PS_OK && verdict == PS_EVALUATE) {
-      status = evaluate_own(leader, denoiser, ctx, j, x, m);
-      status = status == PS_OK ? ps_leader_submit(leader, m, dtype, 0) : status;
+      status = take_step(leader, denoiser, ctx, j, x, m, dtype);
     }
     if (status == PS_OK) {
       status = ps_leader_advance(leader, z, x);

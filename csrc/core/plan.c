@@ -1,37 +1,116 @@
-/* plan.c - who evaluates which step of a round.
+/* plan.c - which steps a round evaluates, and who evaluates which.
  *
- * Called by leader.c at the start of a round.  The k-th node goes to the k-th rank alive; ranks
- * with several slots get their further nodes only when every rank has its first, so that a short
- * window near the end leaves no rank with a batch while another idles.
+ * Called by leader.c at the start of a round.  Nodes lie a stride apart by the clock of pace.c, one
+ * step at stride 1.  The k-th node goes to the k-th rank alive; ranks with several slots get their
+ * further nodes only when every rank has its first, so that a short window near the end leaves no
+ * rank with a batch while another idles.
  */
+#include <math.h>
+
 #include "core/internal.h"
 
-static bool is_alive(const ps_leader *leader, int rank)
+/* The leader itself is always alive; a lane that was lost takes no more nodes. */
+static bool takes_nodes(const ps_leader *leader, int rank)
 {
-  return rank == 0 || leader->rank[rank].link != NULL;
+  return leader->rank[rank].link != NULL || (rank == 0 && !leader->lane);
 }
 
-int ps__plan(const ps_leader *leader, int first, ps__node *nodes)
+static int room_ahead(const ps_leader *leader)
 {
-  int left = leader->program->steps - first;
-  int count = 0;
-  for (int slot = 0; slot < PS_SLOTS_MAX && count < left; ++slot) {
-    for (int rank = 0; rank < leader->ranks && count < left; ++rank) {
-      const ps__rank *holder = &leader->rank[rank];
-      if (!is_alive(leader, rank) || slot >= holder->slots) {
+  int room = 0;
+  for (int rank = 0; rank < leader->ranks; ++rank) {
+    room += takes_nodes(leader, rank) ? leader->rank[rank].slots : 0;
+  }
+  return room;
+}
+
+/* ---- steps ----------------------------------------------------------------------------------- */
+
+typedef struct ruler {
+  int base;      /* the step that strides are counted from */
+  double stride; /* in the clock's units */
+  int marks;     /* strides laid so far */
+} ruler;
+
+/* Strides are counted from the last accepted node, or from the frontier where it is evaluated;
+ * never so long that ranks idle near the end. */
+static ruler lay_ruler(const ps_leader *leader, bool exact)
+{
+  const double *clock = leader->pace.clock;
+  int last = leader->program->steps - 1, room = room_ahead(leader) - (exact ? 1 : 0);
+  ruler along = {exact ? leader->step : leader->pace.newest, leader->pace.stride, 0};
+  double left = (clock[last] - clock[along.base]) / (room > 0 ? room : 1);
+  if (along.base < last && left < along.stride) {
+    along.stride = left;
+  }
+  return along;
+}
+
+/* The step nearest to the next mark, after the one before it and not behind the frontier; -1 beyond
+ * the end. */
+static int next_step(const ps_leader *leader, ruler *along, int before)
+{
+  enum { SPAN_MAX = PS__SPAN_MAX };
+  const double *clock = leader->pace.clock;
+  int steps = leader->program->steps, most = leader->options.max_stride;
+  double mark = clock[along->base] + ++along->marks * along->stride;
+  int from = before >= leader->step ? before + 1 : leader->step, step = from;
+  while (step + 1 < steps && fabs(clock[step + 1] - mark) < fabs(clock[step] - mark)) {
+    ++step;
+  }
+  if (most > 0 && step >= from + most) {
+    step = from + most - 1;
+  }
+  return step < steps && step - leader->step < SPAN_MAX ? step : -1;
+}
+
+/* ---- ranks ----------------------------------------------------------------------------------- */
+
+static ps__node node_for(const ps_leader *leader, int step, int rank, int slot)
+{
+  return (ps__node){
+      .step = step,
+      .rank = rank,
+      .slot = slot,
+      .state = PS__PENDING,
+      .record = -1,
+      .point = leader->rank[rank].point[slot],
+      .output = leader->rank[rank].output[slot],
+  };
+}
+
+/* Hands a node to every slot from the first one after `taken` on. */
+static int hand_out(const ps_leader *leader, ruler *along, int step, int taken, ps__node *nodes)
+{
+  int count = taken, before = taken > 0 ? nodes[0].step : -1;
+  for (int slot = 0; slot < PS_SLOTS_MAX; ++slot) {
+    for (int rank = 0; rank < leader->ranks; ++rank) {
+      bool own = rank == 0 && slot == 0 && taken > 0;
+      if (own || !takes_nodes(leader, rank) || slot >= leader->rank[rank].slots ||
+          (taken > 0 && rank == 0 && leader->lane)) {
         continue;
       }
-      nodes[count] = (ps__node){
-          .step = first + count,
-          .rank = rank,
-          .slot = slot,
-          .state = PS__PENDING,
-          .record = -1,
-          .point = holder->point[slot],
-          .output = holder->output[slot],
-      };
-      ++count;
+      step = step >= 0 ? step : next_step(leader, along, before);
+      if (step < 0) {
+        return count;
+      }
+      nodes[count++] = node_for(leader, step, rank, slot);
+      before = step;
+      step = -1;
     }
   }
   return count;
+}
+
+int ps__plan(const ps_leader *leader, bool exact, ps__node *nodes)
+{
+  exact = exact || room_ahead(leader) == 0 || (leader->lane && leader->rank[0].link == NULL);
+  ruler along = lay_ruler(leader, exact);
+  int first = exact ? leader->step : next_step(leader, &along, -1);
+  if (first == leader->step) {
+    /* The first node is the frontier itself: the host evaluates it, exactly. */
+    nodes[0] = (ps__node){.step = first, .state = PS__PENDING, .record = -1};
+    return hand_out(leader, &along, -1, 1, nodes);
+  }
+  return hand_out(leader, &along, first, 0, nodes);
 }

@@ -17,7 +17,7 @@ static ps_program *program_new(int steps, int history)
   ps__arena arena = {0};
   ps__carve(&arena, 1, sizeof(ps_program));
   size_t head = arena.used;
-  ps_program *program = ps__alloc(head + (2 * cells + 3 * rows) * sizeof(double));
+  ps_program *program = ps__alloc(head + (2 * cells + 4 * rows) * sizeof(double));
   if (program == NULL) {
     return NULL;
   }
@@ -29,8 +29,9 @@ static ps_program *program_new(int steps, int history)
   program->c = program->b + cells;
   program->s = program->c + rows;
   program->g = program->s + rows;
+  program->alpha = program->g + rows;
   for (size_t j = 0; j < rows; ++j) {
-    program->s[j] = 1.0;
+    program->s[j] = program->alpha[j] = 1.0;
   }
   return program;
 }
@@ -113,7 +114,8 @@ static ps_status check_size(int steps, int history)
 }
 
 ps_status ps_program_create(int steps, int history, const double *a, const double *b,
-                            const double *c, const double *s, const double *g, ps_program **out)
+                            const double *c, const double *s, const double *g, const double *alpha,
+                            ps_program **out)
 {
   *out = NULL;
   ps_status status = check_size(steps, history);
@@ -135,6 +137,9 @@ ps_status ps_program_create(int steps, int history, const double *a, const doubl
   }
   if (g != NULL) {
     memcpy(program->g, g, rows);
+  }
+  if (alpha != NULL) {
+    memcpy(program->alpha, alpha, rows);
   }
   return program_seal(program, out);
 }
@@ -159,8 +164,23 @@ const double *ps_program_table(const ps_program *program, char which)
   case 'c': return program->c;
   case 's': return program->s;
   case 'g': return program->g;
+  case 'l': return program->alpha;
   default: return NULL;
   }
+}
+
+/* Outputs are interpolated along the trajectory, one evaluation a level: a solver that goes back to
+ * a level (Heun), or on from an earlier latent (DPM2's midpoint), leaves it between. */
+int ps_program_strides(const ps_program *program)
+{
+  for (int j = 0; j < program->steps; ++j) {
+    bool falls =
+        j == 0 || program->s[j] * program->alpha[j - 1] < program->s[j - 1] * program->alpha[j];
+    if (program->draws || !falls || program->a[j * program->history] == 0.0) {
+      return 0;
+    }
+  }
+  return 1;
 }
 
 /* ---- builders -------------------------------------------------------------------------------- */
@@ -240,6 +260,7 @@ ps_status ps_program_ddim(int steps, const double *alpha, const double *s, ps_pr
     program->a[j] = ratio + weight * x0.cx;
     program->b[j] = weight * x0.cm;
     program->s[j] = s[j];
+    program->alpha[j] = alpha[j];
     program->g[j] = slope_of(prediction, alpha[j], s[j]);
   }
   return program_seal(program, out);
@@ -278,6 +299,7 @@ ps_status ps_program_dpmpp_2m(int steps, const double *alpha, const double *s,
       program->b[2 * j + 1] = -weight * r * before.cm;
     }
     program->s[j] = s[j];
+    program->alpha[j] = alpha[j];
     program->g[j] = slope_of(prediction, alpha[j], s[j]);
   }
   return program_seal(program, out);
@@ -360,5 +382,9 @@ ps_status ps_program_flow_euler(int steps, const double *sigma, ps_program **out
       return ps__fail(PS_INVALID, "flow_euler: sigma[%d] = %g: must be 0 to 1", j, sigma[j]);
     }
   }
-  return ps_program_euler(steps, sigma, out);
+  ps_status status = ps_program_euler(steps, sigma, out);
+  for (int j = 0; status == PS_OK && j < steps; ++j) {
+    (*out)->alpha[j] = 1.0 - sigma[j];
+  }
+  return status;
 }

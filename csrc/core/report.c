@@ -6,17 +6,19 @@
 
 #include "core/internal.h"
 
-/* Each round has one record a node; rounds are at most N, and few hosts ask beyond N. */
+/* Each round has one record a node; pace.c keeps rounds from adding up beyond N and a few. */
 size_t ps__report_carve(ps_leader *leader, ps__arena *arena)
 {
   size_t steps = (size_t)leader->program->steps, ranks = (size_t)leader->ranks;
-  size_t records = steps * (size_t)leader->window_max + ranks;
+  size_t rounds = steps + steps / 16 + 4; /* more only for hosts that ask beyond N */
+  size_t records = rounds * (size_t)leader->window_max + ranks;
   leader->evaluations = ps__carve(arena, ranks, sizeof(int));
-  leader->accepted = ps__carve(arena, steps, sizeof(int));
+  leader->accepted = ps__carve(arena, rounds, sizeof(int));
   leader->drift = ps__carve(arena, steps, sizeof(double));
   leader->timeline = ps__carve(arena, records, sizeof(ps_record));
   leader->failure = ps__carve(arena, ranks, sizeof(ps_failure));
   leader->records_max = (int)records;
+  leader->rounds_max = (int)rounds;
   for (size_t j = 0; leader->drift != NULL && j < steps; ++j) {
     leader->drift[j] = NAN;
   }
@@ -45,13 +47,16 @@ ps_status ps_leader_report(const ps_leader *leader, ps_report *report)
   *report = (ps_report){
       .steps = leader->program->steps,
       .ranks = leader->ranks,
-      .rounds = leader->round,
+      /* The leader's device evaluates step 0 twice where it has a lane to verify. */
+      .rounds = leader->round + (leader->lane && leader->round > 0 ? 1 : 0),
       .answered = leader->answered,
+      .interpolated = leader->interpolated,
       .not_finite = leader->not_finite,
       .seconds_ns = now - leader->began_ns,
       .bytes_sent = leader->bytes_sent,
       .evaluations = leader->evaluations,
       .accepted = leader->accepted,
+      .counted = leader->counted,
       .drift = leader->drift,
       .timeline = leader->timeline,
       .records = leader->records,

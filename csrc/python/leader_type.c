@@ -14,9 +14,10 @@ typedef struct leader_object {
   psb_spec spec;
   PyObject *like; /* the first latent: points are tensors of its kind */
   int ranks;
+  bool lane;               /* rank 0 has a follower too */
   int step;                /* of the last ask */
-  ps_link **follower_ends; /* (ranks - 1) not yet handed out, or NULL */
-  PyObject **inboxes;      /* (ranks - 1) of ranks in other processes, NULL for the rest */
+  ps_link **follower_ends; /* (ranks) not yet handed out, or NULL; 0 is a lane's */
+  PyObject **inboxes;      /* (ranks) of ranks in other processes, NULL for the rest */
 } leader_object;
 
 /* ---- making ---------------------------------------------------------------------------------- */
@@ -47,26 +48,23 @@ static int open_link(psb_state *st, leader_object *self, const psb_order *order,
   PyObject *carrier = carrier_of(order, rank);
   if (carrier == NULL) {
     return psb__judge(
-        st, ps_threads_open(&self->spec.layout, slots, leader_end, &self->follower_ends[rank - 1]));
+        st, ps_threads_open(&self->spec.layout, slots, leader_end, &self->follower_ends[rank]));
   }
-  self->inboxes[rank - 1] = psb__host_open(st, &self->spec, slots, PS_LEADS, carrier, leader_end);
-  return self->inboxes[rank - 1] != NULL ? 0 : -1;
+  self->inboxes[rank] = psb__host_open(st, &self->spec, slots, PS_LEADS, carrier, leader_end);
+  return self->inboxes[rank] != NULL ? 0 : -1;
 }
 
 static int open_run(psb_state *st, leader_object *self, const psb_order *order)
 {
-  ps_link *leader_ends[PS_RANKS_MAX];
-  int opened = 0;
-  while (opened < self->ranks - 1 &&
-         open_link(st, self, order, opened + 1, &leader_ends[opened]) == 0) {
-    ++opened;
-  }
-  if (opened < self->ranks - 1) {
-    close_links(leader_ends, opened);
-    return -1;
+  ps_link *leader_ends[PS_RANKS_MAX] = {NULL};
+  for (int rank = order->lane ? 0 : 1; rank < self->ranks; ++rank) {
+    if (open_link(st, self, order, rank, &leader_ends[rank]) < 0) {
+      close_links(leader_ends, self->ranks);
+      return -1;
+    }
   }
   return psb__judge(st, ps_leader_create(order->program, &self->spec.layout, &order->options,
-                                         ps_backend_find("cpu"), leader_ends, self->ranks - 1,
+                                         ps_backend_find("cpu"), leader_ends, self->ranks,
                                          order->slots, &self->leader));
 }
 
@@ -78,6 +76,7 @@ static PyObject *leader_make(psb_state *st, PyTypeObject *type, const psb_order 
   }
   self->guard = psb__guard_new();
   self->ranks = order->ranks;
+  self->lane = order->lane != 0;
   self->like = Py_NewRef(order->x);
   self->follower_ends = PyMem_Calloc((size_t)order->ranks, sizeof *self->follower_ends);
   self->inboxes = PyMem_Calloc((size_t)order->ranks, sizeof *self->inboxes);
@@ -126,10 +125,10 @@ static void leader_dealloc(PyObject *obj)
   PyTypeObject *type = Py_TYPE(obj);
   PyObject_GC_UnTrack(obj);
   if (psb__at_home(&self->guard)) {
-    close_links(self->follower_ends, self->ranks - 1);
+    close_links(self->follower_ends, self->ranks);
     ps_leader_destroy(self->leader);
   }
-  for (int k = 0; self->inboxes != NULL && k < self->ranks - 1; ++k) {
+  for (int k = 0; self->inboxes != NULL && k < self->ranks; ++k) {
     Py_XDECREF(self->inboxes[k]);
   }
   PyMem_Free(self->inboxes);
@@ -220,7 +219,7 @@ static PyObject *leader_ask(PyObject *obj, PyObject *args, PyObject *kwargs)
       take_turn(obj, &t, call_ask) < 0) {
     return NULL;
   }
-  return PyBool_FromLong(t.verdict == PS_ANSWER);
+  return t.verdict == PS_AHEAD ? Py_NewRef(Py_None) : PyBool_FromLong(t.verdict == PS_ANSWER);
 }
 
 static ps_status call_amend(leader_object *self, turn *t)
@@ -241,9 +240,10 @@ static PyObject *leader_amend(PyObject *obj, PyObject *args, PyObject *kwargs)
 
 static ps_status call_submit(leader_object *self, turn *t)
 {
-  ps_status status = ps_leader_submit(self->leader, t->in.data, t->in.dtype, t->began_ns);
+  ps_dtype dtype = t->in.data != NULL ? t->in.dtype : self->spec.layout.m;
+  ps_status status = ps_leader_submit(self->leader, t->in.data, dtype, t->began_ns);
   if (status == PS_OK) {
-    self->spec.layout.m = t->in.dtype; /* settled by the first output, the same ever after */
+    self->spec.layout.m = dtype; /* settled by the first output, the same ever after */
   }
   return status;
 }
@@ -258,6 +258,7 @@ static PyObject *leader_submit(PyObject *obj, PyObject *args, PyObject *kwargs)
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|L:submit", keywords, &t.in_obj, &t.began_ns)) {
     return NULL;
   }
+  t.in_obj = t.in_obj != Py_None ? t.in_obj : NULL;
   return none_or_error(take_turn(obj, &t, call_submit));
 }
 
@@ -382,7 +383,7 @@ static PyObject *leader_leave_out(PyObject *obj, PyObject *args)
 static ps_status call_finish(leader_object *self, turn *t)
 {
   (void)t;
-  close_links(self->follower_ends, self->ranks - 1);
+  close_links(self->follower_ends, self->ranks);
   return ps_leader_finish(self->leader);
 }
 
@@ -425,9 +426,9 @@ static PyObject *get_horizon(PyObject *obj, void *unused)
 static ps_link *take_end(leader_object *self, long rank)
 {
   ps_link *end = NULL;
-  if (rank >= 1 && rank < self->ranks) {
-    end = self->follower_ends[rank - 1];
-    self->follower_ends[rank - 1] = NULL;
+  if (rank >= 0 && rank < self->ranks) {
+    end = self->follower_ends[rank];
+    self->follower_ends[rank] = NULL;
   }
   return end;
 }
@@ -445,8 +446,8 @@ static PyObject *leader_follower(PyObject *obj, PyObject *arg)
   if (end != NULL) {
     follower = psb__follower_new(st, self->like, &self->spec, end, (int)rank);
   } else {
-    psb_raise(st, PS_INVALID, "follower: rank %ld: must be 1 to %d, each taken once", rank,
-              self->ranks - 1);
+    psb_raise(st, PS_INVALID, "follower: rank %ld: must be %d to %d, each taken once", rank,
+              self->lane ? 0 : 1, self->ranks - 1);
   }
   psb__leave(&self->guard);
   return follower;
@@ -460,10 +461,10 @@ static PyObject *leader_inbox(PyObject *obj, PyObject *arg)
   if (rank == -1 && PyErr_Occurred()) {
     return NULL;
   }
-  if (rank < 1 || rank >= self->ranks || self->inboxes[rank - 1] == NULL) {
+  if (rank < 1 || rank >= self->ranks || self->inboxes[rank] == NULL) {
     return psb_raise(st, PS_INVALID, "inbox: rank %ld has no carrier", rank);
   }
-  return Py_NewRef(self->inboxes[rank - 1]);
+  return Py_NewRef(self->inboxes[rank]);
 }
 
 /* ---- the type -------------------------------------------------------------------------------- */
@@ -475,14 +476,17 @@ static PyMethodDef methods[] = {
      "ask($self, step, x, m_out=None)\n--\n\n"
      "The host is at this step with the true latent x.  True: m_out holds the answer, no model "
      "run.\n"
-     "False: evaluate and submit; followers are already at work.  Without m_out always False."},
+     "False: evaluate and submit; followers are already at work.  Without m_out always False.\n"
+     "None: nothing to evaluate at x; evaluate work(), fill(), submit(None), and ask again.  Only\n"
+     "with max_stride other than 1 and without a lane."},
     {"amend", KEYWORDS(leader_amend), METH_VARARGS | METH_KEYWORDS,
      "amend($self, x, m_out=None)\n--\n\n"
      "The latent of the present step turns out to be x.  After an answer m_out is rebased to it "
      "and\n"
      "the drift there returned; before submit x replaces the one asked with (NaN is returned)."},
     {"submit", KEYWORDS(leader_submit), METH_VARARGS | METH_KEYWORDS,
-     "submit($self, m, began_ns=0)\n--\n\nThe leader's own output; gathers the followers'."},
+     "submit($self, m, began_ns=0)\n--\n\nThe leader's own output, or None where what an ask "
+     "that\nreturned None wanted is filled in; gathers the followers'."},
     {"noise", KEYWORDS(leader_noise), METH_VARARGS | METH_KEYWORDS,
      "noise($self, step, z)\n--\n\nNoise of a step below horizon, for guesses that pass it; "
      "copied."},
@@ -515,11 +519,14 @@ static PyGetSetDef getters[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-PyDoc_STRVAR(leader_doc,
-             "Leader(program, x, *, ranks=1, slots=None, tolerance=0.02, policy='verified', "
-             "order=1, warmup=5, deadline=None, on_failure='continue', carriers=None)\n--\n\n"
-             "The leader of a run; x is a latent of the run, its shape and dtype are kept.\n"
-             "carriers: {rank: (send, same_clock)} of ranks in other processes.");
+PyDoc_STRVAR(
+    leader_doc,
+    "Leader(program, x, *, ranks=1, slots=None, tolerance=0.02, policy='verified', "
+    "order=1, max_stride=None, warmup=5, deadline=None, on_failure='continue', "
+    "lane=False, carriers=None)\n--\n\n"
+    "The leader of a run; x is a latent of the run, its shape and dtype are kept.  With a\n"
+    "lane rank 0 has a follower too, which evaluates what lies ahead of the host's loop.\n"
+    "carriers: {rank: (send, same_clock)} of ranks in other processes.");
 
 static PyType_Slot type_slots[] = {
     {Py_tp_doc, (void *)leader_doc}, {Py_tp_new, leader_new},

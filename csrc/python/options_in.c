@@ -126,19 +126,22 @@ static int slots_in(psb_state *st, PyObject *obj, int ranks, int *slots)
 }
 
 typedef struct keywords {
-  PyObject *program, *x, *ranks, *slots, *tolerance, *policy, *order, *warmup, *deadline,
-      *on_failure, *carriers;
+  PyObject *program, *x, *ranks, *slots, *tolerance, *policy, *order, *max_stride, *warmup,
+      *deadline, *on_failure, *carriers;
+  int lane;
 } keywords;
 
 static int keywords_in(PyObject *args, PyObject *kwargs, keywords *given)
 {
-  static char *names[] = {"program", "x",      "ranks",    "slots",      "tolerance", "policy",
-                          "order",   "warmup", "deadline", "on_failure", "carriers",  NULL};
+  static char *names[] = {"program",    "x",     "ranks",      "slots",  "tolerance",
+                          "policy",     "order", "max_stride", "warmup", "deadline",
+                          "on_failure", "lane",  "carriers",   NULL};
   *given = (keywords){0};
-  return PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOOOOO:Leader", names, &given->program,
+  return PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOOOOOpO:Leader", names, &given->program,
                                      &given->x, &given->ranks, &given->slots, &given->tolerance,
-                                     &given->policy, &given->order, &given->warmup,
-                                     &given->deadline, &given->on_failure, &given->carriers)
+                                     &given->policy, &given->order, &given->max_stride,
+                                     &given->warmup, &given->deadline, &given->on_failure,
+                                     &given->lane, &given->carriers)
              ? 0
              : -1;
 }
@@ -179,6 +182,7 @@ int psb__order_in(psb_state *st, PyObject *args, PyObject *kwargs, psb_order *or
   order->program = psb_program_of(st, given.program);
   order->x = given.x;
   order->ranks = 1;
+  order->lane = given.lane;
   ps_options_init(options);
   options->check = psb__check_signals;
   if (order->program == NULL ||
@@ -187,6 +191,8 @@ int psb__order_in(psb_state *st, PyObject *args, PyObject *kwargs, psb_order *or
       real_in(given.tolerance, "tolerance", &options->tolerance) < 0 ||
       choice_in(st, given.policy, "policy", policies, &policy) < 0 ||
       int_in(st, given.order, "order", 0, 1, &options->order) < 0 ||
+      int_in(st, given.max_stride != Py_None ? given.max_stride : NULL, "max_stride", 1, INT_MAX,
+             &options->max_stride) < 0 ||
       int_in(st, given.warmup, "warmup", 1, INT_MAX, &options->warmup) < 0 ||
       deadline_in(st, given.deadline, &options->deadline_ns) < 0 ||
       choice_in(st, given.on_failure, "on_failure", reactions, &options->raise_on_loss) < 0 ||

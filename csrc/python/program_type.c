@@ -83,15 +83,17 @@ static PyObject *table_out(const ps_program *program, char which)
 
 /* ---- making ---------------------------------------------------------------------------------- */
 
+enum { TABLES = 6 }; /* a, b, c, s, g, alpha */
+
 static PyObject *program_from(psb_state *st, PyTypeObject *type, PyArrayObject *const *tables)
 {
-  static const char *const names[] = {"a", "b", "c", "s", "g"};
+  static const char *const names[] = {"a", "b", "c", "s", "g", "alpha"};
   npy_intp steps = PyArray_DIM(tables[0], 0), history = PyArray_DIM(tables[0], 1);
   if (PyArray_DIM(tables[1], 1) != history) {
     return psb_raise(st, PS_SHAPE, "b: %zd columns where a has %zd",
                      (Py_ssize_t)PyArray_DIM(tables[1], 1), (Py_ssize_t)history);
   }
-  for (int k = 1; k < 5; ++k) {
+  for (int k = 1; k < TABLES; ++k) {
     if (check_length(st, tables[k], names[k], steps) < 0) {
       return NULL;
     }
@@ -100,24 +102,24 @@ static PyObject *program_from(psb_state *st, PyTypeObject *type, PyArrayObject *
     return psb_raise(st, PS_INVALID, "program: too many steps or columns");
   }
   ps_program *program;
-  ps_status status =
-      ps_program_create((int)steps, (int)history, data_of(tables[0]), data_of(tables[1]),
-                        data_of(tables[2]), data_of(tables[3]), data_of(tables[4]), &program);
+  ps_status status = ps_program_create((int)steps, (int)history, data_of(tables[0]),
+                                       data_of(tables[1]), data_of(tables[2]), data_of(tables[3]),
+                                       data_of(tables[4]), data_of(tables[5]), &program);
   return status == PS_OK ? wrap_program(type, program) : psb_raise_last(st, status);
 }
 
 static PyObject *program_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-  static char *keywords[] = {"a", "b", "c", "s", "g", NULL};
-  PyObject *given[5] = {NULL, NULL, NULL, NULL, NULL}, *result = NULL;
-  PyArrayObject *tables[5] = {NULL, NULL, NULL, NULL, NULL};
+  static char *keywords[] = {"a", "b", "c", "s", "g", "alpha", NULL};
+  PyObject *given[TABLES] = {NULL}, *result = NULL;
+  PyArrayObject *tables[TABLES] = {NULL};
   psb_state *st = psb_state_of(type);
   if (st == NULL ||
-      !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OOO:Program", keywords, &given[0], &given[1],
-                                   &given[2], &given[3], &given[4])) {
+      !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OOOO:Program", keywords, &given[0], &given[1],
+                                   &given[2], &given[3], &given[4], &given[5])) {
     return NULL;
   }
-  for (int k = 0; k < 5; ++k) {
+  for (int k = 0; k < TABLES; ++k) {
     if (array_in(st, given[k], keywords[k], k < 2 ? 2 : 1, &tables[k]) < 0) {
       goto out;
     }
@@ -128,7 +130,7 @@ static PyObject *program_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
   }
   result = program_from(st, type, tables);
 out:
-  for (int k = 0; k < 5; ++k) {
+  for (int k = 0; k < TABLES; ++k) {
     Py_XDECREF(tables[k]);
   }
   return result;
@@ -281,6 +283,12 @@ static PyObject *get_history(PyObject *self, void *unused)
   return PyLong_FromLong(ps_program_history(((program_object *)self)->program));
 }
 
+static PyObject *get_strides(PyObject *self, void *unused)
+{
+  (void)unused;
+  return PyBool_FromLong(ps_program_strides(((program_object *)self)->program));
+}
+
 static Py_ssize_t program_length(PyObject *self)
 {
   return ps_program_steps(((program_object *)self)->program);
@@ -297,8 +305,9 @@ static PyObject *program_reduce(PyObject *self, PyObject *unused)
 {
   const ps_program *program = ((program_object *)self)->program;
   (void)unused;
-  return Py_BuildValue("O(NNNNN)", Py_TYPE(self), table_out(program, 'a'), table_out(program, 'b'),
-                       table_out(program, 'c'), table_out(program, 's'), table_out(program, 'g'));
+  return Py_BuildValue("O(NNNNNN)", Py_TYPE(self), table_out(program, 'a'), table_out(program, 'b'),
+                       table_out(program, 'c'), table_out(program, 's'), table_out(program, 'g'),
+                       table_out(program, 'l'));
 }
 
 static PyGetSetDef getters[] = {
@@ -307,6 +316,10 @@ static PyGetSetDef getters[] = {
     {"c", get_table, NULL, "(N,) float64: multiplies the noise of step j; a copy.", "c"},
     {"s", get_table, NULL, "(N,) float64: noise scale of step j, above 0; a copy.", "s"},
     {"g", get_table, NULL, "(N,) float64: rebase slope of step j; a copy.", "g"},
+    {"alpha", get_table, NULL, "(N,) float64: signal scale of step j, 0 or above; a copy.", "l"},
+    {"strides", get_strides, NULL,
+     "Whether rounds may be strided: no noise is drawn, each noise level has one evaluation.",
+     NULL},
     {"steps", get_steps, NULL, "N, the number of model calls.", NULL},
     {"history", get_history, NULL, "H, how many latents and outputs a row may read.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
@@ -334,18 +347,18 @@ static PyMethodDef methods[] = {
      METH_CLASS | METH_VARARGS | METH_KEYWORDS,
      "adams_bashforth($type, sigmas, order=2)\n--\n\n"
      "Adams-Bashforth of order 1 to 4 on the uneven grid of decreasing sigmas, (N + 1,)."},
-    {"__reduce__", program_reduce, METH_NOARGS,
-     "__reduce__($self)\n--\n\nPickles as its five tables."},
+    {"__reduce__", program_reduce, METH_NOARGS, "__reduce__($self)\n--\n\nPickles as its tables."},
     {NULL, NULL, 0, NULL},
 };
 
 PyDoc_STRVAR(
     program_doc,
-    "Program(a, b, c=None, s=None, g=None)\n--\n\n"
+    "Program(a, b, c=None, s=None, g=None, alpha=None)\n--\n\n"
     "A sampler written down as numbers, one row a model call:\n"
     "x_{j+1} = sum_k ( a[j, k] x_{j-k} + b[j, k] m_{j-k} ) + c[j] z_j.\n\n"
-    "a, b: (N, H) float64; c noise coefficient, s > 0 noise scale, g rebase slope: (N,), by\n"
-    "default 0, 1 and 0.  Raises ShapeError or InvalidError, both ValueError, for tables that\n"
+    "a, b: (N, H) float64; c noise coefficient, s > 0 noise scale, g rebase slope, alpha signal\n"
+    "scale: (N,), by default 0, 1, 0 and 1.  Raises ShapeError or InvalidError, both ValueError, "
+    "for tables that\n"
     "do not fit, hold NaN or Inf, reach back before step 0, or have s <= 0.");
 
 static PyType_Slot type_slots[] = {

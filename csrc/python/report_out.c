@@ -31,17 +31,15 @@ static PyObject *failure_item(const void *failures, int k)
 
 PyObject *psb__report_out(const ps_report *report)
 {
-  /* A host may ask beyond N; the steps a round took are counted for the program's rounds alone. */
-  int counted = report->rounds < report->steps ? report->rounds : report->steps;
-  return Py_BuildValue("{s:i, s:i, s:i, s:i, s:i, s:d, s:K, s:N, s:N, s:N, s:N, s:N, s:N}", "steps",
-                       report->steps, "ranks", report->ranks, "rounds", report->rounds, "answered",
-                       report->answered, "not_finite", report->not_finite, "seconds",
-                       (double)report->seconds_ns * 1e-9, "bytes_sent",
-                       (unsigned long long)report->bytes_sent, "evaluations",
-                       psb__list(report->ranks, int_item, report->evaluations), "accepted",
-                       psb__list(counted, int_item, report->accepted), "drift",
-                       psb__list(report->steps, double_item, report->drift), "timeline",
-                       psb__list(report->records, record_item, report->timeline), "failures",
-                       psb__list(report->failed, failure_item, report->failures), "fallback",
-                       report->fallback != NULL ? psb_text(report->fallback) : Py_NewRef(Py_None));
+  return Py_BuildValue(
+      "{s:i, s:i, s:i, s:i, s:i, s:i, s:d, s:K, s:N, s:N, s:N, s:N, s:N, s:N}", "steps",
+      report->steps, "ranks", report->ranks, "rounds", report->rounds, "answered", report->answered,
+      "interpolated", report->interpolated, "not_finite", report->not_finite, "seconds",
+      (double)report->seconds_ns * 1e-9, "bytes_sent", (unsigned long long)report->bytes_sent,
+      "evaluations", psb__list(report->ranks, int_item, report->evaluations), "accepted",
+      psb__list(report->counted, int_item, report->accepted), "drift",
+      psb__list(report->steps, double_item, report->drift), "timeline",
+      psb__list(report->records, record_item, report->timeline), "failures",
+      psb__list(report->failed, failure_item, report->failures), "fallback",
+      report->fallback != NULL ? psb_text(report->fallback) : Py_NewRef(Py_None));
 }

@@ -94,6 +94,7 @@ typedef struct psb_order {
   int ranks;
   int slots[PS_RANKS_MAX]; /* (ranks) */
   PyObject *carriers;      /* {rank: (send, same_clock)} of ranks in other processes, or NULL */
+  int lane;                /* rank 0 has a follower too */
   ps_options options;
 } psb_order;
 

@@ -166,19 +166,19 @@ int main(void)
     pthread_create(&ranks[k].thread, NULL, follow, &ranks[k]);
   }
   for (int turn = 0; turn < TURNS; ++turn) {
-    ps_link *links[RANKS];
+    ps_link *links[RANKS] = {NULL};
     ps_leader *leader;
     for (int round = 0; round < ROUNDS; ++round) {
       bare[bares++] = pass_batons(ranks);
     }
     for (int k = 1; k < RANKS; ++k) {
       ps_link *end;
-      need(ps_threads_open(&layout, 1, &links[k - 1], &end));
+      need(ps_threads_open(&layout, 1, &links[k], &end));
       need(ps_follower_create(&layout, end, &ranks[k].follower));
     }
     pass_batons(ranks);
-    need(ps_leader_create(program, &layout, &options, ps_backend_find("cpu"), links, RANKS - 1,
-                          NULL, &leader));
+    need(ps_leader_create(program, &layout, &options, ps_backend_find("cpu"), links, RANKS, NULL,
+                          &leader));
     rounds += run_turn(leader, x, m, exchange + rounds, whole + rounds);
     ps_leader_destroy(leader);
   }

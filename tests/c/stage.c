@@ -187,7 +187,7 @@ ps_program *stage_ancestral(int steps)
     c[j] = 0.6 * sigma[j + 1];
     g[j] = 0.5 / sigma[j];
   }
-  CHECK_OK(ps_program_create(steps, 1, a, b, c, sigma, g, &program));
+  CHECK_OK(ps_program_create(steps, 1, a, b, c, sigma, g, NULL, &program));
   return program;
 }
 
@@ -335,12 +335,13 @@ void stage_open(stage *on)
     stage_rank *self = &on->rank[rank];
     *self = (stage_rank){.on = on, .rank = rank};
     on->slots[rank] = on->slots[rank] > 0 ? on->slots[rank] : 1;
+    links[rank] = NULL;
     if (rank > 0) {
-      links[rank - 1] = on->link != NULL ? on->link(on, rank) : start_follower(on, self);
+      links[rank] = on->link != NULL ? on->link(on, rank) : start_follower(on, self);
     }
   }
   CHECK_OK(ps_leader_create(on->program, &on->layout, &on->options, ps_backend_find("cpu"), links,
-                            on->ranks - 1, on->slots, &on->leader));
+                            on->ranks, on->slots, &on->leader));
 }
 
 void stage_end(stage *on)

@@ -23,7 +23,8 @@ static ps_status make_programs(void *ctx)
   status = status ? status : ps_program_ddim(3, alpha, s, PS_PREDICT_NOISE, &programs[2]);
   status = status ? status : ps_program_dpmpp_2m(3, alpha, s, PS_PREDICT_NOISE, &programs[3]);
   status = status ? status : ps_program_adams_bashforth(3, s, 2, &programs[4]);
-  status = status ? status : ps_program_create(3, 2, row, row, NULL, NULL, NULL, &programs[5]);
+  status =
+      status ? status : ps_program_create(3, 2, row, row, NULL, NULL, NULL, NULL, &programs[5]);
   for (int k = 0; k < 6; ++k) {
     ps_program_release(programs[k]);
   }
@@ -40,8 +41,8 @@ TEST(a_program_refused_leaves_nothing)
   const double zero[3] = {0}, nan[3] = {NAN, NAN, NAN};
   int64_t before = runner_live();
   ps_program *program;
-  CHECK_STATUS(ps_program_create(3, 1, zero, zero, NULL, zero, NULL, &program), PS_INVALID);
-  CHECK_STATUS(ps_program_create(3, 1, nan, zero, NULL, NULL, NULL, &program), PS_INVALID);
+  CHECK_STATUS(ps_program_create(3, 1, zero, zero, NULL, zero, NULL, NULL, &program), PS_INVALID);
+  CHECK_STATUS(ps_program_create(3, 1, nan, zero, NULL, NULL, NULL, NULL, &program), PS_INVALID);
   CHECK_EQ(runner_live(), before);
 }
 
@@ -105,9 +106,10 @@ static ps_status live(void *ctx)
   ps_options options;
   ps_options_init(&options);
   ps_status status = make_followers(links, followers);
-  status = status ? status : ps_program_create(6, 1, a, b, b, NULL, NULL, &program);
+  status = status ? status : ps_program_create(6, 1, a, b, b, NULL, NULL, NULL, &program);
+  ps_link *ends[RANKS] = {NULL, links[0], links[1], links[2]};
   if (status == PS_OK) {
-    status = ps_leader_create(program, &layout, &options, ps_backend_find("cpu"), links, RANKS - 1,
+    status = ps_leader_create(program, &layout, &options, ps_backend_find("cpu"), ends, RANKS,
                               slots, &leader);
     CHECK((status == PS_OK) == (leader != NULL));
   } else {

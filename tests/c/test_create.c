@@ -9,14 +9,15 @@ static void refuse_leader(ps_program *program, const ps_layout *layout, const ps
                           const int *slots, ps_status expected)
 {
   const ps_layout good = {1, 4, PS_F32, PS_F32};
-  ps_link *here, *there;
+  ps_link *here, *there, *links[2] = {NULL, NULL};
   ps_leader *leader;
   ps_follower *follower;
   ps_work work;
   CHECK_OK(ps_threads_open(&good, 2, &here, &there));
+  links[1] = here;
   CHECK_OK(ps_follower_create(&good, there, &follower));
   CHECK_STATUS(
-      ps_leader_create(program, layout, options, ps_backend_find("cpu"), &here, 1, slots, &leader),
+      ps_leader_create(program, layout, options, ps_backend_find("cpu"), links, 2, slots, &leader),
       expected);
   CHECK(leader == NULL);
   /* The link was taken all the same: its follower learns that there is no run. */

@@ -108,7 +108,7 @@ TEST(rows_with_old_latents)
     s[j] = 1.0 + 0.5 * stage_random(&seed);
     g[j] = stage_random(&seed);
   }
-  CHECK_OK(ps_program_create(STEPS, COLUMNS, a, b, NULL, s, g, &program));
+  CHECK_OK(ps_program_create(STEPS, COLUMNS, a, b, NULL, s, g, NULL, &program));
   check_policies(program, NULL, false);
   ps_program_release(program);
 }
@@ -118,7 +118,7 @@ TEST(rows_of_zeros)
 {
   const double zero[6] = {0};
   ps_program *program;
-  CHECK_OK(ps_program_create(6, 1, zero, zero, NULL, NULL, NULL, &program));
+  CHECK_OK(ps_program_create(6, 1, zero, zero, NULL, NULL, NULL, NULL, &program));
   stage on;
   stage_set(&on, program, 3, 1, 5, PS_F64, PS_F64);
   model_check(&on);

@@ -26,7 +26,7 @@ TEST(tables_are_copied)
   double a[4] = {1, 0, 2, 3}, b[4] = {4, 0, 5, 6}, c[2] = {7, 8}, s[2] = {9, 10}, g[2] = {11, -12};
   const double kept[4] = {1, 0, 2, 3};
   ps_program *program;
-  CHECK_OK(ps_program_create(2, 2, a, b, c, s, g, &program));
+  CHECK_OK(ps_program_create(2, 2, a, b, c, s, g, NULL, &program));
   memset(a, 0, sizeof a);
   CHECK_EQ(ps_program_steps(program), 2);
   CHECK_EQ(ps_program_history(program), 2);
@@ -43,7 +43,7 @@ TEST(tables_left_out_have_defaults)
 {
   const double a[3] = {1, 1, 1}, b[3] = {-1, -1, -1};
   ps_program *program;
-  CHECK_OK(ps_program_create(3, 1, a, b, NULL, NULL, NULL, &program));
+  CHECK_OK(ps_program_create(3, 1, a, b, NULL, NULL, NULL, NULL, &program));
   for (int j = 0; j < 3; ++j) {
     CHECK_EQ(ps_program_table(program, 'c')[j], 0);
     CHECK_EQ(ps_program_table(program, 's')[j], 1);
@@ -74,7 +74,7 @@ static void refuse(char table, int at, double value, const char *named)
   double *tables[] = {['a'] = a, ['b'] = b, ['c'] = c, ['s'] = s, ['g'] = g};
   ps_program *program = (ps_program *)&program;
   tables[(unsigned char)table][at] = value;
-  CHECK_STATUS(ps_program_create(3, 2, a, b, c, s, g, &program), PS_INVALID);
+  CHECK_STATUS(ps_program_create(3, 2, a, b, c, s, g, NULL, &program), PS_INVALID);
   CHECK(program == NULL);
   if (strstr(ps_last_error(), named) == NULL) {
     runner_fail(__FILE__, __LINE__, "\"%s\" does not name %s", ps_last_error(), named);
@@ -108,11 +108,13 @@ TEST(sizes_are_checked)
 {
   const double one[2] = {1, 1};
   ps_program *program;
-  CHECK_STATUS(ps_program_create(0, 1, one, one, NULL, NULL, NULL, &program), PS_INVALID);
-  CHECK_STATUS(ps_program_create(-3, 1, one, one, NULL, NULL, NULL, &program), PS_INVALID);
-  CHECK_STATUS(ps_program_create(1, 0, one, one, NULL, NULL, NULL, &program), PS_INVALID);
-  CHECK_STATUS(ps_program_create(1 << 30, 1, one, one, NULL, NULL, NULL, &program), PS_INVALID);
-  CHECK_STATUS(ps_program_create(1, 1 << 30, one, one, NULL, NULL, NULL, &program), PS_INVALID);
+  CHECK_STATUS(ps_program_create(0, 1, one, one, NULL, NULL, NULL, NULL, &program), PS_INVALID);
+  CHECK_STATUS(ps_program_create(-3, 1, one, one, NULL, NULL, NULL, NULL, &program), PS_INVALID);
+  CHECK_STATUS(ps_program_create(1, 0, one, one, NULL, NULL, NULL, NULL, &program), PS_INVALID);
+  CHECK_STATUS(ps_program_create(1 << 30, 1, one, one, NULL, NULL, NULL, NULL, &program),
+               PS_INVALID);
+  CHECK_STATUS(ps_program_create(1, 1 << 30, one, one, NULL, NULL, NULL, NULL, &program),
+               PS_INVALID);
   CHECK(program == NULL);
   CHECK_STATUS(ps_program_euler(0, one, &program), PS_INVALID);
   CHECK_STATUS(ps_program_flow_euler(0, one, &program), PS_INVALID);

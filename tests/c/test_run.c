@@ -185,7 +185,7 @@ TEST(rounding_of_the_host_is_no_drift)
 {
   const double a[8] = {1, 1, 1, 1, 1, 1, 1, 1}, b[8] = {0};
   ps_program *program;
-  CHECK_OK(ps_program_create(8, 1, a, b, NULL, NULL, NULL, &program));
+  CHECK_OK(ps_program_create(8, 1, a, b, NULL, NULL, NULL, NULL, &program));
   stage on;
   stage_set(&on, program, 4, 1, 64, PS_BF16, PS_BF16);
   uint16_t *x = stage_latent(&on, 5), m[64];

@@ -371,8 +371,8 @@ TEST(follower_calls_out_of_order)
   ps_options_init(&options);
   CHECK_OK(ps_threads_open(&layout, 1, &here, &there));
   CHECK_OK(ps_follower_create(&layout, there, &follower));
-  CHECK_OK(ps_leader_create(program, &layout, &options, ps_backend_find("cpu"), &here, 1, NULL,
-                            &leader));
+  CHECK_OK(ps_leader_create(program, &layout, &options, ps_backend_find("cpu"),
+                            (ps_link *[]){NULL, here}, 2, NULL, &leader));
   CHECK_STATUS(ps_follower_submit(follower, PS_F32, 0, 0), PS_STATE);
   soon.deadline_ns = ps_now_ns() + 1000000;
   CHECK_STATUS(ps_follower_next(follower, &soon, &work), PS_DEADLINE);
@@ -401,8 +401,8 @@ TEST(follower_calls_out_of_order)
   /* A follower of another shape does not touch the points. */
   CHECK_OK(ps_threads_open(&layout, 1, &here, &there));
   CHECK_OK(ps_follower_create(&larger, there, &follower));
-  CHECK_OK(ps_leader_create(program, &layout, &options, ps_backend_find("cpu"), &here, 1, NULL,
-                            &leader));
+  CHECK_OK(ps_leader_create(program, &layout, &options, ps_backend_find("cpu"),
+                            (ps_link *[]){NULL, here}, 2, NULL, &leader));
   CHECK_OK(ps_leader_ask(leader, 0, x, m, &verdict));
   CHECK_STATUS(ps_follower_next(follower, NULL, &work), PS_PROTOCOL);
   ps_follower_destroy(follower);

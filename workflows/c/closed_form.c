@@ -128,14 +128,14 @@ static ps_leader *sample(mixture *data, int ranks, double tolerance, float *x)
 {
   const ps_layout layout = {.items = 1, .size = SIZE, .x = PS_F32, .m = PS_F32};
   rank follower[RANKS];
-  ps_link *links[RANKS];
+  ps_link *links[RANKS] = {NULL};
   ps_program *program;
   ps_leader *leader;
   ps_options options;
   for (int k = 1; k < ranks; ++k) {
     ps_link *end;
     follower[k] = (rank){.number = k, .data = data};
-    need(ps_threads_open(&layout, 1, &links[k - 1], &end), "link");
+    need(ps_threads_open(&layout, 1, &links[k], &end), "link");
     need(ps_follower_create(&layout, end, &follower[k].follower), "follower");
     if (pthread_create(&follower[k].thread, NULL, serve, &follower[k]) != 0) {
       need(PS_NO_MEMORY, "thread");
@@ -144,7 +144,7 @@ static ps_leader *sample(mixture *data, int ranks, double tolerance, float *x)
   ps_options_init(&options);
   options.tolerance = tolerance;
   need(ps_program_ddim(STEPS, data->alpha, data->s, PS_PREDICT_NOISE, &program), "program");
-  need(ps_leader_create(program, &layout, &options, ps_backend_find("cpu"), links, ranks - 1, NULL,
+  need(ps_leader_create(program, &layout, &options, ps_backend_find("cpu"), links, ranks, NULL,
                         &leader),
        "leader");
   need(ps_sample(leader, denoise, data, NULL, x), "sampling");
