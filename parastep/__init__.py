@@ -2,8 +2,8 @@
 verified).
 
 `parallelize(pipe, devices=[...])` for diffusers, `sample(program, denoiser, x)` for anything else;
-`trace(scheduler, n)` writes a scheduler down as a `Program`.  Needs NumPy alone; torch and
-diffusers are imported when first used.
+`trace(scheduler, n)` writes a scheduler down as a `Program`; `plan(...)` predicts a run.  Needs
+NumPy alone; torch and diffusers are imported when first used.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ._core import (
 )
 from ._version import __version__
 from .api import FollowerWarning, SerialWarning, sample
+from .planning import plan
 from .report import Report
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ __all__ = [
     "__version__",
     "build_info",
     "parallelize",
+    "plan",
     "sample",
     "trace",
 ]

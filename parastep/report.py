@@ -90,14 +90,30 @@ class Report:
         return [found[step] for step in range(self.steps)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings; NaN and Inf become None, so that it is valid JSON."""
+        """Plain lists, numbers and strings, valid JSON: NaN and Inf become None, but for an
+        infinite tolerance, which is "inf".
+        """
         plain = asdict(self)
         plain["drift"] = [value if math.isfinite(value) else None for value in self.drift]
-        if self.tolerance is not None and not math.isfinite(self.tolerance):
-            plain["tolerance"] = None
+        if self.tolerance == math.inf:
+            plain["tolerance"] = "inf"
         plain["timeline"] = [record._asdict() for record in self.timeline]
         plain["failures"] = [line._asdict() for line in self.failures]
         return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Report:
+        """What `to_dict` made, maybe by way of JSON. Raises ValueError for anything else."""
+        try:
+            found = dict(plain)
+            found["drift"] = [math.nan if value is None else value for value in found["drift"]]
+            if found["tolerance"] is not None:
+                found["tolerance"] = float(found["tolerance"])
+            found["timeline"] = [Evaluation(**record) for record in found["timeline"]]
+            found["failures"] = [Failure(**line) for line in found["failures"]]
+            return cls(**found)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not the dict of a report: {error!r}") from error
 
     def plot(self, figure: Any = None) -> Any:
         """A matplotlib figure: who evaluated what when, the drift of each step, steps per round.

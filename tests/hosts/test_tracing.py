@@ -239,6 +239,13 @@ CASES = [
     case("VQDiffusion", NONE, num_vec_classes=10),
 ]  # fmt: skip
 
+def present(cases: list[Case]) -> list[Case]:
+    """Those that this version of diffusers has: `test_no_scheduler_is_left_out` looks at the rest.
+    """
+    return [c for c in cases if hasattr(library, c.name)]
+
+
+CASES = present(CASES)
 CERTAIN = [c for c in CASES if c.verdict == EXACT]
 
 
@@ -530,8 +537,9 @@ def test_clipping_leaves_the_rows_without_it() -> None:
 
 
 def test_slope_of_velocities_towards_the_data() -> None:
-    for name, config in (("FlowMatchEulerDiscrete", {"invert_sigmas": True}), ("MiniMaxH3", {})):
-        traced = case(name, **config).trace()
+    velocities = [case("FlowMatchEulerDiscrete", invert_sigmas=True), case("MiniMaxH3")]
+    for velocity in present(velocities):
+        traced = velocity.trace()
         assert (traced.g < 0).all() and traced.s[0] == pytest.approx(1, abs=0.01)
         assert (np.diff(traced.s) < 0).all()
         np.testing.assert_allclose(traced.g, -0.5 / traced.s, rtol=1e-5)
@@ -611,7 +619,9 @@ def test_history_is_left_out() -> None:
 @pytest.mark.parametrize("name", ["UniPCMultistep", "EulerDiscrete", "DDPM", "SCM", "Helios",
                                   "FlowMatchEulerDiscrete", "DPMSolverSDE"])  # fmt: skip
 def test_surroundings_do_not_matter(name: str) -> None:
-    chosen = next(c for c in CASES if c.name == f"{name}Scheduler")
+    chosen = next((c for c in CASES if c.name == f"{name}Scheduler"), None)
+    if chosen is None:
+        pytest.skip("not in this version of diffusers")
     expected = chosen.trace()
 
     def compare(what: str, setting: Any, loosely: bool = False) -> None:
@@ -684,7 +694,8 @@ def test_reasons() -> None:
     assert "ValueError" in str(reason) and "set_timesteps" in str(reason)
     learned = case("DDPM", variance_type="learned_range").trace()
     assert "learned variance" in str(learned.reason)
-    assert "'dmd_noisy_tensor'" in str(case("HeliosDMD", setup={"stage_index": 0}).trace().reason)
+    for unknown in present([case("HeliosDMD", setup={"stage_index": 0})]):
+        assert "'dmd_noisy_tensor'" in str(unknown.trace().reason)
     flow = library.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     assert "mu" in str(tracing.trace_rows(flow, None, 10).reason)
     assert "object has no" in str(tracing.trace_rows(object.__new__(Case), None, 3).reason)
@@ -773,6 +784,7 @@ STOCHASTIC = [
     case("DPMSolverSDE"),
     case("CosineDPMSolverMultistep"),
 ]
+STOCHASTIC = present(STOCHASTIC)
 
 
 @pytest.mark.parametrize("source", ["generator", "global", "list"])

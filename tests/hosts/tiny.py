@@ -7,8 +7,12 @@ are given small random weights, so that the output depends on latents, time and 
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
+import pathlib
 import string
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import diffusers
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from torch import nn
@@ -106,12 +111,16 @@ CASES: dict[str, Case] = {}
 
 
 def case(
-    name: str, args: Callable[[int, int], Kwargs], **fields: Any
+    name: str, args: Callable[[int, int], Kwargs], *, needs: str = "", **fields: Any
 ) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
-    """Register the decorated builder as the case `name`; `args(batch, cond)` makes a call."""
+    """Register the decorated builder as the case `name`; `args(batch, cond)` makes a call.
+
+    `needs` is a class of diffusers that older versions lack: without it there is no such case.
+    """
 
     def register(make: Callable[[], Any]) -> Callable[[], Any]:
-        CASES[name] = Case(name, make, args, **fields)
+        if not needs or hasattr(diffusers, needs):
+            CASES[name] = Case(name, make, args, **fields)
         return make
 
     return register
@@ -261,8 +270,19 @@ def clip_tokenizer() -> Any:
     """Return a CLIP tokenizer of single letters."""
     tokens = [letter + end for end in ("", "</w>") for letter in string.ascii_lowercase]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return _tokenizer(transformers.CLIPTokenizer, tokens)
+
+
+def _tokenizer(cls: type, tokens: list[str]) -> Any:
+    """Return a byte-pair tokenizer without merges; transformers before 5 reads them from files."""
     vocab = {token: i for i, token in enumerate(tokens)}
-    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=24)
+    if "vocab" in inspect.signature(cls).parameters:
+        return cls(vocab=vocab, merges=[], model_max_length=24)
+    with tempfile.TemporaryDirectory() as folder:
+        words, merges = pathlib.Path(folder, "vocab.json"), pathlib.Path(folder, "merges.txt")
+        words.write_text(json.dumps(vocab))
+        merges.write_text("#version: 0.2\n")
+        return cls(str(words), str(merges), model_max_length=24)
 
 
 def clip_text(tokenizer: Any, *, projection: bool = False) -> Any:
@@ -284,7 +304,7 @@ def clip_text(tokenizer: Any, *, projection: bool = False) -> Any:
     return net(transformers.CLIPTextModel, config)
 
 
-def clip_vision() -> Any:
+def clip_vision(cls: type = transformers.CLIPVisionModelWithProjection) -> Any:
     """Return a CLIP image encoder for 32x32 pictures, embedding width 32."""
     config = transformers.CLIPVisionConfig(
         hidden_size=32,
@@ -296,7 +316,7 @@ def clip_vision() -> Any:
         patch_size=8,
         initializer_factor=10.0,
     )
-    return net(transformers.CLIPVisionModelWithProjection, config)
+    return net(cls, config)
 
 
 def clip_processor() -> Any:
@@ -427,7 +447,7 @@ def _cogvideox_args(batch: int, cond: int) -> Kwargs:
     }
 
 
-def _cogvideox(scheduler: Any) -> Any:
+def _cogvideox(scheduler: Any, **config: int) -> Any:
     return diffusers.CogVideoXPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -444,8 +464,6 @@ def _cogvideox(scheduler: Any) -> Any:
             gains=_DIT_GAINS,
             num_attention_heads=4,
             attention_head_dim=8,
-            in_channels=4,
-            out_channels=4,
             time_embed_dim=16,
             text_embed_dim=32,
             num_layers=2,
@@ -455,6 +473,7 @@ def _cogvideox(scheduler: Any) -> Any:
             patch_size=2,
             temporal_compression_ratio=4,
             max_text_seq_length=16,
+            **{"in_channels": 4, "out_channels": 4, **config},
         ),
         scheduler=scheduler,
     )
@@ -485,6 +504,17 @@ def cogvideox_dpm() -> Any:
     return _cogvideox(diffusers.CogVideoXDPMScheduler(**_COG_NOISE))
 
 
+def _cogvideox_i2v_args(batch: int, cond: int) -> Kwargs:
+    return _cogvideox_args(batch, cond) | {"image": picture("cog", cond, batch, 3, 32, 32)}
+
+
+@case("cogvideox_i2v", _cogvideox_i2v_args, decoded="pt")
+def cogvideox_i2v() -> Any:
+    """The picture's latents are further channels of the input."""
+    pipe = _cogvideox(diffusers.CogVideoXDDIMScheduler(**_COG_NOISE), in_channels=8, out_channels=4)
+    return diffusers.CogVideoXImageToVideoPipeline(**pipe.components)
+
+
 def _audioldm2_args(batch: int, cond: int) -> Kwargs:
     return {
         "prompt_embeds": tensor("t5", cond, batch, 7, 32),
@@ -511,21 +541,25 @@ def _t5() -> Any:
     return net(transformers.T5EncoderModel, transformers.T5Config(vocab_size=64, **sizes))
 
 
+def _unigrams(specials: list[str], letters: list[str]) -> Any:
+    """Return a T5 tokenizer of single letters, the unknown one the last of the specials."""
+    vocab = [(token, 0.0) for token in specials] + [(letter, -2.0) for letter in letters]
+    if "vocab" in inspect.signature(transformers.T5Tokenizer).parameters:
+        return transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=24)
+    model = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, unk_id=len(specials) - 1))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    end = ("</s>", specials.index("</s>"))
+    model.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[end])
+    return transformers.T5TokenizerFast(tokenizer_object=model, extra_ids=0, model_max_length=24)
+
+
 def _audioldm2_text_parts() -> Kwargs:
     """Return what turns a prompt into embeddings: CLAP, T5, a projection, and GPT-2 with them."""
     letters = list(string.ascii_lowercase)
     byte_space = "\u0120"  # how byte-level tokenizers write a space
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    roberta = transformers.RobertaTokenizer(
-        vocab={token: i for i, token in enumerate([*specials, byte_space, *letters])},
-        merges=[],
-        model_max_length=24,
-    )
-    t5 = transformers.T5Tokenizer(
-        vocab=[(t, 0.0) for t in ("<pad>", "</s>", "<unk>")] + [(t, -2.0) for t in ["▁", *letters]],
-        extra_ids=0,
-        model_max_length=24,
-    )
+    roberta = _tokenizer(transformers.RobertaTokenizer, [*specials, byte_space, *letters])
+    t5 = _unigrams(["<pad>", "</s>", "<unk>"], ["▁", *letters])
     clap = transformers.ClapConfig(
         text_config={
             "vocab_size": len(roberta),
@@ -994,28 +1028,27 @@ def _wan_args(batch: int, cond: int) -> Kwargs:
     }
 
 
-def _wan(experts: int = 1, **config: Any) -> Any:
-    models = [
-        net(
-            diffusers.WanTransformer3DModel,
-            gains=_DIT_GAINS | {"proj_out": 1.0 + 0.2 * i},
-            patch_size=(1, 2, 2),
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=32,
-            freq_dim=64,
-            ffn_dim=32,
-            num_layers=2,
-            rope_max_seq_len=32,
-        )
-        for i in range(experts)
-    ]
-    return diffusers.WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=net(
+def _wan_transformer(gain: float = 1.0, **config: Any) -> Any:
+    return net(
+        diffusers.WanTransformer3DModel,
+        gains=_DIT_GAINS | {"proj_out": gain},
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=32,
+        freq_dim=64,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+        **{"in_channels": 4, "out_channels": 4, **config},
+    )
+
+
+def _wan_parts() -> Kwargs:
+    return {
+        "tokenizer": None,
+        "text_encoder": None,
+        "vae": net(
             diffusers.AutoencoderKLWan,
             base_dim=4,
             z_dim=4,
@@ -1025,31 +1058,62 @@ def _wan(experts: int = 1, **config: Any) -> Any:
             latents_mean=[0.0] * 4,
             latents_std=[1.0] * 4,
         ),
-        scheduler=diffusers.UniPCMultistepScheduler(
+        "scheduler": diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
-        transformer=models[0],
-        transformer_2=models[1] if experts == 2 else None,
-        **config,
-    )
+    }
 
 
 @case("wan", _wan_args, decoded="pt")
 def wan() -> Any:
     """Wan 2.1: two calls a step, latents in fp32."""
-    return _wan()
+    return diffusers.WanPipeline(**_wan_parts(), transformer=_wan_transformer())
 
 
 @case("wan22", _wan_args, decoded="pt")
 def wan22() -> Any:
     """Wan 2.2 A14B: a second transformer below the boundary."""
-    return _wan(2, boundary_ratio=0.875)
+    models = {"transformer": _wan_transformer(), "transformer_2": _wan_transformer(1.2)}
+    return diffusers.WanPipeline(**_wan_parts(), **models, boundary_ratio=0.875)
 
 
 @case("wan22_5b", _wan_args, decoded="pt")
 def wan22_5b() -> Any:
     """Wan 2.2 5B: a timestep for every token."""
-    return _wan(expand_timesteps=True)
+    parts = _wan_parts() | {"transformer": _wan_transformer()}
+    return diffusers.WanPipeline(**parts, expand_timesteps=True)
+
+
+def _wan_i2v_args(batch: int, cond: int) -> Kwargs:
+    return _wan_args(batch, cond) | {"image": picture("wan", cond, 1, 3, 32, 32)}
+
+
+@case("wan_i2v", _wan_i2v_args, decoded="pt")
+def wan_i2v() -> Any:
+    """Wan 2.1 from a picture: its latents as further channels, its embeddings beside the text."""
+    parts = _wan_parts() | {
+        "image_encoder": clip_vision(transformers.CLIPVisionModel),
+        "image_processor": clip_processor(),
+        "transformer": _wan_transformer(in_channels=12, image_dim=32, added_kv_proj_dim=24),
+    }
+    return diffusers.WanImageToVideoPipeline(**parts)
+
+
+@case("wan22_i2v", _wan_i2v_args, decoded="pt")
+def wan22_i2v() -> Any:
+    """Wan 2.2 A14B from a picture: two transformers."""
+    models = {
+        "transformer": _wan_transformer(in_channels=12),
+        "transformer_2": _wan_transformer(1.2, in_channels=12),
+    }
+    return diffusers.WanImageToVideoPipeline(**_wan_parts(), **models, boundary_ratio=0.875)
+
+
+@case("wan22_5b_i2v", _wan_i2v_args, decoded="pt")
+def wan22_5b_i2v() -> Any:
+    """Wan 2.2 5B from a picture: the input's first frame is the picture's, the latents' is not."""
+    parts = _wan_parts() | {"transformer": _wan_transformer()}
+    return diffusers.WanImageToVideoPipeline(**parts, expand_timesteps=True)
 
 
 def _hunyuanvideo_args(batch: int, cond: int) -> Kwargs:
@@ -1068,21 +1132,17 @@ def _hunyuanvideo_cfg_args(batch: int, cond: int) -> Kwargs:
     return args | {"negative_pooled_prompt_embeds": negative, "true_cfg_scale": 3.0}
 
 
-@case("hunyuanvideo", _hunyuanvideo_args)
-def hunyuanvideo() -> Any:
-    """One call a step, guidance as an input; latents are cast to the model's dtype."""
-    return diffusers.HunyuanVideoPipeline(
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        vae=None,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        transformer=net(
+def _hunyuanvideo_parts(**config: Any) -> Kwargs:
+    return {
+        "text_encoder": None,
+        "tokenizer": None,
+        "text_encoder_2": None,
+        "tokenizer_2": None,
+        "vae": None,
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        "transformer": net(
             diffusers.HunyuanVideoTransformer3DModel,
             gains=_DIT_GAINS,
-            in_channels=4,
-            out_channels=4,
             num_attention_heads=2,
             attention_head_dim=10,
             num_layers=1,
@@ -1090,15 +1150,52 @@ def hunyuanvideo() -> Any:
             num_refiner_layers=1,
             patch_size=1,
             patch_size_t=1,
-            guidance_embeds=True,
             text_embed_dim=32,
             pooled_projection_dim=8,
             rope_axes_dim=(2, 4, 4),
+            **{"in_channels": 4, "out_channels": 4, "guidance_embeds": True, **config},
         ),
-    )
+    }
+
+
+@case("hunyuanvideo", _hunyuanvideo_args)
+def hunyuanvideo() -> Any:
+    """One call a step, guidance as an input; latents are cast to the model's dtype."""
+    return diffusers.HunyuanVideoPipeline(**_hunyuanvideo_parts())
 
 
 case("hunyuanvideo_cfg", _hunyuanvideo_cfg_args)(hunyuanvideo)
+
+
+def _hunyuanvideo_i2v_args(batch: int, cond: int) -> Kwargs:
+    image = picture("hunyuan", cond, batch, 3, 32, 32)
+    return _hunyuanvideo_args(batch, cond) | {"image": image, "num_frames": 9}
+
+
+def _hunyuanvideo_i2v(**config: Any) -> Any:
+    parts = _hunyuanvideo_parts(guidance_embeds=False, **config) | {
+        "image_processor": None,
+        "vae": net(
+            diffusers.AutoencoderKLHunyuanVideo,
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+        ),
+    }
+    return diffusers.HunyuanVideoImageToVideoPipeline(**parts)
+
+
+@case("hunyuanvideo_i2v", _hunyuanvideo_i2v_args, decoded="pt")
+def hunyuanvideo_i2v() -> Any:
+    """The picture's latents and a mask as further channels."""
+    return _hunyuanvideo_i2v(in_channels=9, image_condition_type="latent_concat")
+
+
+@case("hunyuanvideo_i2v_replace", _hunyuanvideo_i2v_args, decoded="pt")
+def hunyuanvideo_i2v_replace() -> Any:
+    """The picture's latents are the first frame: step gets the other frames only."""
+    return _hunyuanvideo_i2v(image_condition_type="token_replace")
 
 
 def _ltx_args(batch: int, cond: int) -> Kwargs:
@@ -1268,17 +1365,15 @@ def _qwenimage_args(batch: int, cond: int) -> Kwargs:
     return args | {"height": 64, "width": 64, "true_cfg_scale": 3.0}
 
 
-@case("qwenimage", _qwenimage_args)
-def qwenimage() -> Any:
-    """Two calls a step, the guided output rescaled to the norm of the conditional one."""
-    return diffusers.QwenImagePipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+def _qwenimage_parts() -> Kwargs:
+    return {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, shift_terminal=0.02, time_shift_type="exponential"
         ),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        transformer=net(
+        "vae": None,
+        "text_encoder": None,
+        "tokenizer": None,
+        "transformer": net(
             diffusers.QwenImageTransformer2DModel,
             gains=_DIT_GAINS,
             patch_size=2,
@@ -1290,7 +1385,34 @@ def qwenimage() -> Any:
             joint_attention_dim=32,
             axes_dims_rope=(4, 6, 6),
         ),
+    }
+
+
+@case("qwenimage", _qwenimage_args)
+def qwenimage() -> Any:
+    """Two calls a step, the guided output rescaled to the norm of the conditional one."""
+    return diffusers.QwenImagePipeline(**_qwenimage_parts())
+
+
+def _qwenimage_img2img_args(batch: int, cond: int) -> Kwargs:
+    image = picture("qwen", cond, batch, 3, 64, 64)
+    return _qwenimage_args(batch, cond) | {"image": image, "strength": 0.75}
+
+
+@case("qwenimage_img2img", _qwenimage_img2img_args, steps=16, share=0.75, decoded="pt")
+def qwenimage_img2img() -> Any:
+    """From a picture with noise, over the later part of the timesteps."""
+    vae = net(
+        diffusers.AutoencoderKLQwenImage,
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
     )
+    return diffusers.QwenImageImg2ImgPipeline(**_qwenimage_parts() | {"vae": vae})
 
 
 def _pixart_args(batch: int, cond: int) -> Kwargs:
@@ -1430,7 +1552,7 @@ def _z_image_trunc_args(batch: int, cond: int) -> Kwargs:
     return _z_image_args(batch, cond) | {"cfg_truncation": 0.3}
 
 
-@case("z_image", _z_image_args)
+@case("z_image", _z_image_args, needs="ZImagePipeline")
 def z_image() -> Any:
     """The transformer takes and returns lists, one tensor an item of the batch."""
     return diffusers.ZImagePipeline(
@@ -1455,7 +1577,7 @@ def z_image() -> Any:
 
 
 # Guidance ends in mid-run: the batch of the call halves.
-case("z_image_trunc", _z_image_trunc_args)(z_image)
+case("z_image_trunc", _z_image_trunc_args, needs="ZImagePipeline")(z_image)
 
 
 # Kandinsky 2.2, Stable Audio, LTX-2
@@ -1591,7 +1713,7 @@ def _ltx2_args(batch: int, cond: int) -> Kwargs:
     }
 
 
-@case("ltx2", _ltx2_args)
+@case("ltx2", _ltx2_args, needs="LTX2Pipeline")
 def ltx2() -> Any:
     """Video and sound: two schedulers step in every iteration, one of them a deep copy."""
     return diffusers.LTX2Pipeline(

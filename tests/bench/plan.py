@@ -1,0 +1,136 @@
+"""What `parastep.plan` predicts beside what is measured: rounds, and wall time over a link.
+
+Rounds: one run of the demo's image model on 8 ranks is the profile, other ranks, tolerances, steps
+and seeds are predicted.  Wall time: a denoiser that only waits, on ranks that share one link, which
+waits too, once for each latent in either direction; the profile is such a run without a link.
+
+    python tests/bench/plan.py
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from _table import arguments, show, verdict, write
+
+import parastep
+from parastep.demo import image
+from parastep.planning import Profile, rounds_of
+
+GOAL = 0.10
+SEEDS = (100, 101, 102)
+WAIT, SIZE = 0.05, 2.2e6  # seconds of a forward, bytes of a latent
+LINKS = {"2.5GB/s": 2.5e9, "25GbE": 3.125e9, "500MB/s": 0.5e9}
+
+
+def image_runs(scheduler: str, steps: int) -> dict[tuple[int, float, int], Any]:
+    """Reports by ranks, tolerance and seed."""
+    pipe = image.load(scheduler=scheduler)
+    program = parastep.trace(image.make_scheduler(scheduler), steps)
+    found = {}
+    for seed in SEEDS:
+        f = image.denoiser([seed % 10], steps, 3.0, scheduler, pipe)
+        x = image.noise(1, seed) * pipe.scheduler.init_noise_sigma
+        for ranks in (2, 4, 8):
+            for tolerance in (0.001, 0.005, 0.02):
+                found[ranks, tolerance, seed] = parastep.sample(
+                    program, f, x, ranks=ranks, tolerance=tolerance, max_stride=1
+                )[1]
+    return found
+
+
+def rounds(scheduler: str) -> tuple[list[list[Any]], list[float]]:
+    """A row for each number of steps and ranks, and by how much each prediction is off."""
+    runs = {steps: image_runs(scheduler, steps) for steps in (28, 50)}
+    profile = Profile.of(runs[50][8, 0.02, SEEDS[0]])
+    rows, off = [], []
+    for steps, reports in runs.items():
+        for ranks in (2, 4, 8):
+            cells = []
+            for tolerance in (0.001, 0.005, 0.02):
+                own = [reports[ranks, tolerance, seed].rounds for seed in SEEDS]
+                told = len(rounds_of(profile.at(steps), ranks, tolerance))
+                measured = statistics.mean(own)
+                off.append(abs(told - measured) / measured)
+                cells.append(f"{told} / {measured:.1f}")
+            rows.append([scheduler, steps, ranks, *cells])
+    return rows, off
+
+
+class Link:
+    """The leader's: one latent at a time in each direction."""
+
+    def __init__(self, rate: float) -> None:
+        self.seconds = SIZE / rate if rate < math.inf else 0.0
+        self.out, self.back = threading.Lock(), threading.Lock()
+
+    def carry(self, way: threading.Lock) -> None:
+        if self.seconds:
+            with way:
+                time.sleep(self.seconds)
+
+
+def waiting(ranks: int, rate: float) -> Any:
+    """The report of a run whose followers are reached over a link of that rate."""
+    link = Link(rate)
+    program = parastep.Program.flow_euler(np.linspace(1, 0, 31))
+
+    def denoiser(x: np.ndarray, step: int, rank: int) -> np.ndarray:
+        if rank > 0:
+            link.carry(link.out)
+        time.sleep(WAIT)
+        if rank > 0:
+            link.carry(link.back)
+        return 0.5 * x
+
+    x = np.ones((1, 1024), np.float32)
+    return parastep.sample(program, denoiser, x, ranks=ranks, tolerance=math.inf, max_stride=1)[1]
+
+
+def quickest(repeats: int, ranks: int, rate: float) -> Any:
+    """Other work on the machine only ever lengthens a run."""
+    reports = [waiting(ranks, rate) for _ in range(repeats)]
+    return min(reports, key=lambda report: report.seconds)
+
+
+def wall(repeats: int) -> tuple[list[list[Any]], list[float]]:
+    rows, off = [], []
+    for ranks in (2, 4, 8):
+        profile = quickest(repeats, ranks, math.inf)
+        for link, rate in {"none": math.inf, **LINKS}.items():
+            report = quickest(repeats, ranks, rate)
+            known = {"profile": profile, "latents": SIZE, "latency": 0, "tolerance": math.inf}
+            (told,) = parastep.plan(30, ranks=ranks, link=min(rate, 1e15), **known)
+            off.append(abs(told.seconds - report.seconds) / report.seconds)
+            rows.append([ranks, link, f"{told.seconds:.3f}", f"{report.seconds:.3f}",
+                         f"{off[-1]:.1%}"])  # fmt: skip
+    return rows, off
+
+
+def main() -> None:
+    options = arguments("plan", repeats=7)
+    torch.set_num_threads(1)
+    figures = {}
+    for scheduler in ("ddim", "dpmpp2m"):
+        rows, off = rounds(scheduler)
+        columns = ["model", "steps", "ranks", *(f"tolerance {t}" for t in (0.001, 0.005, 0.02))]
+        title = f"rounds: predicted from one run / measured, mean of {len(SEEDS)} seeds"
+        show(title, columns, rows)
+        figures[scheduler] = off
+        mean = statistics.mean(off)
+        print(f"off by {mean:.1%} on average, {max(off):.0%} at worst: {verdict(mean, GOAL)}")
+    rows, off = wall(options.repeats)
+    title = f"wall time: {WAIT * 1e3:.0f} ms a forward, 30 steps, latents of {SIZE / 1e6} MB"
+    show(title, ["ranks", "link", "predicted s", "measured s", "off"], rows)
+    print(f"off by {max(off):.1%} at worst: {verdict(max(off), GOAL)}")
+    write(options.json, {"plan": {"rounds": figures, "wall": off}})
+
+
+if __name__ == "__main__":
+    main()

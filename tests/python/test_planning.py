@@ -1,0 +1,272 @@
+"""`plan` against the core itself: shares, rounds, exchange; and what it says to bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import threading
+
+import numpy as np
+import pytest
+
+import parastep
+from parastep import _core, cli, planning
+
+STEPS = 40
+
+
+def sampled(ranks, steps=STEPS, tolerance=0.02, **options):
+    """The report of a run whose drift is no straight line: data of two narrow clusters."""
+    angle = np.linspace(1.5, 0.05, steps + 1)
+    alpha, s = np.cos(angle), np.sin(angle)
+    program = parastep.Program.ddim(alpha, s)
+
+    def denoiser(x, step, rank):
+        variance = s[step] ** 2 + (0.3 * alpha[step]) ** 2
+        clean = np.tanh(x * alpha[step] / variance)
+        clean = clean + (x - alpha[step] * clean) * 0.09 * alpha[step] / variance
+        return (x - alpha[step] * clean) / s[step]
+
+    x = np.random.default_rng(0).standard_normal((1, 4096))
+    options |= {"ranks": ranks, "tolerance": tolerance}
+    return parastep.sample(program, denoiser, x, **options)[1]
+
+
+# ---- the core's own arithmetic -------------------------------------------------------------------
+
+
+def handed_out(slots, steps):
+    """Evaluations of each rank in each round of the core, everything accepted."""
+    x = np.ones((1, 4))
+    program = parastep.Program.euler(np.linspace(1, 0, steps + 1))
+    leader = _core.Leader(program, x, ranks=len(slots), slots=slots, tolerance=math.inf)
+
+    def serve(follower):
+        while (work := follower.next()) is not None:
+            follower.submit([0.1 * point for _, point in work])
+
+    threads = [
+        threading.Thread(target=serve, args=(leader.follower(rank),))
+        for rank in range(1, len(slots))
+    ]
+    for thread in threads:
+        thread.start()
+    for step in range(steps):
+        if not leader.ask(step, x, leader.output()):
+            if work := leader.work():
+                leader.fill([0.1 * point for _, point in work])
+            leader.submit(0.1 * x)
+        x = leader.advance()
+    leader.finish()
+    for thread in threads:
+        thread.join(20)
+    report = leader.report()
+    found = [[0] * len(slots) for _ in range(report["rounds"])]
+    for rank, _, number, *_ in report["timeline"]:
+        found[number][rank] += 1
+    return found
+
+
+@pytest.mark.parametrize("slots", [(1, 1, 1), (2, 1, 3), (1, 4), (3, 3, 1, 2)])
+@pytest.mark.parametrize("steps", [2, 9, 23])
+def test_steps_are_handed_out_as_the_core_does(slots, steps):
+    rounds = handed_out(slots, steps)
+    taken = planning.rounds_of(planning.default_profile().at(steps), sum(slots), math.inf)
+    windows = planning._windows(taken, sum(slots), steps)
+    assert len(windows) == len(rounds)
+    for window, counts in list(zip(windows, rounds))[1:]:
+        assert planning.assign(slots, window) == counts
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_rounds_at_both_ends(ranks):
+    profile = planning.default_profile()
+    assert planning.rounds_of(profile, ranks, 0.0) == [1] * 50
+    free = planning.rounds_of(profile, ranks, math.inf)
+    assert len(free) == 1 + math.ceil(49 / ranks) and sum(free) == 50
+    found = [len(planning.rounds_of(profile, ranks, t)) for t in (0, 1e-4, 1e-3, 1e-2, 0.1, 1)]
+    assert found == sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize("recorded", [(8, 0.02), (4, math.inf), (8, 0.005)])
+def test_one_run_tells_the_rounds_of_others(recorded):
+    """At half and twice the steps too: within a twentieth on the whole, two rounds anywhere."""
+    profile = planning.Profile.of(sampled(recorded[0], tolerance=recorded[1]))
+    off, cut_short = [], 0
+    for steps in (STEPS // 2, STEPS, 2 * STEPS):
+        for ranks in (2, 4, 8):
+            for tolerance in (0.002, 0.005, 0.02):
+                measured = sampled(ranks, steps, tolerance).rounds
+                told = len(planning.rounds_of(profile.at(steps), ranks, tolerance))
+                assert abs(told - measured) <= 2, (steps, ranks, tolerance)
+                off.append(abs(told - measured) / measured)
+                cut_short += measured > 2 + math.ceil((steps - 1) / ranks)
+    assert sum(off) / len(off) < 0.05
+    assert cut_short > 9  # there was something to be foretold
+
+
+@pytest.mark.parametrize(
+    ("steps", "ranks", "warmup"), [(20, 3, 5), (9, 8, 1), (6, 2, 8), (7, 1, 2)]
+)
+def test_the_published_rule_is_counted_as_it_runs(steps, ranks, warmup):
+    report = sampled(ranks, steps, policy="paper", warmup=warmup)
+    (found,) = parastep.plan(
+        steps, latents=8, forward=1, ranks=ranks, policy="paper", warmup=warmup
+    )
+    assert found.rounds == report.rounds and found.forwards_seconds == report.rounds
+    assert found.bytes_sent * 4096 == report.bytes_sent
+
+
+def test_bytes_are_those_of_the_core():
+    report = sampled(4, tolerance=math.inf)
+    (found,) = parastep.plan(
+        STEPS, latents=4096 * 8, forward=1, ranks=4, tolerance=math.inf, profile=report
+    )
+    assert found.rounds == report.rounds and found.bytes_sent == report.bytes_sent
+
+
+# ---- seconds -------------------------------------------------------------------------------------
+
+
+def test_exchange_and_the_link_that_just_pays():
+    given = {"latents": "2MB", "forward": "10ms", "latency": 0, "overhead": "1ms"}
+    (fast,) = parastep.plan(50, ranks=4, link="100GbE", **given)
+    full = fast.rounds - 2  # the first round has one step, and the last one here too
+    assert fast.exchange_seconds == pytest.approx((4 + 4 * full) * 2e6 / 12.5e9)
+    assert fast.forwards_seconds == pytest.approx(fast.rounds * 0.01)
+    assert fast.sequential_seconds == pytest.approx(50 * 0.011)
+    assert fast.seconds == pytest.approx(
+        fast.forwards_seconds + fast.exchange_seconds + fast.overhead_seconds
+    )
+    (even,) = parastep.plan(50, ranks=4, link=fast.breakeven, **given)
+    assert even.speedup == pytest.approx(1)
+    (late,) = parastep.plan(50, ranks=4, link="1GbE", **(given | {"latency": 1}))
+    assert late.breakeven == math.inf and late.speedup < 1
+    (alone,) = parastep.plan(50, ranks=1, **given)
+    assert (alone.breakeven, alone.exchange_seconds) == (0, 0)
+    assert alone.speedup == pytest.approx(1)
+
+
+def test_a_report_tells_what_is_not_given():
+    report = sampled(4, tolerance=math.inf)
+    own = sorted(r.end - r.begin for r in report.timeline if r.rank == 0)
+    (found,) = parastep.plan(STEPS, profile=report, ranks=4, link="nvlink", tolerance=math.inf)
+    middle = len(own) // 2
+    assert own[middle - 1] * found.rounds <= found.forwards_seconds <= own[middle] * found.rounds
+    assert found.bytes_sent == report.bytes_sent and found.overhead_seconds > 0
+    (given,) = parastep.plan(STEPS, profile=report, ranks=4, forward=2, latents=4, overhead=0)
+    assert given.sequential_seconds == 2 * STEPS and given.overhead_seconds == 0
+    assert given.bytes_sent < found.bytes_sent
+
+
+def test_unequal_ranks_get_unequal_shares():
+    given = {"latents": 1, "forward": 1, "link": "nvlink", "tolerance": math.inf}
+    (found,) = parastep.plan(201, speeds=[1, 1, 0.5], **given)
+    assert found.slots == (2, 2, 1)
+    assert found.forwards_seconds == pytest.approx(2 * 201 / 5, rel=0.05)
+    (slow,) = parastep.plan(201, speeds=[1, 1e-3], **given)
+    assert slow.slots[1] == 0 and slow.speedup == pytest.approx(1)  # of no use: it is left idle
+    (equal,) = parastep.plan(201, speeds=[2, 2], **given)
+    assert equal.forwards_seconds == parastep.plan(201, ranks=2, **given)[0].forwards_seconds
+    (fast,) = parastep.plan(201, speeds=[1, 3], **given)
+    assert fast.slots == (1, 3)
+
+
+def test_memory_is_a_replica_and_its_latents():
+    small, large = (
+        parastep.plan(50, latents="1MB", forward=1, ranks=2, weights=w)[0].memory
+        for w in ("0", "10GiB")
+    )
+    assert large - small == 10 * 2**30 and 2e6 < small < 20e6
+
+
+# ---- what users write ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2.2MB", 2.2e6), ("3 MiB", 3 * 2**20), ("7", 7), (5, 5), ("1e3kB", 1e6), ("9B", 9)],
+)
+def test_bytes(text, value):
+    assert planning._bytes_in(text, "latents") == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("600ms", 0.6), ("1.5 s", 1.5), ("20us", 2e-5), (3, 3), ("0.5", 0.5)]
+)
+def test_seconds(text, value):
+    assert planning._seconds_in(text, "forward") == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"latents": "two"}, "latents: 'two'"),
+        ({"latents": -1}, "latents: -1"),
+        ({"forward": "600 minutes"}, "forward: '600 minutes'"),
+        ({"forward": 0}, "forward"),
+        ({"forward": None}, "report as profile"),
+        ({"steps": 0}, "steps"),
+        ({"ranks": 0}, "ranks"),
+        ({"ranks": []}, "ranks"),
+        ({"ranks": [2, 300]}, "ranks"),
+        ({"link": "smoke"}, "link: 'smoke': one of nvlink"),
+        ({"link": 0}, "link"),
+        ({"tolerance": math.nan}, "tolerance"),
+        ({"policy": "hope"}, "policy"),
+        ({"warmup": 0}, "warmup"),
+        ({"speeds": []}, "speeds"),
+        ({"speeds": [1, 0]}, "speeds"),
+        ({"profile": parastep.Report()}, "profile"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(change, words):
+    given = {"steps": 20, "latents": "1MB", "forward": "1s"} | change
+    with pytest.raises(parastep.InvalidError, match=words):
+        parastep.plan(**given)
+
+
+def test_reports_that_tell_no_drift_are_refused():
+    for report in (
+        sampled(4, tolerance=0),
+        sampled(4, policy="paper"),
+        sampled(1),
+        dataclasses.replace(sampled(4), interpolated=3),
+    ):
+        with pytest.raises(parastep.InvalidError, match="profile"):
+            parastep.plan(profile=report)
+
+
+def test_tables():
+    found = parastep.plan(50, latents="1MB", forward="1s", ranks=(2, 16))
+    lines = str(found).splitlines()
+    assert len(lines) == 3 and lines[0].split()[:2] == ["ranks", "rounds"]
+    assert lines[2].split()[:2] == ["16", str(found[1].rounds)]
+    assert f"{found[1].speedup:.2f}x" in lines[2]
+    page = found._repr_html_()
+    assert page.count("<tr>") == 3 and f"<td>{found[0].rounds}</td>" in page
+    assert "2 (1:2)" in str(parastep.plan(50, latents="1MB", forward="1s", speeds=[1, 2]))
+
+
+def test_command_line(tmp_path, capsys):
+    given = ["--steps", "50", "--latents", "2.2MB", "--forward", "600ms", "--link", "25GbE"]
+    assert cli.main(["plan", *given, "--ranks", "8,16,32"]) == 0
+    out = capsys.readouterr().out
+    expected = parastep.plan(50, latents="2.2MB", forward=0.6, ranks=(8, 16, 32), link="25GbE")
+    assert str(expected) in out and "stand-in" in out
+    assert cli.main(["plan", *given, "--paper", "5", "--ranks", "8"]) == 0
+    assert " 11 " in capsys.readouterr().out
+    file = tmp_path / "report.json"
+    report = sampled(4)
+    file.write_text(json.dumps(report.to_dict()))
+    assert cli.main(["plan", "--profile", str(file), "--steps", "50"]) == 0
+    out = capsys.readouterr().out
+    assert str(parastep.plan(50, profile=report)) in out and "stand-in" not in out
+    assert cli.main(["plan", *given, "--speeds", "1,0.5"]) == 0
+    for wrong in (["--latents", "x"], ["--profile", "missing.json"], ["--speeds", "a"], []):
+        assert cli.main(["plan", *wrong]) == 2
+        assert "parastep plan: " in capsys.readouterr().err
+    file.write_text("{}")
+    assert cli.main(["plan", "--profile", str(file)]) == 2
+    assert "not the dict of a report" in capsys.readouterr().err
