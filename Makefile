@@ -28,7 +28,8 @@ CORE_SRC := $(sort $(foreach layer,core backend transport platform,$(wildcard cs
 BINDING_SRC := $(sort $(wildcard csrc/python/*.c))
 TEST_SRC := $(sort $(wildcard tests/c/*.c))
 PROGRAM_SRC := $(sort $(wildcard workflows/c/*.c))
-HEADERS := $(sort $(wildcard include/*.h csrc/*/*.h tests/c/*.h))
+FAKE_SRC := $(sort $(wildcard tests/gpu/fake/*.c))
+HEADERS := $(sort $(wildcard include/*.h csrc/*/*.h tests/c/*.h tests/gpu/fake/*.h))
 PY_TESTS := $(wildcard tests/python/test_*.py tests/hosts/test_*.py tests/gpu/test_*.py)
 
 # ---- environment ---------------------------------------------------------------------------------
@@ -82,9 +83,17 @@ $(1)/libparastep.a: $(CORE_SRC:%.c=$(1)/obj/%.o)
 	@echo "ar $$@"
 	@$$(AR) rcs $$@ $$^
 
-$(1)/tests: $(TEST_SRC:%.c=$(1)/obj/%.o) $(1)/libparastep.a
+$(1)/tests: $(TEST_SRC:%.c=$(1)/obj/%.o) $(1)/libparastep.a | $(1)/fake/libcuda.so.1
 	@echo "ld $$@"
 	@$$(CC) $(2) $$(CFLAGS) -pthread $$^ -ldl -lm -o $$@
+
+# Stand-ins for libraries of CUDA, which tests load before the library asks for them.
+$(1)/fake/libcuda.so.1: $(addprefix tests/gpu/fake/,engine.c libcuda.c) $(wildcard csrc/backend/*.h \
+  csrc/backend/*.cu tests/gpu/fake/*.h) compile_flags.txt
+	@mkdir -p $$(@D)
+	@echo "ld $$@"
+	@$$(CC) -shared @compile_flags.txt $(2) $$(CFLAGS) -fPIC -fvisibility=default -Wl,-Bsymbolic \
+	  -Wl,-soname,$$(@F) $$(filter %.c,$$^) -o $$@
 
 $(1)/bench/%: $(1)/obj/tests/bench/%.o $(1)/libparastep.a
 	@mkdir -p $$(@D)
@@ -160,7 +169,7 @@ bench: $(EDITABLE_STAMP) bench-c ## Run tests/bench/*.py, except those whose nam
 
 # ---- lint ----------------------------------------------------------------------------------------
 
-C_FILES := $(CORE_SRC) $(BINDING_SRC) $(TEST_SRC) $(PROGRAM_SRC) $(sort $(wildcard tests/bench/*.c))
+C_FILES := $(CORE_SRC) $(BINDING_SRC) $(TEST_SRC) $(FAKE_SRC) $(PROGRAM_SRC) $(sort $(wildcard tests/bench/*.c))
 CUDA_FILES := $(sort $(wildcard csrc/backend/*.cu csrc/backend/*.cuh))
 
 .PHONY: lint lint-format lint-tidy lint-py format

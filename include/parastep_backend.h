@@ -113,6 +113,18 @@ struct ps_backend { /* backends put this first in their own struct */
  * a device are opened. */
 PS_API const ps_backend *ps_backend_find(const char *name);
 
+/* How many CUDA devices this process sees; PS_UNSUPPORTED with the reason where there is no driver.
+ */
+PS_API ps_status ps_cuda_count(int *count);
+
+/* A rank's backend on a device, to be released.  Its work goes to the legacy default stream until
+ * another one is named. */
+PS_API ps_status ps_cuda_open(int ordinal, const ps_backend **backend);
+
+/* The host's current stream (a CUstream; NULL is the legacy default), to which work goes from now
+ * on, behind all work so far.  PS_STATE where the host is capturing a graph on it. */
+PS_API ps_status ps_cuda_use_stream(const ps_backend *backend, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "backend/check.h"
 #include "backend/half.h"
 #include "core/internal.h"
 #include "parastep_backend.h"
@@ -17,10 +18,10 @@
 _Static_assert(FLT_EVAL_METHOD == 0, "every float operation must round to float");
 
 enum {
-  TILE_BYTES = 256,   /* of an output, held in registers by lincomb */
-  TERMS_AT_ONCE = 64, /* inputs converted before they are combined */
-  OUTS_AT_ONCE = 64,  /* outputs combined in one pass over memory */
-  BLOCK = 256,        /* elements that a sweep handles at a time; a power of 2 */
+  TILE_BYTES = 256,                 /* of an output, held in registers by lincomb */
+  TERMS_AT_ONCE = 64,               /* inputs converted before they are combined */
+  OUTS_AT_ONCE = PS__OUTS_IN_PLACE, /* outputs combined in one pass over memory */
+  BLOCK = 256,                      /* elements that a sweep handles at a time; a power of 2 */
 };
 
 typedef union tile {
@@ -128,14 +129,6 @@ static size_t smaller(size_t a, size_t b)
   return a < b ? a : b;
 }
 
-static ps_status check_dtype(ps_dtype dtype, const char *what)
-{
-  if (ps_dtype_size(dtype) == 0) {
-    return ps__fail(PS_DTYPE, "%s has the unknown dtype %d", what, (int)dtype);
-  }
-  return PS_OK;
-}
-
 /* ---- lincomb --------------------------------------------------------------------------------- */
 
 typedef struct combination {
@@ -210,56 +203,17 @@ static void combine_tile(const combination *c, size_t at, size_t n)
   }
 }
 
-/* Whether an output is an input too. */
-static bool is_in_place(const combination *c)
-{
-  for (size_t k = 0; k < c->outs; k++) {
-    for (size_t j = 0; j < c->terms; j++) {
-      if (c->out[k] == c->in[j].data) {
-        return true;
-      }
-    }
-  }
-  return false;
-}
-
-static ps_status check_combination(const combination *c)
-{
-  ps_status status = check_dtype(c->out_dtype, "the output of a lincomb");
-  for (size_t k = 0; k < c->outs && status == PS_OK; k++) {
-    if (!c->out[k]) {
-      status = ps__fail(PS_INVALID, "output %zu of a lincomb is NULL", k);
-    }
-    for (size_t j = 0; j < c->terms && status == PS_OK; j++) {
-      if (c->weight[k * c->terms + j] != 0 && !c->in[j].data) {
-        status = ps__fail(PS_INVALID, "input %zu of a lincomb has a weight, but is NULL", j);
-      }
-    }
-  }
-  for (size_t j = 0; j < c->terms && status == PS_OK; j++) {
-    status = c->in[j].data ? check_dtype(c->in[j].dtype, "an input of a lincomb") : PS_OK;
-  }
-  return status;
-}
-
 static ps_status lincomb(const ps_backend *backend, size_t n, int outs, int terms,
                          const double *weight, const ps_term *in, void *const *out,
                          ps_dtype out_dtype)
 {
   (void)backend;
-  if (n < 1 || outs < 1 || terms < 1 || !weight || !in || !out) {
-    return ps__fail(PS_INVALID, "lincomb of %zu elements, %d outputs, %d inputs", n, outs, terms);
-  }
-  combination all = {(size_t)outs, (size_t)terms, weight, in, out, out_dtype, NULL, false};
-  ps_status status = check_combination(&all);
+  bool in_place;
+  ps_status status = ps__check_lincomb(n, outs, terms, weight, in, out, out_dtype, &in_place);
   if (status != PS_OK) {
     return status;
   }
-  bool in_place = is_in_place(&all);
-  if (in_place && outs > OUTS_AT_ONCE) {
-    return ps__fail(PS_UNSUPPORTED, "lincomb in place of %d outputs, more than %d", outs,
-                    (int)OUTS_AT_ONCE);
-  }
+  combination all = {(size_t)outs, (size_t)terms, weight, in, out, out_dtype, NULL, false};
   all.real = find_arithmetic(out_dtype);
   all.direct = !in_place && all.real->dtype == out_dtype;
   for (size_t k = 0; k < (size_t)outs; k += OUTS_AT_ONCE) {
@@ -354,28 +308,13 @@ static item_sums sweep_item(const ps_sweep *s, size_t item)
   return sums;
 }
 
-static ps_status check_sweep(const ps_sweep *s)
-{
-  if (s->items < 1 || s->size < 1) {
-    return ps__fail(PS_INVALID, "sweep over %zu items of %zu elements", s->items, s->size);
-  }
-  if (!s->x && (s->guess || s->keep_x)) {
-    return ps__fail(PS_INVALID, "sweep without x, but with %s", s->guess ? "guess" : "keep_x");
-  }
-  if (!s->m && (s->out || s->keep_m)) {
-    return ps__fail(PS_INVALID, "sweep without m, but with %s", s->out ? "out" : "keep_m");
-  }
-  ps_status status = s->x ? check_dtype(s->x_dtype, "x of a sweep") : PS_OK;
-  return status == PS_OK && s->m ? check_dtype(s->m_dtype, "m of a sweep") : status;
-}
-
 /* A NaN, once there, stays: nothing is larger. */
 static ps_status sweep(const ps_backend *backend, const ps_sweep *s, const ps_wait *wait,
                        ps_swept *swept)
 {
   (void)backend;
   (void)wait;
-  ps_status status = check_sweep(s);
+  ps_status status = ps__check_sweep(s);
   *swept = (ps_swept){0, 0, 0, 0};
   for (size_t item = 0; item < s->items && status == PS_OK; item++) {
     item_sums sums = sweep_item(s, item);
@@ -399,13 +338,11 @@ static ps_status sweep(const ps_backend *backend, const ps_sweep *s, const ps_wa
 static ps_status copy(const ps_backend *backend, void *to, const void *from, size_t bytes)
 {
   (void)backend;
-  if (bytes > 0 && (!to || !from)) {
-    return ps__fail(PS_INVALID, "copy of %zu bytes %s NULL", bytes, to ? "from" : "to");
-  }
-  if (bytes > 0) {
+  ps_status status = ps__check_copy(to, from, bytes);
+  if (status == PS_OK && bytes > 0) {
     memmove(to, from, bytes);
   }
-  return PS_OK;
+  return status;
 }
 
 static ps_status settle(const ps_backend *backend, const ps_wait *wait)

@@ -343,6 +343,12 @@ ps_status ps_threads_open_on(const ps_layout *layout, int slots, const ps_backen
   if (status != PS_OK) {
     return status;
   }
+  if (strcmp(leader_backend->name, follower_backend->name) != 0) {
+    return ps__fail(PS_DEVICE,
+                    "a leader on %s and a follower on %s: all ranks must be on the CPU, "
+                    "or all on CUDA devices",
+                    leader_backend->name, follower_backend->name);
+  }
   if (slots < 1 || slots > PS_SLOTS_MAX) {
     return ps__fail(PS_INVALID, "%d slots: must be 1 to %d", slots, PS_SLOTS_MAX);
   }

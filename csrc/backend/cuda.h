@@ -1,0 +1,56 @@
+/* cuda.h - a rank's backend on a CUDA device, for the files that make it up: cuda.c,
+ * cuda_mirror.c and cuda_plain.c. */
+#ifndef PS_CUDA_H
+#define PS_CUDA_H
+
+#include "backend/device.h"
+#include "parastep_backend.h"
+
+typedef struct ps__cuda_rank {
+  ps_backend base;
+  int references; /* changed atomically */
+  ps__device *device;
+  CUstream stream; /* the host's current one; all work goes there */
+  CUevent done;    /* behind all work so far, on whatever stream that was put */
+
+  /* What sweeps write on the way, one after the other. */
+  ps__part *part;           /* (PS__PARTS_MAX), on the device, the ticket behind it */
+  ps__sweep_result *result; /* pinned */
+
+  /* Outputs of a lincomb that reads what it would overwrite; grows when first needed. */
+  CUdeviceptr scratch;
+  size_t scratch_bytes;
+
+  /* Operands on the host, where there are no kernels; pinned, grows when needed. */
+  unsigned char *staged;
+  size_t staged_bytes;
+} ps__cuda_rank;
+
+static inline ps__cuda_rank *ps__cuda_rank_of(const ps_backend *backend)
+{
+  return (ps__cuda_rank *)backend; /* none of them is constant: const keeps callers from writing */
+}
+
+static inline CUdeviceptr ps__address(const void *p)
+{
+  return (CUdeviceptr)(uintptr_t)p;
+}
+
+/* Puts the done event behind what was given to the stream; inside of enter. */
+ps_status ps__cuda_mark(ps__cuda_rank *rank);
+
+/* At least bytes of scratch. */
+ps_status ps__cuda_scratch(ps__cuda_rank *rank, size_t bytes);
+
+/* cuda_mirror.c */
+ps_status ps__cuda_mirror(const ps_backend *near, const ps_backend *far, size_t bytes,
+                          ps_mirror **mirror);
+
+/* cuda_plain.c: the same passes without kernels.  Arguments have been checked. */
+ps_status ps__plain_lincomb(ps__cuda_rank *rank, size_t n, int outs, int terms,
+                            const double *weight, const ps_term *in, void *const *out,
+                            ps_dtype out_dtype);
+ps_status ps__plain_sweep(ps__cuda_rank *rank, const ps_sweep *sweep, const ps_wait *wait,
+                          ps_swept *swept);
+
+#endif

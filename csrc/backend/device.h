@@ -1,0 +1,70 @@
+/* device.h - a CUDA device as this library sees it: context, kernels, memory, waits.
+ *
+ * cuda.c and cuda_mirror.c work on devices, the binding asks what there are.  A device stays open
+ * from its first use to the end of the process, as torch's contexts do.
+ */
+#ifndef PS_DEVICE_H
+#define PS_DEVICE_H
+
+#include "backend/cuda_api.h"
+#include "backend/kernels.h"
+#include "core/internal.h"
+
+enum { PS__DEVICES_MAX = 64 };
+
+typedef struct ps__device {
+  bool open;
+  int ordinal;
+  CUdevice handle;
+  CUcontext context; /* the primary one, which torch uses too */
+  int processors;
+  bool compiled; /* kernel is filled in; otherwise this build has none that run here */
+  CUfunction kernel[PS__KERNELS];
+  CUmemoryPool pool; /* NULL where the driver has none: memory is then freed at a standstill */
+  CUstream taking, giving; /* allocations are in order on the one, frees on the other */
+  uint64_t reaches,
+      barred; /* bit of every device whose memory is known to be within reach, or not */
+} ps__device;
+
+/* Devices that the driver reports.  PS_UNSUPPORTED with the reason where there is no driver. */
+ps_status ps__device_count(int *count);
+ps_status ps__device_open(int ordinal, ps__device **device);
+
+/* Between the two the device's context is this thread's, and whatever the host captures elsewhere
+ * is not disturbed.  After PS_OK leave follows; no code of others runs in between. */
+typedef struct ps__scope {
+  CUstreamCaptureMode mode;
+} ps__scope;
+
+ps_status ps__device_enter(const ps__device *device, ps__scope *scope);
+void ps__device_leave(ps__scope *scope);
+
+/* PS_OK, or what the driver's error means here; what says what was tried. */
+ps_status ps__cuda_check(const ps__device *device, CUresult result, const char *what);
+
+/* Zeroed memory that every stream may use at once. */
+ps_status ps__device_alloc(ps__device *device, size_t bytes, CUdeviceptr *p);
+/* Frees p behind all work that its device's giving stream has been told to wait for. */
+void ps__device_free(ps__device *device, CUdeviceptr p);
+/* The giving stream waits for the event.  event may be NULL. */
+void ps__device_free_after(const ps__device *device, CUevent event);
+
+/* Host memory that all devices reach, at one address. */
+ps_status ps__pinned_alloc(const ps__device *device, size_t bytes, void **p);
+void ps__pinned_free(const ps__device *device, void *p);
+
+ps_status ps__event_new(const ps__device *device, CUevent *event);
+ps_status ps__stream_new(const ps__device *device, CUstream *stream);
+void ps__event_free(const ps__device *device, CUevent event);    /* NULL is fine */
+void ps__stream_free(const ps__device *device, CUstream stream); /* likewise */
+
+/* Waits until the event is reached; outside of enter, since check may run code of others. */
+ps_status ps__device_wait(const ps__device *device, CUevent event, const ps_wait *wait);
+
+/* Whether from may write to the other's memory itself, without the host. */
+bool ps__device_reaches(ps__device *from, ps__device *to);
+
+/* image.c: the kernels of this build for all architectures, or NULL. */
+const unsigned char *ps__kernel_image(void);
+
+#endif

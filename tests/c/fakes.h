@@ -1,0 +1,14 @@
+/* fakes.h - the stand-in driver for C tests. */
+#ifndef PARASTEP_FAKES_H
+#define PARASTEP_FAKES_H
+
+#include "../gpu/fake/fake.h"
+
+/* Loads fake/libcuda.so.1 from beside the test program, before the library asks for a driver, and
+ * sets it up.  kernels: the library finds kernels in its build. */
+const fake_api *fakes_begin(const fake_setting *setting, int kernels);
+
+/* Checks that no rule was broken and that nothing is left but what the library keeps. */
+void fakes_end(const fake_api *fake);
+
+#endif

@@ -1,0 +1,439 @@
+/* test_cuda.c - the CUDA backend on the stand-in driver: the same results as the CPU's, in order,
+ * nothing left behind, every failure told.
+ */
+#include <math.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fakes.h"
+#include "parastep_backend.h"
+#include "runner.h"
+#include "stage.h"
+
+enum { DTYPES = 4, TERMS = 130, OUTS = 20, LONGEST = 5000 };
+
+static const ps_dtype dtypes[DTYPES] = {PS_F32, PS_F16, PS_BF16, PS_F64};
+static const fake_setting plain = {2, 1, 1, 7};
+
+static const ps_backend *open_rank(int device)
+{
+  const ps_backend *backend;
+  CHECK_OK(ps_cuda_open(device, &backend));
+  CHECK_STR(backend->name, "cuda");
+  CHECK_EQ(backend->device, device);
+  return backend;
+}
+
+/* ---- a vector on both sides ------------------------------------------------------------------ */
+
+typedef struct twin {
+  ps_dtype dtype;
+  size_t n, bytes;
+  unsigned char *host, *device; /* device: with room of one element in front, as `shift` wants */
+  unsigned char *block;
+} twin;
+
+static twin twin_new(const fake_api *fake, ps_dtype dtype, size_t n, uint64_t seed, size_t shift)
+{
+  size_t size = ps_dtype_size(dtype);
+  twin t = {dtype, n, n * size, malloc(n * size), NULL, NULL};
+  for (size_t i = 0; i < n; ++i) {
+    stage_store(t.host, dtype, i, 2 * stage_random(&seed));
+  }
+  t.block = fake->fake_alloc(0, t.bytes + 16);
+  t.device = t.block + shift * size;
+  CHECK_EQ(fake->fake_write(t.device, t.host, t.bytes), 0);
+  return t;
+}
+
+static void check_same(const fake_api *fake, const twin *t, double relative)
+{
+  unsigned char *got = malloc(t->bytes);
+  CHECK_EQ(fake->fake_read(got, t->device, t->bytes), 0);
+  for (size_t i = 0; i < t->n && relative > 0; ++i) {
+    double expected = stage_load(t->host, t->dtype, i);
+    CHECK_NEAR(stage_load(got, t->dtype, i), expected, relative * (1 + fabs(expected)));
+  }
+  if (relative == 0) {
+    CHECK(memcmp(got, t->host, t->bytes) == 0);
+  }
+  free(got);
+}
+
+static void twin_free(const fake_api *fake, twin *t)
+{
+  fake->fake_free(t->block);
+  free(t->host);
+}
+
+/* ---- lincomb --------------------------------------------------------------------------------- */
+
+typedef struct mix {
+  size_t n, shift;
+  int outs, terms;
+  ps_dtype in[2], out;
+  int in_place; /* outputs are the first inputs */
+} mix;
+
+static void check_mix(const fake_api *fake, const ps_backend *cuda, const mix *c, double relative)
+{
+  static twin in[TERMS], out[OUTS];
+  static ps_term here[TERMS], there[TERMS];
+  static double weight[TERMS * OUTS];
+  void *here_out[OUTS], *there_out[OUTS];
+  uint64_t seed = 5;
+  const ps_backend *cpu = ps_backend_find("cpu");
+  for (int j = 0; j < c->terms; ++j) {
+    in[j] =
+        twin_new(fake, c->in_place && j < c->outs ? c->out : c->in[j % 2], c->n, 100 + j, c->shift);
+    here[j] = (ps_term){in[j].host, in[j].dtype};
+    there[j] = (ps_term){in[j].device, in[j].dtype};
+  }
+  for (int k = 0; k < c->outs; ++k) {
+    out[k] = c->in_place ? in[k] : twin_new(fake, c->out, c->n, 500 + k, c->shift);
+    here_out[k] = out[k].host;
+    there_out[k] = out[k].device;
+  }
+  for (int w = 0; w < c->terms * c->outs; ++w) {
+    weight[w] = w % 7 == 3 ? 0 : stage_random(&seed);
+  }
+  CHECK_OK(cuda->lincomb(cuda, c->n, c->outs, c->terms, weight, there, there_out, c->out));
+  memset(there_out, 0, sizeof there_out); /* what was passed is the caller's again */
+  CHECK_OK(cpu->lincomb(cpu, c->n, c->outs, c->terms, weight, here, here_out, c->out));
+  CHECK_OK(cuda->settle(cuda, NULL));
+  for (int k = 0; k < c->outs; ++k) {
+    check_same(fake, &out[k], relative);
+  }
+  for (int j = 0; j < c->terms; ++j) {
+    twin_free(fake, &in[j]);
+  }
+  for (int k = 0; k < c->outs && !c->in_place; ++k) {
+    twin_free(fake, &out[k]);
+  }
+}
+
+static void check_lincombs(int kernels)
+{
+  static const size_t sizes[] = {1, 7, 8, 9, 64, 1000, LONGEST};
+  const fake_api *fake = fakes_begin(&plain, kernels);
+  const ps_backend *cuda = open_rank(0);
+  for (size_t s = 0; s < sizeof sizes / sizeof *sizes; ++s) {
+    for (int d = 0; d < DTYPES; ++d) {
+      for (int shift = 0; shift < 2; ++shift) {
+        mix c = {sizes[s], (size_t)shift, 1 + (int)s * 2, 6, {dtypes[d], dtypes[d]}, dtypes[d], 0};
+        check_mix(fake, cuda, &c, 0);
+      }
+    }
+  }
+  for (int from = 0; from < DTYPES; ++from) {
+    for (int to = 0; to < DTYPES; ++to) {
+      /* Inputs of double are summed in double here, and in float there: to rounding. */
+      bool mixed = dtypes[from] == PS_F64 && dtypes[to] != PS_F64;
+      double relative = !mixed ? 0 : dtypes[to] == PS_BF16 ? 0x1p-7 : 0x1p-10;
+      mix c = {77, 0, 3, 5, {dtypes[from], dtypes[to]}, dtypes[to], 0};
+      check_mix(fake, cuda, &c, relative);
+    }
+  }
+  cuda->release(cuda);
+  fakes_end(fake);
+}
+
+TEST(lincomb_has_the_bits_of_the_cpu)
+{
+  check_lincombs(1);
+}
+
+TEST(lincomb_without_kernels)
+{
+  check_lincombs(0);
+}
+
+/* More outputs and inputs than a launch takes, apart and in place. */
+TEST(lincombs_of_many)
+{
+  const fake_api *fake = fakes_begin(&plain, 1);
+  const ps_backend *cuda = open_rank(0);
+  const mix many[] = {
+      {100, 0, OUTS, 40, {PS_F32, PS_F16}, PS_F32, 0},
+      {100, 0, OUTS, 40, {PS_F32, PS_F16}, PS_F32, 1},
+      {100, 0, 8, 40, {PS_F16, PS_F16}, PS_F16, 1},
+      {100, 0, 3, TERMS, {PS_F32, PS_F32}, PS_F32, 0},
+      {100, 0, 9, TERMS, {PS_F32, PS_BF16}, PS_F32, 1},
+      {100, 1, 5, TERMS, {PS_F64, PS_F64}, PS_F64, 1},
+  };
+  for (size_t k = 0; k < sizeof many / sizeof *many; ++k) {
+    check_mix(fake, cuda, &many[k], 0);
+  }
+  /* Between launches sums are rounded to the outputs' dtype. */
+  check_mix(fake, cuda, &(mix){100, 0, 2, TERMS, {PS_F16, PS_F16}, PS_F16, 0}, 0x1p-8);
+  cuda->release(cuda);
+  fakes_end(fake);
+}
+
+TEST(what_makes_no_sense_is_refused_before_a_launch)
+{
+  const fake_api *fake = fakes_begin(&plain, 1);
+  const ps_backend *cuda = open_rank(0);
+  const double weight = 1;
+  void *out = NULL;
+  ps_swept swept;
+  CHECK_STATUS(cuda->lincomb(cuda, 4, 1, 1, &weight, &(ps_term){NULL, PS_F32}, &out, PS_F32),
+               PS_INVALID);
+  CHECK_STATUS(cuda->sweep(cuda, &(ps_sweep){.items = 0}, NULL, &swept), PS_INVALID);
+  CHECK_STATUS(cuda->copy(cuda, NULL, &out, 4), PS_INVALID);
+  CHECK_OK(cuda->copy(cuda, NULL, NULL, 0));
+  CHECK_EQ(fake->fake_count().kernels, 0);
+  cuda->release(cuda);
+  CHECK_STATUS(ps_cuda_open(2, &cuda), PS_DEVICE);
+  CHECK_STATUS(ps_cuda_open(-1, &cuda), PS_DEVICE);
+  CHECK(cuda == NULL);
+  fakes_end(fake);
+}
+
+/* ---- sweep ----------------------------------------------------------------------------------- */
+
+typedef struct case_of_sweep {
+  size_t items, size, shift;
+  ps_dtype x, m;
+  double slope;
+  int parts; /* bits: guess, m, out, keep_x, keep_m */
+} case_of_sweep;
+
+static void check_swept(const ps_swept *got, const ps_swept *expected)
+{
+  CHECK_NEAR(got->distance, expected->distance, 1e-5 * expected->distance);
+  CHECK_NEAR(got->reference, expected->reference, 1e-5 * expected->reference);
+  CHECK_NEAR(got->excess, expected->excess, 1e-5 * expected->distance);
+  CHECK_EQ(got->not_finite, expected->not_finite);
+}
+
+static void check_sweep(const fake_api *fake, const ps_backend *cuda, const case_of_sweep *c,
+                        double relative)
+{
+  const ps_backend *cpu = ps_backend_find("cpu");
+  size_t n = c->items * c->size;
+  twin x = twin_new(fake, c->x, n, 1, c->shift), guess = twin_new(fake, c->x, n, 2, c->shift);
+  twin m = twin_new(fake, c->m, n, 3, c->shift), out = twin_new(fake, c->m, n, 4, c->shift);
+  twin keep_x = twin_new(fake, c->x, n, 5, c->shift), keep_m = twin_new(fake, c->m, n, 6, c->shift);
+  ps_sweep here = {c->items, c->size, c->x, c->m, .slope = c->slope, .floor = 0.25};
+  ps_sweep there = here;
+  ps_swept expected, swept;
+  here.x = x.host;
+  there.x = x.device;
+#define PART(bit, field, of)                                                                       \
+  here.field = c->parts & (bit) ? (of).host : NULL;                                                \
+  there.field = c->parts & (bit) ? (of).device : NULL
+  PART(1, guess, guess);
+  PART(2, m, m);
+  PART(c->parts & 2 ? 4 : 0, out, out);
+  PART(8, keep_x, keep_x);
+  PART(c->parts & 2 ? 16 : 0, keep_m, keep_m);
+#undef PART
+  CHECK_OK(cpu->sweep(cpu, &here, NULL, &expected));
+  CHECK_OK(cuda->sweep(cuda, &there, NULL, &swept));
+  check_swept(&swept, &expected);
+  CHECK_OK(cuda->settle(cuda, NULL));
+  twin *all[] = {&x, &guess, &m, &out, &keep_x, &keep_m};
+  for (int k = 0; k < 6; ++k) {
+    check_same(fake, all[k], relative);
+    twin_free(fake, all[k]);
+  }
+}
+
+static void check_sweeps(int kernels)
+{
+  static const size_t shapes[][2] = {{1, 1}, {1, 4096}, {3, 100}, {2, 4097}, {9000, 3}};
+  const fake_api *fake = fakes_begin(&plain, kernels);
+  const ps_backend *cuda = open_rank(0);
+  for (int d = 0; d < DTYPES; ++d) {
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; ++s) {
+      for (int shift = 0; shift < 2; ++shift) {
+        case_of_sweep c = {shapes[s][0], shapes[s][1], (size_t)shift, dtypes[d], dtypes[d], .3, 31};
+        check_sweep(fake, cuda, &c, 0);
+      }
+    }
+    for (int parts = 0; parts < 32; ++parts) {
+      check_sweep(fake, cuda,
+                  &(case_of_sweep){2, 50, 0, dtypes[d], dtypes[(d + 1) % DTYPES],
+                                   parts % 3 ? .5 : 0, parts},
+                  0x1p-7);
+    }
+  }
+  cuda->release(cuda);
+  fakes_end(fake);
+}
+
+TEST(sweeps_agree_with_the_cpu)
+{
+  check_sweeps(1);
+}
+
+TEST(sweeps_without_kernels)
+{
+  check_sweeps(0);
+}
+
+static void check_not_finite(const ps_backend *cuda, const fake_api *fake, double odd, size_t at)
+{
+  const ps_backend *cpu = ps_backend_find("cpu");
+  twin x = twin_new(fake, PS_F16, 300, 1, 0), guess = twin_new(fake, PS_F16, 300, 2, 0);
+  twin m = twin_new(fake, PS_F16, 300, 3, 0);
+  ps_swept expected, swept;
+  stage_store(x.host, PS_F16, at, odd);
+  stage_store(m.host, PS_F16, 299 - at, odd);
+  fake->fake_write(x.device, x.host, x.bytes);
+  fake->fake_write(m.device, m.host, m.bytes);
+  ps_sweep here = {3, 100, PS_F16, PS_F16, x.host, guess.host, m.host, .floor = .1};
+  ps_sweep there = here;
+  there.x = x.device;
+  there.guess = guess.device;
+  there.m = m.device;
+  CHECK_OK(cpu->sweep(cpu, &here, NULL, &expected));
+  CHECK_OK(cuda->sweep(cuda, &there, NULL, &swept));
+  CHECK_EQ(swept.not_finite, 1);
+  CHECK_EQ(isnan(swept.excess), isnan(expected.excess));
+  CHECK_EQ(isnan(swept.distance), isnan(expected.distance));
+  CHECK_EQ(isinf(swept.distance), isinf(expected.distance));
+  twin_free(fake, &x);
+  twin_free(fake, &guess);
+  twin_free(fake, &m);
+}
+
+TEST(nan_and_infinity_are_found_in_any_item)
+{
+  const fake_api *fake = fakes_begin(&plain, 1);
+  const ps_backend *cuda = open_rank(0);
+  for (size_t at = 0; at < 300; at += 37) {
+    check_not_finite(cuda, fake, NAN, at);
+    check_not_finite(cuda, fake, INFINITY, at);
+  }
+  cuda->release(cuda);
+  fakes_end(fake);
+}
+
+/* ---- streams --------------------------------------------------------------------------------- */
+
+/* Work on one stream, more of it on another: it waits, or the stand-in complains of a race. */
+TEST(work_follows_the_host_from_stream_to_stream)
+{
+  const fake_api *fake = fakes_begin(&plain, 1);
+  const ps_backend *cuda = open_rank(0);
+  twin a = twin_new(fake, PS_F32, 1000, 1, 0), b = twin_new(fake, PS_F32, 1000, 2, 0);
+  for (int k = 0; k < 20; ++k) {
+    CHECK_OK(ps_cuda_use_stream(cuda, k % 3 == 0 ? NULL : fake->fake_stream(0)));
+    CHECK_OK(cuda->copy(cuda, k % 2 ? a.device : b.device, k % 2 ? b.device : a.device, a.bytes));
+  }
+  CHECK_OK(cuda->settle(cuda, NULL));
+  memcpy(b.host, a.host, a.bytes);
+  check_same(fake, &b, 0);
+  twin_free(fake, &a);
+  twin_free(fake, &b);
+  cuda->release(cuda);
+  fake->fake_drain();
+  CHECK(fake->fake_complaint() == NULL);
+}
+
+TEST(a_capture_of_the_host_is_not_disturbed)
+{
+  const fake_api *fake = fakes_begin(&plain, 1);
+  const ps_backend *cuda = open_rank(0);
+  void *stream = fake->fake_stream(0), *other = fake->fake_stream(0);
+  twin a = twin_new(fake, PS_F32, 100, 1, 0);
+  fake->fake_capture(stream, 1);
+  CHECK_STATUS(ps_cuda_use_stream(cuda, stream), PS_STATE);
+  CHECK_OK(ps_cuda_use_stream(cuda, other));
+  CHECK_OK(cuda->copy(cuda, a.device, a.device + 200, 100));
+  CHECK_OK(cuda->settle(cuda, NULL));
+  void *block = cuda->alloc(cuda, 64);
+  CHECK(block != NULL);
+  cuda->free(cuda, block);
+  fake->fake_capture(stream, 0);
+  twin_free(fake, &a);
+  cuda->release(cuda);
+  CHECK(fake->fake_complaint() == NULL);
+}
+
+/* ---- mirrors --------------------------------------------------------------------------------- */
+
+static void check_mirror(const fake_setting *setting, int near, int far)
+{
+  enum { BYTES = 4096, TURNS = 10 };
+  const fake_api *fake = fakes_begin(setting, 1);
+  const ps_backend *here = open_rank(near);
+  const ps_backend *there = far >= 0 ? open_rank(far) : ps_backend_find("cpu");
+  unsigned char got[BYTES], sent[BYTES];
+  ps_mirror *mirror;
+  CHECK_OK(here->mirror(here, there, BYTES, &mirror));
+  unsigned char *x = mirror->memory[PS_NEAR], *y = mirror->memory[PS_FAR];
+  CHECK_EQ(x == y, far == near);
+  unsigned char *source = fake->fake_alloc(near, BYTES), *sink = fake->fake_alloc(near, BYTES);
+  for (int turn = 0; turn < TURNS; ++turn) {
+    memset(sent, turn + 1, BYTES);
+    fake->fake_write(source, sent, BYTES);
+    CHECK_OK(here->copy(here, x, source, BYTES / 2));
+    CHECK_OK(mirror->ops->send(mirror, PS_NEAR, 0, BYTES / 2));
+    if (far < 0) {
+      CHECK_OK(mirror->ops->settle(mirror, PS_NEAR, NULL));
+    }
+    CHECK_OK(mirror->ops->receive(mirror, PS_FAR));
+    if (far < 0) {
+      memcpy(y + BYTES / 2, y, BYTES / 2);
+    } else {
+      CHECK_OK(there->copy(there, y + BYTES / 2, y, BYTES / 2));
+    }
+    CHECK_OK(mirror->ops->send(mirror, PS_FAR, BYTES / 2, BYTES / 2));
+    CHECK_OK(mirror->ops->settle(mirror, PS_FAR, NULL));
+    CHECK_OK(mirror->ops->receive(mirror, PS_NEAR));
+    CHECK_OK(here->copy(here, sink, x + BYTES / 2, BYTES / 2));
+    CHECK_OK(here->settle(here, NULL));
+    fake->fake_read(got, sink, BYTES / 2);
+    CHECK(memcmp(got, sent, BYTES / 2) == 0);
+  }
+  fake->fake_free(source);
+  fake->fake_free(sink);
+  mirror->ops->close(mirror, PS_NEAR);
+  there->release(there);
+  here->release(here);
+  mirror->ops->close(mirror, PS_FAR);
+  fakes_end(fake);
+}
+
+TEST(a_mirror_on_one_device)
+{
+  check_mirror(&plain, 1, 1);
+}
+
+TEST(a_mirror_between_devices_that_reach_each_other)
+{
+  check_mirror(&plain, 0, 1);
+}
+
+TEST(a_mirror_through_the_host)
+{
+  check_mirror(&(fake_setting){2, 1, 0, 3}, 0, 1);
+}
+
+TEST(a_mirror_without_memory_pools)
+{
+  check_mirror(&(fake_setting){2, 0, 1, 3}, 0, 1);
+}
+
+TEST(a_mirror_with_the_host)
+{
+  check_mirror(&plain, 0, -1);
+}
+
+TEST(the_host_and_a_device_do_not_mix_in_threads)
+{
+  const fake_api *fake = fakes_begin(&plain, 1);
+  const ps_backend *cuda = open_rank(0), *cpu = ps_backend_find("cpu");
+  const ps_layout layout = {1, 4, PS_F32, PS_F32};
+  ps_link *here, *there;
+  ps_mirror *mirror;
+  CHECK_STATUS(ps_threads_open_on(&layout, 1, cuda, cpu, &here, &there), PS_DEVICE);
+  CHECK_STATUS(ps_threads_open_on(&layout, 1, cpu, cuda, &here, &there), PS_DEVICE);
+  CHECK_STATUS(cpu->mirror(cpu, cuda, 64, &mirror), PS_DEVICE);
+  cuda->release(cuda);
+  fakes_end(fake);
+}

@@ -1,0 +1,58 @@
+/* fake.h - how tests steer the stand-in driver, and what it says of the calls it was given.
+ *
+ * tests/gpu/fake/libcuda.c is built as libcuda.so.1: loaded before anyone asks for the driver, it
+ * is the copy that platform/dl.c finds.  Devices are host memory behind addresses that the host
+ * cannot read, work of a stream is done one piece at a time, in any order that streams and events
+ * allow, whenever somebody asks whether it is done.  A call that a real driver would answer with
+ * undefined behaviour, a race or a hang is a complaint here.
+ */
+#ifndef FAKE_H
+#define FAKE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct fake_setting {
+  int devices;   /* 1 to 8 */
+  int pools;     /* memory pools are there */
+  int peers;     /* devices reach each other */
+  uint64_t seed; /* of the order in which work is done */
+} fake_setting;
+
+typedef struct fake_counts { /* what is there now */
+  int64_t bytes, blocks;     /* of device memory */
+  int64_t pinned, streams, events;
+  int64_t kernels, copies; /* done so far */
+} fake_counts;
+
+/* Functions of the library, to be looked up in it. */
+#define FAKE_MAP(X)                                                                                \
+  /* Everything as at the start, but for what calls before hold. */                                \
+  X(void, fake_set, (const fake_setting *setting))                                                 \
+  /* The n-th call of a function from now on gives this error; n 0: never. */                      \
+  X(void, fake_fail, (const char *function, int n, int error))                                     \
+  /* The n-th piece of work from now on, once done, breaks its device: every later call fails. */  \
+  X(void, fake_break, (int n, int error))                                                          \
+  /* No work is done on this device any more; -1: on all again. */                                 \
+  X(void, fake_hang, (int device))                                                                 \
+  /* The host captures a graph on this stream, in the mode that minds what others do. */           \
+  X(void, fake_capture, (void *stream, int on))                                                    \
+  X(fake_counts, fake_count, (void))                                                               \
+  /* The first rule that was broken, or NULL. */                                                   \
+  X(const char *, fake_complaint, (void))                                                          \
+  /* Copies between host and device outside of all streams, once all work is done. */              \
+  X(int, fake_read, (void *to, const void *device, size_t bytes))                                  \
+  X(int, fake_write, (void *device, const void *from, size_t bytes))                               \
+  /* Memory, a stream and a wait as another library would have them. */                            \
+  X(void *, fake_alloc, (int device, size_t bytes))                                                \
+  X(void, fake_free, (void *device))                                                               \
+  X(void *, fake_stream, (int device))                                                             \
+  X(void, fake_drain, (void))
+
+typedef struct fake_api {
+#define X(result, name, arguments) result(*name) arguments;
+  FAKE_MAP(X)
+#undef X
+} fake_api;
+
+#endif
