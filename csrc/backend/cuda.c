@@ -405,9 +405,21 @@ static void retain(const ps_backend *backend)
   __atomic_add_fetch(&ps__cuda_rank_of(backend)->references, 1, __ATOMIC_RELAXED);
 }
 
-/* The event is given back last: what is freed here waits for it. */
-static void free_rank(ps__cuda_rank *rank)
+static ps__cuda_rank *dead_rank(const ps__mortal *mortal)
 {
+  return (ps__cuda_rank *)((char *)mortal - offsetof(ps__cuda_rank, mortal));
+}
+
+static bool has_ended(const ps__mortal *mortal)
+{
+  const ps__cuda_rank *rank = dead_rank(mortal);
+  return ps__event_reached(rank->device, rank->done);
+}
+
+/* The event is given back last: what is freed here waits for it. */
+static void destroy(ps__mortal *mortal)
+{
+  ps__cuda_rank *rank = dead_rank(mortal);
   if (rank->done != NULL) {
     ps__device_free_after(rank->device, rank->done);
   }
@@ -423,7 +435,7 @@ static void release(const ps_backend *backend)
 {
   ps__cuda_rank *rank = ps__cuda_rank_of(backend);
   if (__atomic_sub_fetch(&rank->references, 1, __ATOMIC_ACQ_REL) == 0) {
-    free_rank(rank);
+    ps__bury(&rank->mortal); /* an interrupted sweep may be about to write its result */
   }
 }
 
@@ -463,6 +475,7 @@ ps_status ps_cuda_open(int ordinal, const ps_backend **backend)
   ps_status status = ps__device_open(ordinal, &device);
   *backend = NULL;
   if (status == PS_OK) {
+    ps__bury(NULL);
     rank = ps__alloc(sizeof *rank);
     status = rank != NULL ? PS_OK : PS_NO_MEMORY;
   }
@@ -471,12 +484,13 @@ ps_status ps_cuda_open(int ordinal, const ps_backend **backend)
   }
   rank->base = cuda_backend;
   rank->base.device = ordinal;
+  rank->mortal = (ps__mortal){.has_ended = has_ended, .destroy = destroy};
   rank->references = 1;
   rank->device = device;
   rank->stream = PS__CUDA_DEFAULT_STREAM;
   status = furnish(rank);
   if (status != PS_OK) {
-    free_rank(rank);
+    destroy(&rank->mortal);
     return status;
   }
   *backend = &rank->base;

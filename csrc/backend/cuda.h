@@ -8,6 +8,7 @@
 
 typedef struct ps__cuda_rank {
   ps_backend base;
+  ps__mortal mortal;
   int references; /* changed atomically */
   ps__device *device;
   CUstream stream; /* the host's current one; all work goes there */

@@ -10,8 +10,6 @@
  * and the sent events of both sides, and each side has its own wait put in place when it closes,
  * while its stream is still known to live.
  */
-#include <pthread.h>
-
 #include "backend/cuda.h"
 
 typedef struct side {
@@ -24,7 +22,7 @@ typedef struct side {
 
 typedef struct cuda_mirror {
   ps_mirror base;
-  struct cuda_mirror *next; /* among those that are dying */
+  ps__mortal mortal;
   size_t bytes;
   int sides;    /* that have not let go; changed atomically */
   void *pinned; /* between two devices out of reach, or the host's own block */
@@ -67,7 +65,8 @@ static ps__device *sender_of(const cuda_mirror *m, ps_side which)
 
 /* ---- the copies ------------------------------------------------------------------------------ */
 
-/* Out of this side's block into the pinned one; finish_staged, on the other device, brings it on. */
+/* Out of this side's block into the pinned one; finish_staged, on the other device, brings it on.
+ */
 static CUresult copy_staged(cuda_mirror *m, ps_side from, size_t offset, size_t bytes)
 {
   side *own = &m->side[from];
@@ -180,8 +179,14 @@ static void free_behind(cuda_mirror *m, ps_side which)
   }
 }
 
-static void destroy(cuda_mirror *m)
+static cuda_mirror *dead_mirror(const ps__mortal *mortal)
 {
+  return (cuda_mirror *)((char *)mortal - offsetof(cuda_mirror, mortal));
+}
+
+static void destroy(ps__mortal *mortal)
+{
+  cuda_mirror *m = dead_mirror(mortal);
   if (m->pinned != NULL) {
     ps__pinned_free(carrier_of(m, PS_NEAR), m->pinned);
   }
@@ -202,49 +207,16 @@ static void destroy(cuda_mirror *m)
   ps__free(m);
 }
 
-/* Streams give memory back in their order; the host's has none, so that a mirror with pinned memory
- * dies when its copies have ended, be it later: with a device that hangs, perhaps never. */
-static pthread_mutex_t burying = PTHREAD_MUTEX_INITIALIZER;
-static cuda_mirror *dying;
-
-static bool has_ended(const cuda_mirror *m)
+static bool has_ended(const ps__mortal *mortal)
 {
-  const ps_wait at_once = {1, NULL, NULL};
+  const cuda_mirror *m = dead_mirror(mortal);
   for (int k = 0; k < 2 && m->pinned != NULL; ++k) {
     CUevent sent = m->side[k].sent;
-    const ps__device *device = sent != NULL ? sender_of(m, (ps_side)k) : NULL;
-    if (sent != NULL && ps__device_wait(device, sent, &at_once) == PS_DEADLINE) {
+    if (sent != NULL && !ps__event_reached(sender_of(m, (ps_side)k), sent)) {
       return false;
     }
   }
   return true;
-}
-
-/* Takes m (or none) in and destroys all that have ended. */
-static void bury(cuda_mirror *m)
-{
-  cuda_mirror *ended = NULL;
-  pthread_mutex_lock(&burying);
-  if (m != NULL) {
-    m->next = dying;
-    dying = m;
-  }
-  for (cuda_mirror **at = &dying; *at != NULL;) {
-    cuda_mirror *looked_at = *at;
-    if (has_ended(looked_at)) {
-      *at = looked_at->next;
-      looked_at->next = ended;
-      ended = looked_at;
-    } else {
-      at = &looked_at->next;
-    }
-  }
-  pthread_mutex_unlock(&burying);
-  while (ended != NULL) {
-    cuda_mirror *next = ended->next;
-    destroy(ended);
-    ended = next;
-  }
 }
 
 static void mirror_close(ps_mirror *mirror, ps_side which)
@@ -252,7 +224,7 @@ static void mirror_close(ps_mirror *mirror, ps_side which)
   cuda_mirror *m = mirror_of(mirror);
   free_behind(m, which);
   if (__atomic_sub_fetch(&m->sides, 1, __ATOMIC_ACQ_REL) == 0) {
-    bury(m);
+    ps__bury(&m->mortal);
   }
 }
 
@@ -314,7 +286,7 @@ ps_status ps__cuda_mirror(const ps_backend *near, const ps_backend *far, size_t 
   static const ps_mirror_ops ops = {mirror_send, mirror_receive, mirror_settle, mirror_close};
   bool on_device = far->mirror == near->mirror;
   *mirror = NULL;
-  bury(NULL);
+  ps__bury(NULL);
   if (!on_device && far != ps_backend_find("cpu")) {
     return ps__fail(PS_DEVICE, "a rank on cuda:%d and one on %s: they share no memory",
                     near->device, far->name);
@@ -324,13 +296,14 @@ ps_status ps__cuda_mirror(const ps_backend *near, const ps_backend *far, size_t 
     return PS_NO_MEMORY;
   }
   m->base.ops = &ops;
+  m->mortal = (ps__mortal){.has_ended = has_ended, .destroy = destroy};
   m->bytes = bytes;
   m->sides = 2;
   m->side[PS_NEAR] = side_of(near, true);
   m->side[PS_FAR] = side_of(far, on_device);
   ps_status status = furnish(m);
   if (status != PS_OK) {
-    destroy(m);
+    destroy(&m->mortal);
     return status;
   }
   set_memory(m);

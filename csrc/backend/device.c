@@ -404,6 +404,49 @@ void ps__pinned_free(const ps__device *device, void *p)
   }
 }
 
+/* ---- what dies later ------------------------------------------------------------------------- */
+
+bool ps__event_reached(const ps__device *device, CUevent event)
+{
+  bool reached = false;
+  return event == NULL || query(device, event, &reached) != PS_OK || reached;
+}
+
+static pthread_mutex_t burying = PTHREAD_MUTEX_INITIALIZER;
+static ps__mortal *dying;
+
+static ps__mortal *take_ended(void)
+{
+  ps__mortal *ended = NULL;
+  for (ps__mortal **at = &dying; *at != NULL;) {
+    ps__mortal *looked_at = *at;
+    if (looked_at->has_ended(looked_at)) {
+      *at = looked_at->next;
+      looked_at->next = ended;
+      ended = looked_at;
+    } else {
+      at = &looked_at->next;
+    }
+  }
+  return ended;
+}
+
+void ps__bury(ps__mortal *mortal)
+{
+  pthread_mutex_lock(&burying);
+  if (mortal != NULL) {
+    mortal->next = dying;
+    dying = mortal;
+  }
+  ps__mortal *ended = take_ended();
+  pthread_mutex_unlock(&burying);
+  while (ended != NULL) {
+    ps__mortal *next = ended->next;
+    ended->destroy(ended); /* may bury others */
+    ended = next;
+  }
+}
+
 /* ---- peers ----------------------------------------------------------------------------------- */
 
 /* Under the lock.  Access to a pool's memory is the pool's to grant. */

@@ -61,6 +61,22 @@ void ps__stream_free(const ps__device *device, CUstream stream); /* likewise */
 /* Waits until the event is reached; outside of enter, since check may run code of others. */
 ps_status ps__device_wait(const ps__device *device, CUevent event, const ps_wait *wait);
 
+bool ps__event_reached(const ps__device *device,
+                       CUevent event); /* or never will be; NULL is fine */
+
+/* Something with memory of the host in it that work of a device may still touch.  Streams give
+ * back memory of the device in their order; the host's has none. */
+typedef struct ps__mortal {
+  struct ps__mortal *next;
+  bool (*has_ended)(const struct ps__mortal *self); /* its work is done */
+  void (*destroy)(struct ps__mortal *self);
+} ps__mortal;
+
+/* Takes in what nobody uses any more (or NULL) and destroys all whose work is done; the others wait
+ * for the next call.  With a device that hangs that may be for ever, which is better than waiting.
+ */
+void ps__bury(ps__mortal *mortal);
+
 /* Whether from may write to the other's memory itself, without the host. */
 bool ps__device_reaches(ps__device *from, ps__device *to);
 

@@ -25,7 +25,7 @@ typedef struct shim_index {
 
 static _Thread_local shim_index threadIdx, blockIdx, blockDim, gridDim;
 
-#define KERNEL                  static void
+#define KERNEL                  __attribute__((unused)) static void
 #define DEVICE                  static inline
 #define UNROLL                  _Pragma("GCC unroll 16")
 #define __shared__              SHIM_SHARED
