@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import _core
 from .noise import cloned_generator
 from .seam import map_tensors
+
+if TYPE_CHECKING:
+    from .far import FarRank
 
 
 class Leave(BaseException):
@@ -41,8 +44,26 @@ class Call:
         self._arrived: set[int] = set()  # ranks that have reached their loop
         self._begun = False  # no more encoder outputs will come
         self.over = False
+        self.far: dict[int, FarRank] = {}  # ranks in other processes, which are told by frames
+        self._far_begun = False
+        self._x: torch.Tensor | None = None  # a latent of the run
 
     # Leader.
+
+    def begin_far(self, arguments: bytes) -> None:
+        """The loop is about to begin: ranks in other processes enter theirs."""
+        self._far_begun = True
+        for far in self.far.values():
+            far.begin(arguments)
+            for key, outputs in self._encoded.items():
+                for output in outputs:
+                    far.encoded(key, output)
+
+    def lead(self, program: _core.Program, x: torch.Tensor, options: dict[str, Any]) -> Any:
+        """The leader of the run."""
+        self._x = x
+        carriers = {rank: far.carrier for rank, far in self.far.items()}
+        return _core.Leader(program, x, ranks=self.ranks, carriers=carriers, **options)
 
     def tell_encoded(self, key: tuple[str, str], output: Any) -> None:
         """A copy: pipelines edit embeddings in place, the leader's and every follower's own."""
@@ -50,6 +71,8 @@ class Call:
         with self._changed:
             self._encoded[key].append(output)
             self._changed.notify_all()
+        for far in self.far.values() if self._far_begun else ():
+            far.encoded(key, output)
 
     def open(self, leader: _core.Leader, returned: Any, patience: float) -> None:
         """The run exists: followers may take their ends.
@@ -57,21 +80,43 @@ class Call:
         Those that failed before are left out, and those that have not reached their loop within
         `patience` seconds: one may wait for a lock that the pipeline holds in its call.
         """
+        for far in self.far.values():
+            far.begun(returned)
+        self.begin(returned)
         with self._changed:
-            self.returned, self._begun = returned, True
-            self._changed.notify_all()
             ranks = set(range(1, self.ranks))
             self._changed.wait_for(lambda: self._arrived | self._failed.keys() >= ranks, patience)
             late = f"it has not reached its loop within {patience:.3g} s"
             for rank in sorted(ranks):
                 if rank in self._arrived and rank not in self._failed:
-                    self._followers[rank] = leader.follower(rank)
+                    self._open_rank(leader, rank)
                 else:
                     leader.leave_out(rank, self._failed.get(rank, late))
             self._changed.notify_all()
 
+    def begin(self, returned: Any) -> None:
+        """The leader's first step returned this; no more encoder outputs will come."""
+        with self._changed:
+            self.returned, self._begun = returned, True
+            self._changed.notify_all()
+
+    def _open_rank(self, leader: _core.Leader, rank: int) -> None:
+        if rank in self.far:
+            assert self._x is not None
+            self.far[rank].open(leader.inbox(rank), self._x)
+        else:
+            self._followers[rank] = leader.follower(rank)
+
+    def admit(self, rank: int, follower: _core.Follower) -> None:
+        """This rank's end of a run that is led in another process."""
+        with self._changed:
+            self._followers[rank] = follower
+            self._changed.notify_all()
+
     def end(self) -> None:
         """No more is to come: whoever waits leaves."""
+        for far in self.far.values() if self._far_begun else ():
+            far.over()
         with self._changed:
             self.over = True
             self._changed.notify_all()

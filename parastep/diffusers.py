@@ -21,7 +21,9 @@ import torch
 from . import _core
 from .api import check_stride, describe, warn_of
 from .call import Call, own_copy
+from .far import FarFollowers
 from .following import Following
+from .groups import Group, group_of
 from .leading import Leading
 from .noise import cloned_global_generator
 from .quiet import name_of, quiet_followers
@@ -30,9 +32,11 @@ from .report import Report
 from .seam import Hooks
 from .threads import HostContext
 from .watch import Watch
+from .workers import Workers
 
 _CALLBACKS = ("callback_on_step_end", "callback")
-_OWN = ("pipe", "devices", "report", "_options", "_replicas", "_made_from", "_lock", "_closed")
+_OWN_PUBLIC = ("pipe", "devices", "report")
+_OWN = (*_OWN_PUBLIC, "_options", "_far", "_replicas", "_made_from", "_lock", "_closed")
 
 
 def parallelize(
@@ -60,17 +64,21 @@ def parallelize(
         0
             gives the pipeline's own result bit for bit.
         max_stride: 1, every step is evaluated by some rank; None the same so far.
-        mode: "threads" or "auto" (threads); group and other modes do not exist yet.
+        mode: "threads", "processes" (workers that are spawned by us, with the first call) or "auto"
+            (threads).
+        group: ranks are the processes of this group, which all call parallelize and then the
+            pipeline: a torch.distributed group or an mpi4py communicator. None with devices None:
+            the group of the launcher (torchrun, mpirun) that started this script, if there is one.
         slots: "auto", one evaluation a rank and round.
 
     Raises:
         InvalidError, UnsupportedError: subclasses of parastep.Error; the text says what to do.
     """
     check_stride(max_stride)
-    if mode not in ("auto", "threads"):
-        raise _core.UnsupportedError(f"mode: {mode!r}: only 'threads' (or 'auto') so far")
-    if group is not None:
-        raise _core.UnsupportedError("group: process groups are not supported yet; give devices")
+    if mode not in ("auto", "threads", "processes"):
+        raise _core.InvalidError(f"mode: {mode!r}: must be 'auto', 'threads' or 'processes'")
+    if group is not None and (devices is not None or mode == "threads"):
+        raise _core.InvalidError("group: its processes are the ranks: leave out devices and mode")
     if slots != "auto":
         raise _core.UnsupportedError(f"slots: {slots!r}: only 'auto' so far")
     if isinstance(pipe, type) or not callable(pipe) or not hasattr(pipe, "__dict__"):
@@ -97,7 +105,14 @@ def parallelize(
         "deadline": deadline,
         "on_failure": on_failure,
     }
-    return ParallelPipeline(pipe, _devices_of(pipe, devices), options)
+    found = group_of(group) if devices is None and mode != "threads" else None
+    if found is not None:
+        home = _home_of(pipe)
+        found.open(home)
+        return ParallelPipeline(pipe, [home] * found.size, options, found)
+    places = _devices_of(pipe, devices)
+    workers = Workers(places) if mode == "processes" else None
+    return ParallelPipeline(pipe, places, options, workers)
 
 
 def _devices_of(pipe: Any, devices: Sequence[str | torch.device] | None) -> list[torch.device]:
@@ -134,12 +149,17 @@ class ParallelPipeline:
     """
 
     def __init__(
-        self, pipe: Any, devices: list[torch.device], options: dict[str, Any]
+        self,
+        pipe: Any,
+        devices: list[torch.device],
+        options: dict[str, Any],
+        far: Workers | Group | None = None,
     ) -> None:
         self.pipe = pipe
         self.devices = devices
         self.report: Report | None = None
         self._options = options
+        self._far = far  # where the followers are, if they are not threads
         self._replicas: dict[int, Any] = {}
         self._made_from: int | None = None
         self._lock = threading.Lock()
@@ -178,8 +198,10 @@ class ParallelPipeline:
         self.close()
 
     def close(self) -> None:
-        """Lets the replicas go; twice is fine."""
+        """Lets the replicas go, and ends the workers; twice is fine."""
         self._replicas.clear()
+        if self._far is not None:
+            self._far.close()
         self._closed = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -188,7 +210,12 @@ class ParallelPipeline:
         if not self._lock.acquire(blocking=False):
             raise _core.StateError("another thread is in a call of this pipeline; one at a time")
         try:
-            return self._call(args, kwargs)
+            if not isinstance(self._far, Group):
+                return self._call(args, kwargs)
+            if self._far.rank == 0:
+                return self._far.lead(lambda: self._call(args, kwargs), lambda: self.report)
+            result, self.report = self._far.follow(self.pipe)
+            return result
         finally:
             self._lock.release()
 
@@ -199,7 +226,15 @@ class ParallelPipeline:
             return self.pipe(*args, **kwargs)  # raises what it would without us
         began, reason = time.perf_counter(), self._unready(bound)
         call = Call(len(self.devices) if reason is None else 1)
-        followers = _Followers(self, call, bound) if call.ranks > 1 else None
+        followers: _Followers | FarFollowers | None = None
+        if call.ranks > 1 and self._far is None:
+            followers = _Followers(self, call, bound)
+        elif call.ranks > 1 and self._far is not None:
+            try:
+                followers = self._far.followers(call, self.pipe, _without_callbacks(bound))
+            except Exception as error:
+                reason = f"the arguments cannot be sent to other processes: {describe(error)}"
+                call = Call(1)
         generators = [named.get("generator") for named in _given(bound)]
         leading = Leading(
             self.pipe,
@@ -220,7 +255,7 @@ class ParallelPipeline:
             leaving.callback(self._report_on, leading, followers, began)
             leaving.enter_context(quiet_followers())
             if followers is not None:
-                leaving.callback(followers.gather, leading)
+                leaving.callback(lambda: followers.gather(_lost(leading)))
             leaving.callback(call.end)
             leaving.callback(leading.finish)
             hooks = Hooks()
@@ -245,10 +280,15 @@ class ParallelPipeline:
                 self._refresh()
             except Exception as error:  # a component that cannot be copied
                 reason = f"replicas of the pipeline cannot be made: {describe(error)}"
+                if isinstance(self._far, Workers):
+                    reason += "; mode='threads' needs no other processes"
         return reason
 
     def _refresh(self) -> None:
         """Replicas of the pipe as it is now: made again where its weights or modules changed."""
+        if self._far is not None:
+            self._far.refresh(self.pipe)
+            return
         now = fingerprint(self.pipe)
         if now != self._made_from:
             self._replicas.clear()
@@ -259,7 +299,7 @@ class ParallelPipeline:
             refresh(self._replicas[rank], self.pipe)
 
     def _report_on(
-        self, leading: Leading, followers: _Followers | None, began: float
+        self, leading: Leading, followers: _Followers | FarFollowers | None, began: float
     ) -> None:
         """The core's report with times from the call's beginning, and what ran without the core."""
         if leading.leader is None:
@@ -276,8 +316,8 @@ class ParallelPipeline:
         report.steps = leading.steps
         report.rounds = report.evaluations[0] = leading.evaluated
         if followers is not None:
-            for rank, following in followers.ranks.items():
-                report.evaluations[rank] = following.evaluated
+            for rank, evaluated in followers.evaluated.items():
+                report.evaluations[rank] = evaluated
         report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
         report.seconds, report.fallback = time.perf_counter() - began, leading.reason
         if self._options["policy"] == "verified":
@@ -319,18 +359,27 @@ class _Followers:
             except RuntimeError as error:  # no more threads
                 self._call.fail(rank, describe(error))
 
-    def gather(self, leading: Leading) -> None:
+    @property
+    def evaluated(self) -> dict[int, int]:
+        """Evaluations of each rank."""
+        return {rank: following.evaluated for rank, following in self.ranks.items()}
+
+    def gather(self, lost: set[int]) -> None:
         """Waits for those that are about to leave. A replica of a lost rank, or whose thread hangs,
         is not used again.
         """
-        lost = set()
-        if leading.leader is not None:
-            lost = {line[0] for line in leading.leader.report()["failures"]}
         patience = time.monotonic() + 10.0
         for rank, thread in self._threads.items():
             thread.join(0.05 if rank in lost else max(patience - time.monotonic(), 0.0))
             if thread.is_alive() or rank in lost:
                 self._replicas.pop(rank, None)
+
+
+def _lost(leading: Leading) -> set[int]:
+    """The ranks that were left out."""
+    if leading.leader is None:
+        return set()
+    return {line[0] for line in leading.leader.report()["failures"]}
 
 
 def _given(bound: inspect.BoundArguments) -> list[dict[str, Any]]:

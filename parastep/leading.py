@@ -328,8 +328,8 @@ class Leading:
         self._dtype = _latents_dtype(x, sample_in(result), shown[seen[0]] if seen else None)
         self._shown = []
         program = first.traced.program(noise_ahead=True)
-        ranks, x = self.call.ranks, self._as_latent(x)
-        self.leader = self._told(lambda: _core.Leader(program, x, ranks=ranks, **self.options))
+        x = self._as_latent(x)
+        self.leader = self._told(self.call.lead, program, x, self.options)
         if self.leader is None:
             return
         self.opened = time.perf_counter() - self._began

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -145,13 +146,16 @@ def _address(tensor: torch.Tensor) -> int:
         return 0
 
 
-def fingerprint(pipe: Any) -> int:
-    """Changes when what a replica was made from changes: modules, weights, processors, adapters."""
+def fingerprint(pipe: Any, modules: Mapping[str, torch.nn.Module] | None = None) -> int:
+    """Changes when what a replica was made from changes: modules, weights, processors, adapters.
+
+    `modules`: those whose insides matter; None: all of the pipeline's.
+    """
     seen: list[Any] = [type(pipe)]
     for name, value in vars(pipe).items():
         if not name.startswith("_") and not is_scheduler(value):
             seen.append((name, id(value), type(value)))
-    for module in modules_of(pipe).values():
+    for module in (modules_of(pipe) if modules is None else modules).values():
         for part in module.modules():
             for key, value in vars(part).items():
                 if key == "processor":  # attention processors hold scales and sometimes weights

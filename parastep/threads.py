@@ -32,6 +32,14 @@ class HostContext:
             self.device = self.torch.get_default_device()
             self.threads = self.torch.get_num_threads()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process of our own: torch's modes, without the variables of Python's context."""
+        return {k: v for k, v in vars(self).items() if k not in ("variables", "torch")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.variables, self.torch = contextvars.copy_context(), sys.modules.get("torch")
+
     @contextlib.contextmanager
     def entered(self, intraop: int | None = None) -> Iterator[None]:
         """The modes of the caller; `intraop` threads of torch here.

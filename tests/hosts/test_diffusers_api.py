@@ -38,8 +38,9 @@ import parastep  # noqa: E402
         ({"max_stride": 4}, parastep.UnsupportedError, "max_stride"),
         ({"warmup": 0}, ValueError, "warmup"),
         ({"order": 2}, ValueError, "order"),
-        ({"mode": "processes"}, parastep.UnsupportedError, "mode"),
-        ({"group": object()}, parastep.UnsupportedError, "group"),
+        ({"mode": "fibers"}, ValueError, "'threads' or 'processes'"),
+        ({"group": object()}, ValueError, "leave out devices"),
+        ({"group": object(), "devices": None}, ValueError, "not a process group"),
         ({"slots": "batch"}, parastep.UnsupportedError, "slots"),
         ({"deadline": 0}, ValueError, "deadline"),
         ({"on_failure": "ignore"}, ValueError, "on_failure"),
@@ -135,9 +136,7 @@ def test_positional_arguments() -> None:
     results = []
     for called in (pipe, parallel(pipe, 2)):
         generator = torch.Generator().manual_seed(0)
-        results.append(
-            called("a cat", 32, 32, 4, generator=generator, output_type="latent").images
-        )
+        results.append(called("a cat", 32, 32, 4, generator=generator, output_type="latent").images)
     assert torch.equal(*results)
     with pytest.raises(TypeError, match="positional"):
         called(*range(60))

@@ -1,0 +1,297 @@
+"""Followers in other processes: a call of the pipeline there, and the leader's view of it.
+
+The leader's `Call` talks to a `FarRank` for each of them, which sends frames; over there `Follower`
+plays the leader's part towards a `Call` of its own, so that `Following` is the same in a thread and
+in a process. Workers that we spawned and the ranks of a process group differ in how they come to
+be, which is in `workers` and `groups`.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from . import _core
+from .api import describe
+from .call import Call, own_copy
+from .following import Following
+from .noise import cloned_global_generator
+from .packing import pack, unpack
+from .replicas import is_scheduler, refresh
+from .threads import HostContext
+from .wire import Frame, Kind, Peer, Stream
+
+_PATIENCE = 10.0  # seconds for followers to leave a call that is over
+
+# ---- the leader's side ---------------------------------------------------------------------------
+
+
+class FarRank:
+    """A rank in another process, during one call."""
+
+    def __init__(self, link: Link, rank: int, number: int, call: Call) -> None:
+        self.link, self.rank, self.number, self.call = link, rank, number, call
+        self.evaluated: int | None = None  # as soon as it has left the call
+        self._inbox: _core.Inbox | None = None
+
+    @property
+    def carrier(self) -> tuple[Callable[[bytes], None], bool]:
+        return self.link.peer.carry, self.link.same_clock
+
+    def begin(self, arguments: bytes) -> None:
+        """The call begins; from here on what this process says of it is heard."""
+        with self.link.changed:
+            self.link.current = self
+        self._send(Kind.CALL, arguments)
+        if self.link.peer.lost is not None:
+            self.fail(self.link.peer.lost)
+
+    def encoded(self, key: tuple[str, str], output: Any) -> None:
+        self._send(Kind.ENCODED, pack((key, output)))
+
+    def begun(self, returned: Any) -> None:
+        self._send(Kind.BEGUN, pack(returned))
+
+    def open(self, inbox: _core.Inbox, x: torch.Tensor) -> None:
+        self._inbox = inbox
+        self._send(Kind.OPEN, pack((tuple(x.shape), x.dtype)))
+        if self.link.peer.lost is not None:
+            inbox.lost(self.link.peer.lost)
+
+    def over(self) -> None:
+        self._send(Kind.END)
+
+    def has_left(self) -> bool:
+        return self.link.current is not self
+
+    def fail(self, why: str) -> None:
+        self.call.fail(self.rank, why)
+        if self._inbox is not None:
+            self._inbox.lost(why)
+
+    def handle(self, frame: Frame) -> None:
+        if frame.kind == Kind.RUN:
+            if self._inbox is not None:
+                try:
+                    self._inbox.deliver(frame.body)
+                except _core.ProtocolError:
+                    pass  # the inbox is lost by that, and the core says why
+        elif frame.kind == Kind.ARRIVED:
+            self.call.arrive(self.rank)
+        elif frame.kind == Kind.FAILED:
+            self.fail(bytes(frame.body).decode(errors="replace"))
+        elif frame.kind == Kind.LEFT:
+            self.evaluated = int(frame.body.decode())
+
+    def _send(self, kind: Kind, body: bytes = b"") -> None:
+        self.link.peer.send(kind, self.number, body)
+
+
+class Link:
+    """The connection to a follower's process, for all calls to come."""
+
+    def __init__(self, stream: Stream, name: str, same_clock: bool) -> None:
+        self.same_clock = same_clock
+        self.changed = threading.Condition()
+        self.current: FarRank | None = None  # the call that it is in, or has not left yet
+        self.loaded: str | None = None  # what it said of the last model: "" where all went well
+        self.peer = Peer(stream, name, self._handle, self._gone)
+
+    @property
+    def alive(self) -> bool:
+        return self.peer.lost is None
+
+    def _handle(self, frame: Frame) -> None:
+        current = self.current
+        if frame.kind == Kind.LOADED:
+            with self.changed:
+                self.loaded = bytes(frame.body).decode(errors="replace")
+                self.changed.notify_all()
+        elif current is not None and frame.call == current.number:
+            current.handle(frame)
+            if frame.kind == Kind.LEFT:
+                with self.changed:
+                    self.current = None
+                    self.changed.notify_all()
+
+    def _gone(self, why: str) -> None:
+        with self.changed:
+            current = self.current
+            self.changed.notify_all()
+        if current is not None:
+            current.fail(why)
+
+    def wait(self, condition: Callable[[], bool], until: float) -> bool:
+        """Until the condition holds or the process is gone; False at the deadline."""
+        with self.changed:
+            patience = max(until - time.monotonic(), 0.0)
+            return self.changed.wait_for(lambda: condition() or not self.alive, patience)
+
+
+class FarFollowers:
+    """The followers of one call, as `diffusers` drives them: told of its beginning and its end.
+
+    To be made before the pipeline runs: arguments and the states of generators are taken here.
+    `given` are the call's (args, kwargs); `drop` is told who was lost, and who did not leave.
+    """
+
+    def __init__(
+        self,
+        links: Mapping[int, Link],
+        number: int,
+        call: Call,
+        pipe: Any,
+        given: tuple[tuple[Any, ...], dict[str, Any]],
+        drop: Callable[[set[int], set[int]], None],
+    ) -> None:
+        self.far = {rank: FarRank(link, rank, number, call) for rank, link in links.items()}
+        self._call, self._drop = call, drop
+        random = cloned_global_generator(torch.device("cpu")).get_state()
+        self._arguments = pack((given, _settings(pipe), HostContext(), random))
+        call.far = {r: far for r, far in self.far.items() if far.link.current is None}
+        for rank in self.far.keys() - call.far.keys():
+            call.fail(rank, "it is still in an earlier call")
+
+    @property
+    def evaluated(self) -> dict[int, int]:
+        """Evaluations of the ranks that have left the call."""
+        found = ((rank, far.evaluated) for rank, far in self.far.items())
+        return {rank: count for rank, count in found if count is not None}
+
+    def start(self) -> None:
+        self._call.begin_far(self._arguments)
+
+    def gather(self, lost: set[int]) -> None:
+        """Waits for those that are about to leave."""
+        until = time.monotonic() + _PATIENCE
+        stuck = set()
+        for rank, far in self._call.far.items():
+            end = time.monotonic() + 0.05 if rank in lost else until
+            if not far.link.wait(far.has_left, end):
+                stuck.add(rank)
+        self._drop(lost, stuck)
+
+
+def _settings(pipe: Any) -> dict[str, Any]:
+    """What of a pipeline may change from call to call, as `refresh` takes it."""
+    plain = (int, float, str, type(None))
+    return {
+        name: value
+        for name, value in vars(pipe).items()
+        if is_scheduler(value) or name == "_internal_dict" or isinstance(value, plain)
+    }
+
+
+# ---- the follower's side -------------------------------------------------------------------------
+
+
+class FarCall(Call):
+    """A call whose leader is in another process, as this follower sees it."""
+
+    def __init__(self, rank: int, number: int, arguments: bytes | bytearray, peer: Peer) -> None:
+        super().__init__(rank + 1)
+        self.rank, self.number, self.arguments, self._peer = rank, number, arguments, peer
+        self._inbox: _core.Inbox | None = None
+
+    def arrive(self, rank: int) -> None:
+        self._peer.send(Kind.ARRIVED, self.number)
+
+    def fail(self, rank: int, why: str) -> None:
+        """Through the run where there is one and it can still carry that, else beside it."""
+        with self._changed:
+            follower = self._followers.get(rank)
+        if follower is None:
+            self._peer.send(Kind.FAILED, self.number, why.encode())
+            return
+        try:
+            follower.fail(why)
+        except _core.Error:
+            self._peer.send(Kind.FAILED, self.number, why.encode())
+
+    def handle(self, frame: Frame, device: torch.device) -> None:
+        """What the leader's process says, in the receiving thread."""
+        if frame.kind == Kind.ENCODED:
+            key, output = unpack(frame.body, device)
+            self.tell_encoded(key, output)
+        elif frame.kind == Kind.BEGUN:
+            self.begin(unpack(frame.body, device))
+        elif frame.kind == Kind.OPEN:
+            shape, dtype = unpack(frame.body)
+            x = torch.zeros(shape, dtype=dtype)
+            follower, self._inbox = _core.join(x, self.rank, 1, (self._peer.carry, True))
+            self.admit(self.rank, follower)
+        elif frame.kind == Kind.RUN and self._inbox is not None:
+            try:
+                self._inbox.deliver(frame.body)
+            except _core.ProtocolError:
+                pass  # the run is lost to this follower, which learns of it there
+        elif frame.kind == Kind.END:
+            self.end()
+
+    def gone(self, why: str) -> None:
+        """The leader's process is."""
+        if self._inbox is not None:
+            self._inbox.lost(why)
+        self.end()
+
+
+class Follower:
+    """A process's part as a follower: takes calls from the leader's frames and serves them.
+
+    Args:
+        calls: where its `FarCall`s are put.
+        other: handles the frames that are not of a call; `gone` is told when the leader is.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        rank: int,
+        device: torch.device,
+        calls: queue.SimpleQueue[Any],
+        other: Callable[[Frame], None],
+        gone: Callable[[str], None],
+    ) -> None:
+        self.rank, self.device = rank, device
+        self._calls, self._other, self._on_gone = calls, other, gone
+        self._current: FarCall | None = None
+        self.peer = Peer(stream, f"parastep-{rank}", self._handle, self._gone)
+
+    def _handle(self, frame: Frame) -> None:
+        if frame.kind == Kind.CALL:
+            self._current = FarCall(self.rank, frame.call, frame.body, self.peer)
+            self._calls.put(self._current)
+        elif self._current is not None and frame.call == self._current.number:
+            self._current.handle(frame, self.device)
+            if frame.kind == Kind.END:
+                self._current = None
+        else:
+            self._other(frame)
+
+    def _gone(self, why: str) -> None:
+        if self._current is not None:
+            self._current.gone(why)
+        self._on_gone(why)
+
+    def serve(self, call: FarCall, replica: Any) -> None:
+        """Follows the leader through one call; whatever goes wrong is told to it."""
+        following = Following(replica, self.rank, call, self.device)
+        try:
+            arguments, settings, context, state = unpack(call.arguments, self.device)
+            refresh(replica, types.SimpleNamespace(**settings))
+            random = torch.Generator(self.device)
+            if self.device.type == "cpu":
+                random.set_state(state)
+            intraop = 1 if self.device.type == "cpu" else None
+            with context.entered(intraop):
+                following.run(lambda: own_copy(arguments), random)
+        except BaseException as error:  # it could not begin, or could not even say why it failed
+            call.fail(self.rank, describe(error))
+        finally:
+            self.peer.send(Kind.LEFT, call.number, str(following.evaluated).encode())

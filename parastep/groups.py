@@ -1,0 +1,293 @@
+"""Ranks of a process group: the same script on every rank, started by torchrun, Slurm or MPI.
+
+Rank 0 leads. Its call of the pipeline is everybody's: the others follow it with their own replica
+and return, or raise, what it returned or raised. Frames travel by torch.distributed's send and
+receive (gloo) or by mpi4py's, in threads that wait as long as it takes: no deadline of ours is
+handed to them, since gloo closes every connection of a group when one of them times out.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import os
+import queue
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _core
+from ._version import __version__
+from .api import describe
+from .call import Call
+from .far import FarCall, FarFollowers, Follower, Link
+from .packing import pack, unpack
+from .replicas import fingerprint, replicate
+from .report import Report
+from .wire import Frame, Kind, Peer, Stream, read_frame, write_frame
+
+_TAG = 7421
+_FOREVER = datetime.timedelta(days=3650)
+_PATIENCE = 5.0  # seconds for the other ranks to say goodbye
+_POLL = 0.0005  # seconds between two looks for a message of MPI, whose own waiting takes a core
+
+# ---- streams -------------------------------------------------------------------------------------
+
+
+class GroupStream:
+    """torch.distributed's send and receive with one rank of a group."""
+
+    def __init__(self, group: Any, peer: int) -> None:
+        self._group, self._peer = group, peer
+
+    def put(self, data: Any, descriptor: int | None = None) -> None:
+        message = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self._group.send([message], self._peer, _TAG).wait()
+
+    def get(self, count: int) -> bytearray:
+        message = torch.empty(count, dtype=torch.uint8, device="cpu")
+        self._group.recv([message], self._peer, _TAG).wait()
+        return bytearray(message.numpy())
+
+    def close(self) -> None:
+        pass  # the group's connections are the host's
+
+
+class MpiStream:
+    """mpi4py's send and receive with one rank of a communicator."""
+
+    def __init__(self, comm: Any, peer: int) -> None:
+        self._comm, self._peer = comm, peer
+        self._closed = False
+
+    def put(self, data: Any, descriptor: int | None = None) -> None:
+        from mpi4py import MPI
+
+        self._comm.Send([bytearray(data), MPI.BYTE], self._peer, _TAG)
+
+    def get(self, count: int) -> bytearray:
+        from mpi4py import MPI
+
+        while not self._comm.Iprobe(self._peer, _TAG):
+            if self._closed:
+                raise EOFError("closed")
+            time.sleep(_POLL)
+        data = bytearray(count)
+        self._comm.Recv([data, MPI.BYTE], self._peer, _TAG)
+        return data
+
+    def close(self) -> None:
+        self._closed = True
+
+
+def group_of(group: Any) -> Group | None:
+    """The group given, or that of the launcher that started this script, if there is one."""
+    if hasattr(group, "Get_rank") and hasattr(group, "Dup"):
+        return _mpi_group(group)
+    if group is not None:
+        return _torch_group(group)
+    if torch.distributed.is_available() and _in_torch_group():
+        return _torch_group(None)
+    if "mpi4py.MPI" in sys.modules or _by_mpirun():
+        try:
+            from mpi4py import MPI
+        except ImportError:
+            return None
+        return _mpi_group(MPI.COMM_WORLD) if MPI.COMM_WORLD.Get_size() > 1 else None
+    return None
+
+
+def _in_torch_group() -> bool:
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_world_size() > 1
+    launched = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return launched and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def _by_mpirun() -> bool:
+    sizes = (os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    return any(size.isdigit() and int(size) > 1 for size in sizes)
+
+
+def _torch_group(group: Any) -> Group:
+    dist = torch.distributed
+    if group is not None and not (dist.is_available() and dist.is_initialized()):
+        raise _core.InvalidError(f"group: {type(group).__name__} is not a process group")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    try:
+        ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+    except Exception as error:
+        raise _core.InvalidError(f"group: not a process group: {describe(error)}") from error
+    if dist.get_rank() not in ranks:
+        raise _core.InvalidError("group: this process is not in it")
+    own = dist.new_group(ranks, _FOREVER, backend="gloo", use_local_synchronization=True)
+    rank, others = ranks.index(dist.get_rank()), _others(ranks.index(dist.get_rank()), len(ranks))
+    return Group(rank, len(ranks), {peer: GroupStream(own, peer) for peer in others})
+
+
+def _mpi_group(comm: Any) -> Group:
+    from mpi4py import MPI
+
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise _core.UnsupportedError(
+            "group: this MPI was initialised without threads; MPI_THREAD_MULTIPLE is needed"
+        )
+    own, rank, size = comm.Dup(), comm.Get_rank(), comm.Get_size()
+    return Group(rank, size, {peer: MpiStream(own, peer) for peer in _others(rank, size)})
+
+
+def _others(rank: int, size: int) -> range:
+    """Whom a rank talks to: the leader to all, the others to the leader."""
+    return range(1, size) if rank == 0 else range(1)
+
+
+# ---- the group -----------------------------------------------------------------------------------
+
+
+class Group:
+    """This process's part in the group, for one parallel pipeline; made on all ranks at once."""
+
+    def __init__(self, rank: int, size: int, streams: dict[int, Stream]) -> None:
+        self.rank, self.size = rank, size
+        self._streams = streams
+        self._calls = itertools.count(1)
+        self._number = 0  # of the call that this rank is in
+        self._links: dict[int, Link] = {}
+        self._follower: Follower | None = None
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # calls, results, and the end
+        self._replica: Any = None
+        self._made_from: int | None = None
+        self._peers: list[Peer] = []
+        self._close = weakref.finalize(self, _close_all, self._peers, os.getpid())
+
+    def open(self, device: torch.device) -> None:
+        """Greets the others and begins to listen."""
+        for peer, stream in self._streams.items():
+            same_clock = _greet(stream, leads=self.rank == 0)
+            if self.rank == 0:
+                self._links[peer] = Link(stream, f"parastep-rank-{peer}", same_clock)
+                self._peers.append(self._links[peer].peer)
+            else:
+                jobs = self._jobs
+                follower = Follower(stream, self.rank, device, jobs, jobs.put, jobs.put)
+                self._follower = follower
+                self._peers.append(follower.peer)
+
+    def close(self) -> None:
+        self._close()
+
+    # The leader.
+
+    def refresh(self, pipe: Any) -> None:
+        """Nothing to be made: every rank has a pipeline of its own."""
+
+    def followers(self, call: Call, pipe: Any, given: Any) -> FarFollowers:
+        return FarFollowers(self._links, self._number, call, pipe, given, self.drop)
+
+    def drop(self, lost: set[int], stuck: set[int]) -> None:
+        """A rank that failed is there again for the next call, if it has left this one by then."""
+
+    def lead(self, call: Callable[[], Any], report: Callable[[], Report | None]) -> Any:
+        """The leader's call; what it returns or raises goes to all ranks."""
+        self._number = next(self._calls)
+        try:
+            result = call()
+        except BaseException as error:
+            self._share(False, error, report())
+            raise
+        self._share(True, result, report())
+        return result
+
+    def _share(self, returned: bool, value: Any, report: Report | None) -> None:
+        try:
+            body = pack((returned, value, report))
+        except Exception as error:
+            words = f"the leader's {type(value).__name__} cannot be sent: {describe(error)}"
+            body = pack((False, _core.UnsupportedError(words), report))
+        for link in self._links.values():
+            link.peer.send(Kind.RESULT, self._number, body)
+
+    # A follower.
+
+    def follow(self, pipe: Any) -> tuple[Any, Report | None]:
+        """The leader's call, followed; returns its result and report, or raises what it raised."""
+        self._number = next(self._calls)
+        while True:
+            job = self._jobs.get()
+            if isinstance(job, str):
+                self._jobs.put(job)  # for the calls after this one
+                raise _core.LostError(f"the leader's process cannot be reached: {job}")
+            if isinstance(job, FarCall) and job.number == self._number:
+                self._serve(job, pipe)
+            elif isinstance(job, Frame) and (job.kind, job.call) == (Kind.RESULT, self._number):
+                return self._result(job.body)
+
+    def _serve(self, call: FarCall, pipe: Any) -> None:
+        assert self._follower is not None
+        try:
+            now = fingerprint(pipe)
+            if now != self._made_from:
+                self._replica = replicate(pipe, self._follower.device)
+                self._made_from = now
+        except Exception as error:
+            self._replica = None
+            call.fail(self.rank, f"its replica cannot be made: {describe(error)}")
+        self._follower.serve(call, self._replica)
+
+    def _result(self, body: bytes | bytearray) -> tuple[Any, Report | None]:
+        assert self._follower is not None
+        try:
+            returned, value, report = unpack(body, self._follower.device)
+        except Exception as error:
+            words = f"what the leader returned or raised cannot be read here: {describe(error)}"
+            raise _core.ProtocolError(words) from error
+        if not returned:
+            raise value
+        return value, report
+
+
+def _close_all(peers: list[Peer], process: int) -> None:
+    """Says goodbye to all at once, so that one who is busy is waited for only once."""
+    if os.getpid() == process:
+        closing = [threading.Thread(target=peer.close, args=(_PATIENCE,)) for peer in peers]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()
+    peers.clear()
+
+
+def _greet(stream: Stream, leads: bool) -> bool:
+    """Whether the other process reads the same clock. The follower speaks first: a send may wait
+    for its receive.
+    """
+    own = {"version": __version__, "boot": _boot()}
+    hello = Frame(Kind.HELLO, 0, json.dumps(own).encode())
+    if not leads:
+        write_frame(stream, hello)
+    frame = read_frame(stream)
+    if leads:
+        write_frame(stream, hello)
+    other = json.loads(frame.body) if frame.kind == Kind.HELLO else {}
+    if other.get("version") != __version__:
+        raise _core.ProtocolError(
+            f"this rank has parastep {__version__}, another one {other.get('version')}: "
+            "all must have the same"
+        )
+    return bool(own["boot"]) and other.get("boot") == own["boot"]
+
+
+def _boot() -> str:
+    """The same for two processes that read one monotonic clock."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,111 @@
+"""Python objects with tensors as bytes, and a pipeline as memory that other processes map.
+
+torch's own serialisation does the work. Used between processes that belong together: who can write
+to the pipe of a worker, or to the process group, is trusted.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .replicas import denoisers_of, encoders_of, replicate
+
+_CALLS = ("forward", "encode", "get_text_features", "get_image_features")
+
+
+def pack(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def unpack(data: bytes | bytearray, device: torch.device | None = None) -> Any:
+    """What was packed; tensors that were on a device of the sender's are on `device`."""
+    return torch.load(io.BytesIO(data), map_location=_placed(device), weights_only=False)
+
+
+def _placed(device: torch.device | None) -> Callable[[Any, str], Any]:
+    def place(storage: Any, location: str) -> Any:
+        away = location != "cpu" and device is not None and device.type != "cpu"
+        return storage.to(device=device) if away else storage
+
+    return place
+
+
+def pipeline_to_memory(pipe: Any) -> int:
+    """A descriptor of memory that holds the pipeline, to be closed; other processes map it, so that
+    any number of them share one copy.
+
+    Encoders go without their weights: a follower takes their outputs from the leader.
+    """
+    memory = os.memfd_create("parastep-pipeline", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(os.dup(memory), "wb") as file:
+            torch.save(_hollow(pipe), file)
+    except BaseException:
+        os.close(memory)
+        raise
+    return memory
+
+
+def pipeline_from_memory(memory: int, device: torch.device) -> Any:
+    """A replica on `device`, of what the descriptor holds."""
+    loaded = torch.load(
+        f"/proc/self/fd/{memory}", map_location="cpu", mmap=True, weights_only=False
+    )
+    replica = replicate(loaded, device)
+    for name, module in encoders_of(replica).items():
+        for method in _CALLS:
+            if hasattr(module, method):
+                vars(module)[method] = _absent(f"{name}.{method}")
+    return replica
+
+
+def _hollow(pipe: Any) -> Any:
+    """The pipeline with encoders whose weights take no memory, but have shapes and dtypes."""
+    memo: dict[int, Any] = {}
+    encoders = encoders_of(pipe)
+    for module in denoisers_of(pipe).values():
+        memo |= {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    for module in encoders.values():
+        for weight in module.parameters():
+            memo.setdefault(id(weight), _without_memory(weight))
+    hollow = copy.deepcopy(pipe, memo)
+    for module in encoders_of(hollow).values():
+        for part in module.modules():
+            _forget_functions(part)
+    return hollow
+
+
+def _forget_functions(part: torch.nn.Module) -> None:
+    """What other libraries have hooked into a module that will not run; often it cannot be sent."""
+    own = vars(part)
+    for name in [name for name, value in own.items() if inspect.isroutine(value)]:
+        del own[name]
+    for name, value in own.items():
+        if name.endswith("_hooks") and isinstance(value, dict):
+            own[name] = type(value)()
+
+
+def _without_memory(weight: torch.nn.Parameter) -> Any:
+    if type(weight) is not torch.nn.Parameter:  # quantised weights are classes of their own
+        return weight
+    one = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+    return torch.nn.Parameter(one, requires_grad=False)
+
+
+def _absent(name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"a worker needs {name}, which the leader did not call before its loop; "
+            "mode='threads' has it"
+        )
+
+    return call

@@ -1,0 +1,228 @@
+"""Followers in processes of our own, `python -m parastep.workers FD`: the end of a pipe is theirs.
+
+`parallelize(..., mode="processes")` keeps a `Workers`: one process for each follower, started with
+the first call and kept for the next ones. The model goes over once, as memory that all workers map.
+The lower half of this file is what runs in a worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _core
+from .api import describe
+from .call import Call
+from .far import FarCall, FarFollowers, Follower, Link
+from .packing import pipeline_from_memory, pipeline_to_memory
+from .replicas import denoisers_of, fingerprint
+from .wire import Frame, Kind, SocketStream, read_frame, write_frame
+
+_LOADING = 600.0  # seconds for a worker to start and to load the model
+
+
+class Workers:
+    """The workers of one parallel pipeline; used by one thread at a time."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._devices = dict(enumerate(devices[1:], 1))
+        self._workers: dict[int, _Worker] = {}
+        self._calls = itertools.count(1)
+        self._made_from: int | None = None
+        self._close = weakref.finalize(self, _end_all, self._workers, os.getpid())
+
+    def refresh(self, pipe: Any) -> None:
+        """A worker for each rank, with the pipeline as it is now.
+
+        Raises where none has it; one without it fails in the call.
+        """
+        now = fingerprint(pipe, denoisers_of(pipe))  # encoders go over hollow
+        if now != self._made_from:
+            for worker in self._workers.values():
+                worker.has_model = False
+            self._made_from = now
+        for rank, device in self._devices.items():
+            if rank in self._workers and not self._workers[rank].alive():
+                self._workers.pop(rank).end()
+            if rank not in self._workers:
+                self._workers[rank] = _Worker(rank, device)
+        without = [worker for worker in self._workers.values() if not worker.has_model]
+        if without:
+            _load(pipe, without)
+        if not any(worker.has_model for worker in self._workers.values()):
+            raise _core.LostError(next(iter(self._workers.values())).why_not())
+
+    def followers(self, call: Call, pipe: Any, given: Any) -> FarFollowers:
+        ready = {rank: worker for rank, worker in self._workers.items() if worker.has_model}
+        links = {rank: worker.link for rank, worker in ready.items()}
+        followers = FarFollowers(links, next(self._calls), call, pipe, given, self.drop)
+        for rank in self._workers.keys() - ready.keys():
+            call.fail(rank, self._workers[rank].why_not())
+        return followers
+
+    def drop(self, lost: set[int], stuck: set[int]) -> None:
+        """Ends those that do not leave a call: the next call starts new ones. Those that failed and
+        left get a new replica.
+        """
+        for rank in stuck & self._workers.keys():
+            self._workers.pop(rank).end()
+        for rank in lost & self._workers.keys():
+            self._workers[rank].has_model = False
+
+    def close(self) -> None:
+        self._close()
+
+
+def _end_all(workers: dict[int, _Worker], process: int) -> None:
+    if os.getpid() == process:  # a forked child has no workers
+        for worker in workers.values():
+            worker.end()
+    workers.clear()
+
+
+def _load(pipe: Any, workers: list[_Worker]) -> None:
+    memory = pipeline_to_memory(pipe)
+    try:
+        for worker in workers:
+            worker.load(memory)
+    finally:
+        os.close(memory)
+    until = time.monotonic() + _LOADING
+    for worker in workers:
+        worker.wait_for_model(until)
+
+
+class _Worker:
+    """A process, and the connection to it."""
+
+    def __init__(self, rank: int, device: torch.device) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._process = _start(theirs.fileno())
+            except BaseException:
+                ours.close()
+                raise
+        stream = SocketStream(ours)
+        hello = {"path": sys.path, "rank": rank, "device": str(device)}
+        with contextlib.suppress(OSError):  # it died at once: the link is going to say so
+            write_frame(stream, Frame(Kind.HELLO, 0, json.dumps(hello).encode()))
+        self.link = Link(stream, f"parastep-worker-{rank}", same_clock=True)
+        self.has_model = False
+
+    def alive(self) -> bool:
+        return self.link.alive and self._process.poll() is None
+
+    def load(self, memory: int) -> None:
+        self.link.loaded = None
+        self.link.peer.send(Kind.MODEL, 0, descriptor=os.dup(memory))
+
+    def wait_for_model(self, until: float) -> None:
+        self.link.wait(lambda: self.link.loaded is not None, until)
+        self.has_model = self.link.alive and self.link.loaded == ""
+
+    def why_not(self) -> str:
+        """Why it has no model."""
+        if self.link.loaded is None and self.link.alive:
+            return f"the worker has not loaded the pipeline within {_LOADING:.0f} s"
+        if self.link.loaded:
+            return f"the worker cannot load the pipeline: {self.link.loaded}"
+        return f"the worker ended while loading the pipeline ({self._ending()})"
+
+    def _ending(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+        code = self._process.returncode
+        return "killed" if code is None else f"exit status {code}"
+
+    def end(self) -> None:
+        """Its pipe ends and it is killed: it holds nothing that would have to be put in order."""
+        self._process.kill()
+        self._process.wait()
+        self.link.peer.close()
+
+
+def _start(descriptor: int) -> subprocess.Popen[bytes]:
+    """A worker in a session of its own, so that Ctrl-C in a terminal reaches the leader alone."""
+    if not sys.executable:
+        raise _core.UnsupportedError("this Python does not know its own executable")
+    here = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(p for p in (here, *sys.path) if p)
+    return subprocess.Popen(
+        [sys.executable, "-m", __spec__.name, str(descriptor)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[descriptor],
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+
+
+# ---- in a worker ---------------------------------------------------------------------------------
+
+
+class _Serving:
+    """A worker's life: loads pipelines, follows calls, ends with its pipe."""
+
+    def __init__(self, stream: SocketStream, rank: int, device: torch.device) -> None:
+        self._stream, self._device = stream, device
+        self._replica: Any = None
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # calls, and models to be loaded
+        self._follower = Follower(stream, rank, device, self._jobs, self._other, self._gone)
+
+    def _gone(self, why: str) -> None:
+        os._exit(0)  # the leader is, and whoever computes or hangs here does it for nobody
+
+    def _other(self, frame: Frame) -> None:
+        if frame.kind == Kind.MODEL and self._stream.descriptors:
+            self._jobs.put(self._stream.descriptors.popleft())
+
+    def run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            if isinstance(job, FarCall):
+                self._follower.serve(job, self._replica)
+            else:
+                self._load(job)
+
+    def _load(self, memory: int) -> None:
+        self._replica, why = None, ""
+        try:
+            self._replica = pipeline_from_memory(memory, self._device)
+        except BaseException as error:  # a class that cannot be imported here, no memory, ...
+            why = describe(error)
+        finally:
+            os.close(memory)
+        self._follower.peer.send(Kind.LOADED, 0, why.encode())
+
+
+def main(descriptor: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader's user means the leader
+    stream = SocketStream(socket.socket(fileno=descriptor))
+    hello = json.loads(read_frame(stream).body)
+    sys.path[:] = hello["path"]
+    logging.disable(logging.CRITICAL)  # the leader says it, once
+    warnings.simplefilter("ignore")
+    _Serving(stream, hello["rank"], torch.device(hello["device"])).run()
+
+
+if __name__ == "__main__":
+    from parastep.workers import main as own_main  # this module under its own name
+
+    own_main(int(sys.argv[1]))

@@ -1,0 +1,84 @@
+"""Faults for followers in other processes, which import this module: a part of a model that fails.
+
+`Faulty` computes what the part it wraps does until the leader's test leaves an order in a folder;
+the first worker that makes its n-th call since then takes the order and carries it out, once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Faulty(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module, folder: Path) -> None:
+        super().__init__()
+        self.inner, self.folder = inner, str(folder)
+        self.seen, self.calls = "", 0  # the last order, and how often it was looked at
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.inner(*args, **kwargs)
+        order = self._order()
+        return output if order is None else carry_out(order, output)
+
+    def _order(self) -> str | None:
+        if not in_worker():
+            return None
+        path = Path(self.folder, "order")
+        try:
+            text = path.read_text()
+            order = json.loads(text)
+            self.calls = self.calls + 1 if text == self.seen else 1
+            self.seen = text
+            if order["call"] > self.calls:
+                return None
+            path.rename(path.with_name("taken"))  # one of the workers gets it
+        except (FileNotFoundError, ValueError):
+            return None
+        return order["fault"]
+
+
+def in_worker() -> bool:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name == "parastep.workers"
+
+
+def order(folder: Path, fault: str, call: int) -> None:
+    Path(folder, "taken").unlink(missing_ok=True)
+    draft = Path(folder, "draft")
+    draft.write_text(json.dumps({"fault": fault, "call": call, "at": time.monotonic()}))
+    draft.rename(Path(folder, "order"))
+
+
+def taken(folder: Path) -> bool:
+    return Path(folder, "taken").exists()
+
+
+def carry_out(fault: str, output: torch.Tensor) -> torch.Tensor:
+    if fault == "raise":
+        raise RuntimeError("out of cheese\nsecond line")
+    if fault == "exit":
+        sys.exit("left")
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault == "hang":
+        time.sleep(600)
+    if fault == "nan":
+        return output * torch.nan
+    if fault == "rubbish":
+        os.write(int(sys.argv[1]), b"x" * 4096)  # onto the pipe, past everybody
+        time.sleep(600)
+    if fault == "silence":  # the pipe ends, the process does not
+        os.close(int(sys.argv[1]))
+        os.closerange(3, 64)
+        time.sleep(600)
+    return output
