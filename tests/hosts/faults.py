@@ -29,7 +29,7 @@ class Faulty(torch.nn.Module):
         return output if order is None else carry_out(order, output)
 
     def _order(self) -> str | None:
-        if not in_worker():
+        if not in_follower():
             return None
         path = Path(self.folder, "order")
         try:
@@ -45,7 +45,11 @@ class Faulty(torch.nn.Module):
         return order["fault"]
 
 
-def in_worker() -> bool:
+def in_follower() -> bool:
+    """Whether this is a worker, or a rank of a group other than its leader."""
+    ranks = (os.environ.get(name) for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
+    if any(rank not in (None, "0") for rank in ranks):
+        return True
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec is not None and spec.name == "parastep.workers"
 
@@ -72,6 +76,8 @@ def carry_out(fault: str, output: torch.Tensor) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGSTOP)
     if fault == "hang":
         time.sleep(600)
+    if fault == "pause":
+        time.sleep(6)
     if fault == "nan":
         return output * torch.nan
     if fault == "rubbish":
