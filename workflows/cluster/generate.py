@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 4 generate.py --model stabilityai/stable-diffusion-xl-base-1.0
 
-README.md beside it has the commands for several nodes, Slurm and MPI. Nothing in the script is about
-ranks but the device: every rank loads the pipeline and calls it, rank 0 leads, and every rank gets
-the picture.
+README.md beside it has the commands for several nodes, Slurm and MPI. Nothing in the script is
+about ranks but the device: every rank loads the pipeline and calls it, rank 0 leads, and every rank
+gets the picture.
 """
 
 from __future__ import annotations
