@@ -151,6 +151,38 @@ PYTEST := HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(VENV)/bin/pytest --timeout-method=th
 test-py: $(EDITABLE_STAMP) ## Run the Python tests (PYTEST_ARGS="-k name" for some of them)
 	$(if $(PY_TESTS),$(PYTEST) --timeout=300 $(PYTEST_ARGS))
 
+# The diffusers tests with other versions of diffusers, each in a venv of its own that lies on top of
+# .venv: the newest there are, and those of about a year ago with what was new in their time.
+HOSTS_NEW ?= diffusers transformers huggingface_hub accelerate peft
+HOSTS_OLD ?= diffusers==0.35.2 transformers==4.57.1 huggingface_hub==0.36.0 accelerate==1.11.0 \
+  peft==0.17.1
+
+# Makes build/hosts/$(1) with the packages $(2), and runs the tests in it.
+define run_hosts
+	@rm -rf build/hosts/$(1)
+	@$(PY) -m venv build/hosts/$(1)
+	@base=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+	  && own=$$(build/hosts/$(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+	  && echo "$$base" > "$$own/base.pth"
+	@build/hosts/$(1)/bin/python -m pip install --quiet --upgrade $(2)
+	@build/hosts/$(1)/bin/python -c 'import diffusers, transformers; \
+	  print("== diffusers", diffusers.__version__, "transformers", transformers.__version__)'
+	@HF_HUB_OFFLINE=1 MPLBACKEND=Agg PYTHONPATH=$(CURDIR) build/hosts/$(1)/bin/python -m pytest \
+	  -p no:cacheprovider --timeout=300 --timeout-method=thread $(PYTEST_ARGS) tests/hosts
+endef
+
+.PHONY: hosts hosts-new hosts-old
+hosts: ## Run the diffusers tests with the newest diffusers, and with one a year older
+	@status=0; \
+	for which in hosts-new hosts-old; do $(MAKE) --no-print-directory $$which || status=1; done; \
+	exit $$status
+
+hosts-new: $(EDITABLE_STAMP)
+	$(call run_hosts,new,$(HOSTS_NEW))
+
+hosts-old: $(EDITABLE_STAMP)
+	$(call run_hosts,old,$(HOSTS_OLD))
+
 # ---- demo and benches ----------------------------------------------------------------------------
 
 .PHONY: demo bench bench-c
