@@ -5,6 +5,7 @@ The text is made to be pasted into a bug report: no paths, no names of users or 
 
 from __future__ import annotations
 
+import ctypes.util
 import getpass
 import importlib.metadata
 import math
@@ -78,6 +79,7 @@ def found() -> Iterator[tuple[str, str]]:
     yield "devices", _devices()
     yield "hosts", _listed({name: version_of(name) for name in HOSTS})
     yield "libraries", _listed({name: version_of(name) for name in OTHERS})
+    yield "system", _listed({name: _system_library(name) for name in ("cuda", "cublas", "nccl")})
 
 
 def _listed(value: Any) -> str:
@@ -94,6 +96,11 @@ def version_of(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _system_library(name: str) -> str:
+    """Where the loader finds a library of the system; those beside torch are not among them."""
+    return ctypes.util.find_library(name) or "not found"
 
 
 def _torch() -> str:
