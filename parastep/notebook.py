@@ -10,7 +10,7 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
-from .plot import COLOURS, LABELS, drifts
+from .plot import COLOURS, LABELS, drifts, limit_of
 from .report import Report
 
 _WIDTH, _LEFT = 760, 52  # pixels; what is left of the pictures' own area
@@ -52,7 +52,7 @@ def _failures(report: Report) -> str:
 
 
 def _legend(report: Report) -> str:
-    shown = {record.kind for record in report.timeline} | set(report.kinds)
+    shown = {*report.evaluated, *report.kinds}
     parts = [
         f'<span style="color:{colour}">&#9632;</span> {html.escape(LABELS[kind])}'
         for kind, colour in COLOURS.items()
@@ -79,10 +79,10 @@ def _timeline(report: Report) -> str:
     scale = (_WIDTH - _LEFT - 8) / seconds
     paths: dict[str, list[str]] = {kind: [] for kind in COLOURS}
     numbers = []
-    for record in report.timeline:
+    for record, kind in zip(report.timeline, report.evaluated):
         x, width = _LEFT + record.begin * scale, (record.end - record.begin) * scale
         y = record.rank * _ROW + 2
-        paths[record.kind].append(f"M{x:.1f} {y}h{max(width - 0.5, 0.3):.1f}v{_ROW - 4}H{x:.1f}z")
+        paths[kind].append(f"M{x:.1f} {y}h{max(width - 0.5, 0.3):.1f}v{_ROW - 4}H{x:.1f}z")
         if width >= 7 * len(str(record.step)) and report.ranks <= _LABELLED_RANKS:
             numbers.append(_text(x + width / 2, y + 11, str(record.step), "middle"))
     parts = [f'<path d="{"".join(d)}" fill="{COLOURS[k]}"/>' for k, d in paths.items() if d]
@@ -98,7 +98,7 @@ def _drift(report: Report) -> str:
     """Drift of each step on a logarithmic axis, one decade a line, and the tolerance."""
     height, top = 110, 6
     shown = [value for _, value, _ in drifts(report)]
-    tolerance = report.tolerance if report.tolerance and report.tolerance < math.inf else None
+    tolerance = limit_of(report)
     if tolerance is not None:
         shown.append(tolerance)
     low = math.floor(math.log10(min(shown)))

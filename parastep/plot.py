@@ -33,10 +33,9 @@ def report(report: Report, figure: Any = None) -> Any:
 
 def timeline(report: Report, axes: Any) -> None:
     """Draws a report's evaluations on matplotlib axes: a row a rank, seconds to the right."""
-    for record in report.timeline:
-        width = record.end - record.begin
-        colour = COLOURS[record.kind]
-        axes.barh(record.rank, width, left=record.begin, height=0.8, color=colour, linewidth=0)
+    for record, kind in zip(report.timeline, report.evaluated):
+        width, look = record.end - record.begin, {"color": COLOURS[kind], "linewidth": 0}
+        axes.barh(record.rank, width, left=record.begin, height=0.8, **look)
         middle = record.begin + width / 2
         axes.text(middle, record.rank, str(record.step), ha="center", va="center", fontsize=6)
     axes.set_yticks(range(report.ranks))
@@ -57,6 +56,16 @@ def drifts(report: Report) -> list[tuple[int, float, str]]:
     ]
 
 
+def limit_of(report: Report) -> float | None:
+    """The drift below which a guess counts, where that is one number: a strided round sums up
+    errors instead, and neither 0 nor inf can be drawn.
+    """
+    tolerance = report.tolerance
+    if tolerance is None or report.interpolated or not 0 < tolerance < math.inf:
+        return None
+    return tolerance
+
+
 def drift(report: Report, axes: Any) -> None:
     """Draws how far off each step's guess was, in units of its noise scale, and the tolerance."""
     for kind in COLOURS:
@@ -64,9 +73,10 @@ def drift(report: Report, axes: Any) -> None:
         if points:
             axes.plot(*zip(*points), "o", markersize=4, color=COLOURS[kind])
             axes.set_yscale("log")
-    if report.tolerance is not None and 0 < report.tolerance < math.inf:
-        axes.axhline(report.tolerance, color="0.4", linewidth=1, linestyle="--")
-        axes.text(0, report.tolerance, "tolerance", fontsize=7, color="0.4", va="bottom")
+    limit = limit_of(report)
+    if limit is not None:
+        axes.axhline(limit, color="0.4", linewidth=1, linestyle="--")
+        axes.text(0, limit, "tolerance", fontsize=7, color="0.4", va="bottom")
     axes.set_ylabel("drift")
     axes.set_xlabel("step")
     axes.set_xlim(-1, max(report.steps, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -16,13 +17,6 @@ class Evaluation(NamedTuple):
     begin: float
     end: float
     accepted: bool
-
-    @property
-    def kind(self) -> str:
-        """exact (the leader's, at the true latent), accepted or rejected (guesses)."""
-        if not self.accepted:
-            return "rejected"
-        return "exact" if self.rank == 0 else "accepted"
 
 
 class Failure(NamedTuple):
@@ -77,13 +71,29 @@ class Report:
         return self.steps / self.rounds if self.rounds else math.nan
 
     @property
+    def evaluated(self) -> list[str]:
+        """What became of each evaluation of the timeline: exact (the leader's, at the true latent
+        with which its round began), accepted or rejected (guesses, its own among them).
+        """
+        frontier = [0, *itertools.accumulate(self.accepted)]
+
+        def kind(record: Evaluation) -> str:
+            if not record.accepted:
+                return "rejected"
+            own = record.rank == 0 and record.round < len(frontier)
+            return "exact" if own and record.step == frontier[record.round] else "accepted"
+
+        return [kind(record) for record in self.timeline]
+
+    @property
     def kinds(self) -> list[str]:
         """What answered each step: exact, accepted or interpolated.
 
         Steps without an evaluation of their own lie between nodes, as many as `interpolated`; those
         after them the host evaluated alone, once speculation had ended.
         """
-        found = {record.step: record.kind for record in self.timeline if record.accepted}
+        pairs = zip(self.timeline, self.evaluated)
+        found = {record.step: kind for record, kind in pairs if record.accepted}
         others = [step for step in range(self.steps) if step not in found]
         found |= dict.fromkeys(others, "exact")
         found |= dict.fromkeys(others[: self.interpolated], "interpolated")

@@ -29,7 +29,7 @@ def sampled(ranks, steps=STEPS, tolerance=0.02, **options):
         return (x - alpha[step] * clean) / s[step]
 
     x = np.random.default_rng(0).standard_normal((1, 4096))
-    options |= {"ranks": ranks, "tolerance": tolerance}
+    options |= {"ranks": ranks, "tolerance": tolerance, "max_stride": 1}
     return parastep.sample(program, denoiser, x, **options)[1]
 
 
