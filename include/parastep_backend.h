@@ -121,6 +121,14 @@ PS_API ps_status ps_cuda_count(int *count);
  * another one is named. */
 PS_API ps_status ps_cuda_open(int ordinal, const ps_backend **backend);
 
+/* Writes one line on what was found: devices, and how passes are made on them; or why there are
+ * none. */
+PS_API void ps_cuda_describe(char *text, size_t room);
+
+/* Frees memory of the backend behind what is in a stream of the host's (NULL: the legacy default);
+ * from any thread. */
+PS_API void ps_cuda_give_back(const ps_backend *backend, void *p, void *stream);
+
 /* The host's current stream (a CUstream; NULL is the legacy default), to which work goes from now
  * on, behind all work so far.  PS_STATE where the host is capturing a graph on it. */
 PS_API ps_status ps_cuda_use_stream(const ps_backend *backend, void *stream);

@@ -6,6 +6,7 @@
  * and settle, and none takes memory but the one that is named so.
  */
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "backend/check.h"
@@ -531,7 +532,37 @@ ps_status ps_cuda_use_stream(const ps_backend *backend, void *stream)
   return status;
 }
 
+void ps_cuda_give_back(const ps_backend *backend, void *p, void *stream)
+{
+  const ps__cuda_rank *rank = ps__cuda_rank_of(backend);
+  CUevent event = NULL;
+  ps__scope scope;
+  if (ps__event_new(rank->device, &event) == PS_OK &&
+      ps__device_enter(rank->device, &scope) == PS_OK) {
+    ps__cuda.event_record(event, stream != NULL ? stream : PS__CUDA_DEFAULT_STREAM);
+    ps__device_leave(&scope);
+  }
+  ps__device_free_after(rank->device, event);
+  release_memory(backend, p);
+  ps__event_free(rank->device, event);
+}
+
+/* ---- what there is --------------------------------------------------------------------------- */
+
 ps_status ps_cuda_count(int *count)
 {
   return ps__device_count(count);
+}
+
+void ps_cuda_describe(char *text, size_t room)
+{
+  int count;
+  if (ps__device_count(&count) != PS_OK) {
+    snprintf(text, room, "not found: %s", ps_last_error());
+  } else if (count == 0) {
+    snprintf(text, room, "a driver, but no device");
+  } else {
+    snprintf(text, room, "%d device%s, %s", count, count == 1 ? "" : "s",
+             ps__kernel_image() != NULL ? "kernels of this build" : "built without kernels");
+  }
 }

@@ -17,6 +17,7 @@
 #include <stdint.h>
 
 #include "parastep.h"
+#include "parastep_backend.h"
 
 /* NumPy's function table is the one global of the binding.  tensor.c defines PSB_IMPORT_NUMPY and
  * fills it in psb_tensor_add_types; every other file only refers to it. */
@@ -54,17 +55,19 @@ typedef struct psb_state {
 
   /* names that convert.c and tensor.c look up, made once by psb_tensor_add_types */
   struct psb_names {
-    PyObject *dlpack;           /* "__dlpack__" */
-    PyObject *exchange_api;     /* "__dlpack_c_exchange_api__" */
-    PyObject *exchange_api_old; /* "__c_dlpack_exchange_api__", torch-c-dlpack-ext */
-    PyObject *is_neg;           /* "is_neg" */
-    PyObject *requires_grad;    /* "requires_grad" */
-    PyObject *detach;           /* "detach" */
-    PyObject *array_namespace;  /* "__array_namespace__" */
-    PyObject *module;           /* "__module__" */
-    PyObject *from_dlpack;      /* "from_dlpack" */
-    PyObject *max_version;      /* ("max_version",), keyword names of a vectorcall */
-    PyObject *version;          /* (1, 3), the newest DLPack version that convert.c reads */
+    PyObject *dlpack;                 /* "__dlpack__" */
+    PyObject *exchange_api;           /* "__dlpack_c_exchange_api__" */
+    PyObject *exchange_api_old;       /* "__c_dlpack_exchange_api__", torch-c-dlpack-ext */
+    PyObject *is_neg;                 /* "is_neg" */
+    PyObject *requires_grad;          /* "requires_grad" */
+    PyObject *detach;                 /* "detach" */
+    PyObject *array_namespace;        /* "__array_namespace__" */
+    PyObject *module;                 /* "__module__" */
+    PyObject *from_dlpack;            /* "from_dlpack" */
+    PyObject *max_version;            /* ("max_version",), keyword names of a vectorcall */
+    PyObject *stream;                 /* ("stream",) likewise */
+    PyObject *max_version_and_stream; /* both */
+    PyObject *version;                /* (1, 3), the newest DLPack version that convert.c reads */
   } names;
 } psb_state;
 
@@ -90,6 +93,32 @@ void psb_explain(psb_state *st, ps_status status, const char *format, ...);
 /* A str of the core's words.  They sit in buffers of fixed size: the last character may be cut. */
 PyObject *psb_text(const char *words);
 
+/* The check of every wait of a run, called without the GIL: lets Ctrl-C through.  The exception it
+ * sets is what the call raises.  run.c */
+int psb__check_signals(void *unused);
+
+/* ---- places (place.c) ------------------------------------------------------------------------ */
+
+/* Where a rank's tensors are: the host, or a CUDA device with a backend of the rank's own. */
+typedef struct psb_place {
+  const ps_backend *backend; /* retained */
+  int device;                /* of CUDA, or -1: the host */
+  void *stream;              /* the host library's current one there, at the last enter */
+} psb_place;
+
+int psb__place_open(psb_state *st, int device, psb_place *place);
+void psb__place_close(psb_place *place); /* twice is fine */
+
+/* Work of the place's backend goes to the stream on which the library of `like` works in this
+ * thread; called at the beginning of every method of a run. */
+int psb__place_enter(psb_state *st, psb_place *place, PyObject *like);
+
+/* Waits until the work of the place is done; without the GIL. */
+ps_status psb__place_settle(const psb_place *place);
+
+/* The CUDA device of a tensor, -1 for everything else; no exception. */
+int psb__device_of(psb_state *st, PyObject *obj);
+
 /* ---- tensors in (convert.c) ------------------------------------------------------------------ */
 
 enum { PSB_DIMS_MAX = 8 };
@@ -101,7 +130,7 @@ enum psb_view_flags {
   PSB_WRITABLE = 1,
 };
 
-/* A caller's tensor in host memory, C-contiguous and aligned to its element.  All pointers are
+/* A caller's tensor at a place, C-contiguous and aligned to its element.  All pointers are
  * borrowed until psb_view_release; the memory stays valid while the GIL is released. */
 typedef struct psb_view {
   void *data; /* (count) of dtype; may be NULL where count is 0 */
@@ -110,7 +139,8 @@ typedef struct psb_view {
   int64_t shape[PSB_DIMS_MAX];
   size_t count;    /* elements; 1 for a tensor without dimensions, 0 for an empty one */
   size_t bytes;    /* count times the size of an element */
-  int device_type; /* of DLPack: 1 CPU, 3 or 11 pinned by CUDA or ROCm; anything else is refused */
+  int device_type; /* of DLPack: 1 CPU, 3 or 11 pinned by CUDA or ROCm, 2 CUDA where that is the
+                      place; anything else is refused */
   int device_id;
   bool readonly; /* the caller does not want its memory written; also true of a temporary copy */
   bool copied; /* data is a temporary copy: the input had strides, swapped bytes or odd alignment */
@@ -123,11 +153,13 @@ typedef struct psb_view {
   void *temporary;  /* memory of the copy, or NULL */
 } psb_view;
 
-/* Takes in NumPy arrays, our Tensor, DLPack capsules, producers of DLPack (C exchange API or
+/* place NULL is the host.  Takes in NumPy arrays, our Tensor, DLPack capsules, producers of DLPack
+ * (C exchange API or
  * __dlpack__) and buffers of format f, d, e.  name is what errors call the argument ("x", "m_out").
  * An empty tensor is taken in with count 0; shapes are the caller's to check.  On failure the view
  * is zeroed and nothing is held. */
-int psb_view_from(psb_state *st, PyObject *obj, const char *name, int flags, psb_view *view);
+int psb_view_from(psb_state *st, PyObject *obj, const char *name, int flags, const psb_place *place,
+                  psb_view *view);
 
 /* Gives back what the view holds and zeroes it; a zeroed view is fine.  An exception that is set
  * stays set. */
@@ -144,17 +176,17 @@ void psb_tensor_clear(psb_state *st);
 /* "float32", "float16", "bfloat16", "float64"; "none" for anything else. */
 const char *psb_dtype_name(ps_dtype dtype);
 
-/* A fresh Tensor that owns its memory, (shape) of dtype, filled from data unless that is NULL.  Up
- * to PSB_DIMS_MAX dimensions. */
-PyObject *psb_tensor_new(psb_state *st, ps_dtype dtype, int ndim, const int64_t *shape,
-                         const void *data);
+/* A fresh Tensor that owns its memory at the place (NULL: the host), (shape) of dtype, filled from
+ * data there unless that is NULL.  Up to PSB_DIMS_MAX dimensions. */
+PyObject *psb_tensor_new(psb_state *st, const psb_place *place, ps_dtype dtype, int ndim,
+                         const int64_t *shape, const void *data);
 
 /* As psb_tensor_new, but of the kind of `like`: a NumPy array for a NumPy array, a tensor of like's
  * own library where that takes DLPack in, else our Tensor.  writable, unless NULL, receives the
  * memory of the new tensor, borrowed while the tensor lives; write to it only before Python code
  * has seen the tensor or where both sides expect it. */
-PyObject *psb_tensor_like(psb_state *st, PyObject *like, ps_dtype dtype, int ndim,
-                          const int64_t *shape, const void *data, void **writable);
+PyObject *psb_tensor_like(psb_state *st, PyObject *like, const psb_place *place, ps_dtype dtype,
+                          int ndim, const int64_t *shape, const void *data, void **writable);
 
 /* The memory of a Tensor of ours, borrowed while it lives; obj must be one. */
 void *psb_tensor_data(PyObject *obj);

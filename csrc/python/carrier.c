@@ -61,8 +61,8 @@ static void let_go(void *ctx)
 
 /* ---- Inbox ----------------------------------------------------------------------------------- */
 
-PyObject *psb__host_open(psb_state *st, const psb_spec *spec, int slots, ps_role role,
-                         PyObject *carrier, ps_link **end)
+PyObject *psb__host_open(psb_state *st, const psb_place *place, const psb_spec *spec, int slots,
+                         ps_role role, PyObject *carrier, ps_link **end)
 {
   PyObject *send;
   int same_clock;
@@ -77,8 +77,8 @@ PyObject *psb__host_open(psb_state *st, const psb_spec *spec, int slots, ps_role
   }
   self->guard = psb__guard_new();
   ps_carrier calls = {carry, let_go, Py_NewRef(send)};
-  ps_status status = ps_host_open(&spec->layout, slots, role, same_clock, ps_backend_find("cpu"),
-                                  &calls, end, &self->inbox);
+  ps_status status = ps_host_open(&spec->layout, slots, role, same_clock, place->backend, &calls,
+                                  end, &self->inbox);
   if (psb__judge(st, status) < 0) {
     Py_CLEAR(self);
   }
@@ -161,12 +161,18 @@ PyObject *psb_join(PyObject *module, PyObject *args)
   psb_spec spec;
   ps_link *end;
   int rank, slots;
+  psb_place place;
   if (!PyArg_ParseTuple(args, "OiiO:join", &x, &rank, &slots, &carrier) ||
-      psb__spec_from(st, x, &spec) < 0) {
+      psb__place_open(st, psb__device_of(st, x), &place) < 0) {
     return NULL;
   }
-  PyObject *inbox = psb__host_open(st, &spec, slots, PS_FOLLOWS, carrier, &end);
-  PyObject *follower = inbox != NULL ? psb__follower_new(st, x, &spec, end, rank) : NULL;
+  if (psb__place_enter(st, &place, x) < 0 || psb__spec_from(st, x, &place, &spec) < 0) {
+    psb__place_close(&place);
+    return NULL;
+  }
+  PyObject *inbox = psb__host_open(st, &place, &spec, slots, PS_FOLLOWS, carrier, &end);
+  PyObject *follower = inbox != NULL ? psb__follower_new(st, x, &place, &spec, end, rank) : NULL;
+  psb__place_close(&place); /* no more than was taken over */
   if (follower == NULL) {
     Py_XDECREF(inbox);
     return NULL;

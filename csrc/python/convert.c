@@ -1,4 +1,5 @@
-/* convert.c - a tensor of the caller becomes a psb_view: plain, aligned, contiguous host memory.
+/* convert.c - a tensor of the caller becomes a psb_view: plain, aligned, contiguous memory of the
+ * host or of a run's device.
  *
  * The types of program and runs call psb_view_from for every tensor argument and psb_view_release
  * when they are done with it.  Each kind of object fills in what it says of itself (NumPy arrays,
@@ -211,6 +212,10 @@ static int settle(psb_intake *in)
               in->name);
   } else if (view->count == 0 || (is_contiguous(in) && is_aligned(view) && !in->swapped)) {
     rc = 0;
+  } else if (view->device_type == DL_CUDA && !writable) {
+    psb_raise(in->st, PS_INVALID,
+              "%s is not contiguous in the memory of cuda:%d; give %s.contiguous()", in->name,
+              view->device_id, in->name);
   } else if (writable) {
     psb_raise(in->st, PS_INVALID,
               "%s is written in place and so must be C-contiguous, aligned and in native byte "
@@ -282,9 +287,8 @@ out:
 static int take_own(psb_intake *in, PyObject *tensor)
 {
   psb__tensor_describe(tensor, in->view);
-  in->view->device_type = DL_CPU;
   in->view->owner = Py_NewRef(tensor);
-  return 1;
+  return psb__check_device(in) == 0 ? 1 : -1;
 }
 
 /* ---- the buffer protocol --------------------------------------------------------------------- */
@@ -364,14 +368,18 @@ static int take(psb_intake *in, PyObject *obj)
   return rc;
 }
 
-int psb_view_from(psb_state *st, PyObject *obj, const char *name, int flags, psb_view *view)
+int psb_view_from(psb_state *st, PyObject *obj, const char *name, int flags, const psb_place *place,
+                  psb_view *view)
 {
-  psb_intake in = {.st = st, .name = name, .flags = flags, .view = view};
+  psb_intake in = {.st = st, .name = name, .flags = flags, .place = place, .view = view};
   int rc = -1, taken;
 
   memset(view, 0, sizeof *view);
   taken = take(&in, obj);
-  if (taken > 0)
+  if (taken > 0 && view->device_type != DL_CUDA && psb__wanted_device(place) >= 0)
+    psb_raise(st, PS_DEVICE, "%s lies on the host, but the run is on cuda:%d; move it there", name,
+              place->device);
+  else if (taken > 0)
     rc = settle(&in);
   else if (taken == 0)
     psb_raise(

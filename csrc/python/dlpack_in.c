@@ -58,6 +58,13 @@ static bool is_host(dl_device device)
   return device.type == DL_CPU || device.type == DL_CUDA_HOST || device.type == DL_ROCM_HOST;
 }
 
+static int refuse_place(const psb_intake *in, dl_device device)
+{
+  psb_raise(in->st, PS_DEVICE, "%s lies on cuda:%d, but the run is on cuda:%d; move it there",
+            in->name, (int)device.id, in->place->device);
+  return -1;
+}
+
 static int refuse_device(const psb_intake *in, dl_device device)
 {
   const char *name = "an unknown device";
@@ -76,6 +83,16 @@ static int refuse_device(const psb_intake *in, dl_device device)
             "%s lies on %s (DLPack type %d, id %d); move it to the CPU, with torch %s.cpu()",
             in->name, name, (int)device.type, (int)device.id, in->name);
   return -1;
+}
+
+int psb__check_device(const psb_intake *in)
+{
+  dl_device device = {in->view->device_type, in->view->device_id};
+  int wanted = psb__wanted_device(in->place);
+
+  if (device.type == DL_CUDA && wanted >= 0)
+    return device.id == wanted ? 0 : refuse_place(in, device);
+  return is_host(device) ? 0 : refuse_device(in, device);
 }
 
 /* Shape and strides are copied, so that nothing but data outlives the DLTensor. */
@@ -108,10 +125,10 @@ static int take_tensor(psb_intake *in, const dl_tensor *tensor, bool readonly)
   psb_view *view = in->view;
   int rc = -1;
 
-  if (!is_host(tensor->device)) {
-    rc = refuse_device(in, tensor->device);
+  view->device_type = tensor->device.type;
+  view->device_id = tensor->device.id;
+  if (psb__check_device(in) < 0)
     goto out;
-  }
   view->dtype = read_dtype(tensor->dtype);
   if (view->dtype == PS_NONE) {
     rc = refuse_dtype(in, tensor->dtype);
@@ -120,8 +137,6 @@ static int take_tensor(psb_intake *in, const dl_tensor *tensor, bool readonly)
   if (take_shape(in, tensor) < 0)
     goto out;
   view->data = tensor->data ? (char *)tensor->data + tensor->byte_offset : NULL;
-  view->device_type = tensor->device.type;
-  view->device_id = tensor->device.id;
   view->readonly = readonly;
   rc = 1;
 out:
@@ -283,17 +298,30 @@ static int take_exchanged(psb_intake *in, const dl_exchange *api, PyObject *obj)
 
 /* ---- __dlpack__ ------------------------------------------------------------------------------ */
 
+/* What a producer on a device is to put in order: our stream waits for its work.  1 stands for the
+ * legacy default stream.  NULL where the host is the place, whose producers have no streams. */
+static PyObject *stream_for(const psb_intake *in, PyObject *obj)
+{
+  if (psb__wanted_device(in->place) < 0 || psb__device_of(in->st, obj) < 0)
+    return NULL;
+  return in->place->stream ? PyLong_FromVoidPtr(in->place->stream) : PyLong_FromLong(1);
+}
+
 /* Producers older than DLPack 1.0 do not know max_version; a TypeError of another origin comes
  * again from the second call. */
-static PyObject *call_dlpack(psb_state *st, PyObject *method)
+static PyObject *call_dlpack(const psb_intake *in, PyObject *obj, PyObject *method)
 {
-  PyObject *arguments[1] = {st->names.version};
-  PyObject *capsule = PyObject_Vectorcall(method, arguments, 0, st->names.max_version);
+  const struct psb_names *names = &in->st->names;
+  PyObject *stream = stream_for(in, obj), *capsule;
+  PyObject *arguments[2] = {names->version, stream};
 
+  capsule = PyObject_Vectorcall(method, arguments, 0,
+                                stream ? names->max_version_and_stream : names->max_version);
   if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {
     PyErr_Clear();
-    capsule = PyObject_CallNoArgs(method);
+    capsule = PyObject_Vectorcall(method, &arguments[1], 0, stream ? names->stream : NULL);
   }
+  Py_XDECREF(stream);
   return capsule;
 }
 
@@ -306,7 +334,7 @@ static int take_exported(psb_intake *in, PyObject *obj)
   if (rc <= 0)
     goto out;
   rc = -1;
-  capsule = call_dlpack(in->st, method);
+  capsule = call_dlpack(in, obj, method);
   if (!capsule) {
     psb_explain(in->st, PS_INVALID, "%s cannot be read: its type %s refuses to export it", in->name,
                 Py_TYPE(obj)->tp_name);

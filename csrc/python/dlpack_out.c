@@ -26,6 +26,13 @@ static void delete_versioned(dl_versioned *managed)
   export_free((exported *)managed);
 }
 
+static dl_device place_of(const tensor *self)
+{
+  int device = psb__block_device(self->block);
+
+  return (dl_device){.type = device >= 0 ? DL_CUDA : DL_CPU, .id = device >= 0 ? device : 0};
+}
+
 static void describe(const tensor *self, exported *out, dl_tensor *described)
 {
   int64_t element = (int64_t)ps_dtype_size(self->dtype);
@@ -36,7 +43,7 @@ static void describe(const tensor *self, exported *out, dl_tensor *described)
   }
   *described = (dl_tensor){
       .data = self->count > 0 ? out->block->data : NULL,
-      .device = {.type = DL_CPU, .id = 0},
+      .device = place_of(self),
       .ndim = self->ndim,
       .dtype = {.code = self->dtype == PS_BF16 ? DL_BFLOAT : DL_FLOAT,
                 .bits = (uint8_t)(8 * element),
@@ -120,16 +127,39 @@ out:
   return rc;
 }
 
-/* The memory is the CPU's and no work is pending on it.  A stream of -1 says "do not wait". */
-static int check_place(PyObject *stream, PyObject *device)
+/* No work is pending on the memory, so that no stream need wait for it; it is given back behind
+ * the one that the consumer names.  1 and 2 are the default streams, -1 says "do not wait". */
+static int note_stream(block *shared, PyObject *stream)
 {
-  long type = DL_CPU, id = 0;
+  long long handle = stream != Py_None ? PyLong_AsLongLong(stream) : 1;
+
+  if (handle == -1 && PyErr_Occurred())
+    return -1;
+  if (handle == 0) {
+    PyErr_SetString(PyExc_BufferError, "stream must not be 0: 1 is the legacy default stream");
+    return -1;
+  }
+  atomic_store(&shared->stream, handle > 2 ? (void *)(intptr_t)handle : NULL);
+  return 0;
+}
+
+/* Export to where the memory is; a stream of -1 says "do not wait". */
+static int check_place(const tensor *self, PyObject *stream, PyObject *device)
+{
+  dl_device place = place_of(self);
+  long type = place.type, id = place.id;
   int rc = -1;
 
   if (device != Py_None && read_pair(device, "dl_device", &type, &id) < 0)
     goto out;
-  if (type != DL_CPU || id != 0) {
-    PyErr_SetString(PyExc_BufferError, "the tensor lies on the CPU and is exported only there");
+  if (type != place.type || id != place.id) {
+    PyErr_SetString(PyExc_BufferError, place.type == DL_CPU
+                                           ? "the tensor lies on the CPU and is exported only there"
+                                           : "the tensor is exported only on its own device");
+    goto out;
+  }
+  if (place.type == DL_CUDA) {
+    rc = note_stream(self->block, stream);
     goto out;
   }
   if (stream != Py_None && !(PyLong_Check(stream) && PyLong_AsLong(stream) == -1)) {
@@ -155,16 +185,22 @@ PyObject *psb__tensor_dlpack(PyObject *obj, PyObject *args, PyObject *kwargs)
     goto out;
   if (max_version != Py_None && read_pair(max_version, "max_version", &major, &minor) < 0)
     goto out;
-  if (check_place(stream, device) < 0)
+  if (check_place((tensor *)obj, stream, device) < 0)
     goto out;
   copied = PyObject_IsTrue(copy); /* None and False share the memory */
+  if (copied > 0 && psb__block_device(((tensor *)obj)->block) >= 0) {
+    PyErr_SetString(PyExc_BufferError, "a tensor on a device is exported as it is; copy it there");
+    goto out;
+  }
   if (copied >= 0)
     capsule = export_capsule((tensor *)obj, major >= DL_MAJOR, copied);
 out:
   return capsule;
 }
 
-PyObject *psb__tensor_dlpack_device(PyObject *Py_UNUSED(obj), PyObject *Py_UNUSED(ignored))
+PyObject *psb__tensor_dlpack_device(PyObject *obj, PyObject *Py_UNUSED(ignored))
 {
-  return Py_BuildValue("(ii)", DL_CPU, 0);
+  dl_device place = place_of((tensor *)obj);
+
+  return Py_BuildValue("(ii)", (int)place.type, (int)place.id);
 }

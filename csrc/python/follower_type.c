@@ -9,6 +9,7 @@ typedef struct follower_object {
   PyObject_HEAD psb_guard guard;
   ps_follower *follower;
   psb_spec spec;
+  psb_place place;
   PyObject *like; /* points are tensors of its kind */
   ps_work work;   /* what was taken; count is 0 once it is answered */
   int rank;
@@ -18,17 +19,21 @@ static const ps_wait interruptible = {0, psb__check_signals, NULL};
 
 /* ---- life ------------------------------------------------------------------------------------ */
 
-PyObject *psb__follower_new(psb_state *st, PyObject *like, const psb_spec *spec, ps_link *link,
-                            int rank)
+PyObject *psb__follower_new(psb_state *st, PyObject *like, psb_place *place, const psb_spec *spec,
+                            ps_link *link, int rank)
 {
+  psb_place own = *place;
+  place->backend = NULL;
   PyTypeObject *type = st->follower_type;
   follower_object *self = (follower_object *)type->tp_alloc(type, 0);
   ps_follower *follower;
   ps_status status = ps_follower_create(&spec->layout, link, &follower);
   if (self == NULL) {
     ps_follower_destroy(follower);
+    psb__place_close(&own);
     return NULL;
   }
+  self->place = own;
   self->guard = psb__guard_new();
   self->follower = follower;
   self->spec = *spec;
@@ -61,6 +66,7 @@ static void follower_dealloc(PyObject *obj)
   PyObject_GC_UnTrack(obj);
   if (psb__at_home(&self->guard)) {
     ps_follower_destroy(self->follower);
+    psb__place_close(&self->place);
   }
   follower_clear(obj);
   type->tp_free(obj);
@@ -90,13 +96,18 @@ static PyObject *follower_next(PyObject *obj, PyObject *unused)
   if (psb__enter(st, &self->guard, "next") < 0) {
     return NULL;
   }
+  if (psb__place_enter(st, &self->place, self->like) < 0) {
+    goto out;
+  }
   Py_BEGIN_ALLOW_THREADS;
   status = take_work(self);
   Py_END_ALLOW_THREADS;
   if (psb__judge(st, status) == 0) {
-    result = self->work.count > 0 ? psb__work_out(st, self->like, &self->spec, &self->work)
-                                  : Py_NewRef(Py_None);
+    result = self->work.count > 0
+                 ? psb__work_out(st, self->like, &self->place, &self->spec, &self->work)
+                 : Py_NewRef(Py_None);
   }
+out:
   psb__leave(&self->guard);
   return result;
 }
@@ -114,10 +125,13 @@ static int fill_work(psb_state *st, follower_object *self, PyObject *outputs, Py
     psb_raise(st, PS_STATE, "submit: no work was taken; call next first");
     return -1;
   }
-  if (psb__sequence_in(st, outputs, &self->spec, &output, dtype) < 0) {
+  if (psb__place_enter(st, &self->place, self->like) < 0 ||
+      psb__sequence_in(st, outputs, &self->place, &self->spec, &output, dtype) < 0) {
     return -1;
   }
-  return points != NULL ? psb__sequence_in(st, points, &self->spec, &point, &point_dtype) : 0;
+  return points != NULL
+             ? psb__sequence_in(st, points, &self->place, &self->spec, &point, &point_dtype)
+             : 0;
 }
 
 static PyObject *follower_submit(PyObject *obj, PyObject *args, PyObject *kwargs)

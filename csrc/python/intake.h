@@ -7,11 +7,12 @@
 
 typedef struct psb_intake {
   psb_state *st;
-  const char *name; /* of the argument, for errors */
-  int flags;        /* psb_view_flags */
-  psb_view *view;   /* what is known so far; released by psb_view_from where the intake fails */
-  bool strided;     /* stride is filled in; otherwise the producer says C-contiguous */
-  bool swapped;     /* elements have the other byte order */
+  const char *name;       /* of the argument, for errors */
+  int flags;              /* psb_view_flags */
+  const psb_place *place; /* NULL: the host */
+  psb_view *view; /* what is known so far; released by psb_view_from where the intake fails */
+  bool strided;   /* stride is filled in; otherwise the producer says C-contiguous */
+  bool swapped;   /* elements have the other byte order */
   int64_t stride[PSB_DIMS_MAX]; /* bytes */
 } psb_intake;
 
@@ -26,6 +27,9 @@ bool psb__count(int ndim, const int64_t *shape, size_t element, size_t *count);
 int psb__take_capsule(psb_intake *in, PyObject *capsule);
 int psb__take_producer(psb_intake *in, PyObject *obj);
 
+/* Refuses a view that is filled in but not where the run is. */
+int psb__check_device(const psb_intake *in);
+
 /* The exchange table that a tensor's type offers in a version we read, or NULL (no exception). */
 const dl_exchange *psb__exchange(psb_state *st, PyObject *obj);
 
@@ -34,6 +38,12 @@ ps_dtype psb__numpy_dtype(PyArray_Descr *descr);
 
 /* Fills data, dtype and shape from obj, a Tensor of ours, tensor.c. */
 void psb__tensor_describe(PyObject *obj, psb_view *view);
+
+/* Whether a tensor must be on a device, and which. */
+static inline int psb__wanted_device(const psb_place *place)
+{
+  return place != NULL ? place->device : -1;
+}
 
 /* getattr without the exception for a missing attribute: 1 found, 0 missing, -1 error. */
 int psb__lookup(PyObject *obj, PyObject *name, PyObject **value);

@@ -12,7 +12,9 @@ typedef struct leader_object {
   PyObject_HEAD psb_guard guard;
   ps_leader *leader;
   psb_spec spec;
-  PyObject *like; /* the first latent: points are tensors of its kind */
+  psb_place place;
+  psb_place *places; /* (ranks) of the followers' ends not yet handed out */
+  PyObject *like;    /* the first latent: points are tensors of its kind */
   int ranks;
   bool lane;               /* rank 0 has a follower too */
   int step;                /* of the last ask */
@@ -47,10 +49,19 @@ static int open_link(psb_state *st, leader_object *self, const psb_order *order,
   int slots = order->slots[rank];
   PyObject *carrier = carrier_of(order, rank);
   if (carrier == NULL) {
-    return psb__judge(
-        st, ps_threads_open(&self->spec.layout, slots, leader_end, &self->follower_ends[rank]));
+    psb_place *place = &self->places[rank];
+    ps_status status;
+    if (psb__place_open(st, order->devices[rank], place) < 0) {
+      return -1;
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    status = ps_threads_open_on(&self->spec.layout, slots, self->place.backend, place->backend,
+                                leader_end, &self->follower_ends[rank]);
+    Py_END_ALLOW_THREADS;
+    return psb__judge(st, status);
   }
-  self->inboxes[rank] = psb__host_open(st, &self->spec, slots, PS_LEADS, carrier, leader_end);
+  self->inboxes[rank] =
+      psb__host_open(st, &self->place, &self->spec, slots, PS_LEADS, carrier, leader_end);
   return self->inboxes[rank] != NULL ? 0 : -1;
 }
 
@@ -63,9 +74,13 @@ static int open_run(psb_state *st, leader_object *self, const psb_order *order)
       return -1;
     }
   }
-  return psb__judge(st, ps_leader_create(order->program, &self->spec.layout, &order->options,
-                                         ps_backend_find("cpu"), leader_ends, self->ranks,
-                                         order->slots, &self->leader));
+  ps_status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status =
+      ps_leader_create(order->program, &self->spec.layout, &order->options, self->place.backend,
+                       leader_ends, self->ranks, order->slots, &self->leader);
+  Py_END_ALLOW_THREADS;
+  return psb__judge(st, status);
 }
 
 static PyObject *leader_make(psb_state *st, PyTypeObject *type, const psb_order *order)
@@ -80,11 +95,15 @@ static PyObject *leader_make(psb_state *st, PyTypeObject *type, const psb_order 
   self->like = Py_NewRef(order->x);
   self->follower_ends = PyMem_Calloc((size_t)order->ranks, sizeof *self->follower_ends);
   self->inboxes = PyMem_Calloc((size_t)order->ranks, sizeof *self->inboxes);
-  if (self->follower_ends == NULL || self->inboxes == NULL) {
+  self->places = PyMem_Calloc((size_t)order->ranks, sizeof *self->places);
+  if (self->follower_ends == NULL || self->inboxes == NULL || self->places == NULL) {
     PyErr_NoMemory();
     goto fail;
   }
-  if (psb__spec_from(st, order->x, &self->spec) < 0 || open_run(st, self, order) < 0) {
+  if (psb__place_open(st, order->devices[0], &self->place) < 0 ||
+      psb__place_enter(st, &self->place, self->like) < 0 ||
+      psb__spec_from(st, order->x, &self->place, &self->spec) < 0 ||
+      open_run(st, self, order) < 0) {
     goto fail;
   }
   return (PyObject *)self;
@@ -127,11 +146,16 @@ static void leader_dealloc(PyObject *obj)
   if (psb__at_home(&self->guard)) {
     close_links(self->follower_ends, self->ranks);
     ps_leader_destroy(self->leader);
+    for (int k = 0; self->places != NULL && k < self->ranks; ++k) {
+      psb__place_close(&self->places[k]);
+    }
+    psb__place_close(&self->place);
   }
   for (int k = 0; self->inboxes != NULL && k < self->ranks; ++k) {
     Py_XDECREF(self->inboxes[k]);
   }
   PyMem_Free(self->inboxes);
+  PyMem_Free(self->places);
   PyMem_Free(self->follower_ends);
   leader_clear(obj);
   type->tp_free(obj);
@@ -163,13 +187,20 @@ static int take_tensors(psb_state *st, const leader_object *self, turn *t)
   const psb_spec *spec = &self->spec;
   ps_dtype dtype = t->any_dtype ? PS_NONE : spec->layout.x;
   if (t->in_obj != NULL &&
-      psb__tensor_in(st, t->in_obj, t->input, PSB_READ, spec, dtype, &t->in) < 0) {
+      psb__tensor_in(st, t->in_obj, t->input, PSB_READ, &self->place, spec, dtype, &t->in) < 0) {
     return -1;
   }
   if (t->out_obj == NULL || t->out_obj == Py_None) {
     return 0;
   }
-  return psb__tensor_in(st, t->out_obj, "m_out", PSB_WRITABLE, spec, spec->layout.m, &t->out);
+  return psb__tensor_in(st, t->out_obj, "m_out", PSB_WRITABLE, &self->place, spec, spec->layout.m,
+                        &t->out);
+}
+
+static int enter_stream(psb_state *st, leader_object *self, const turn *t)
+{
+  bool tensors = t->in_obj != NULL || t->out_obj != NULL || t->result != NULL;
+  return tensors ? psb__place_enter(st, &self->place, self->like) : 0;
 }
 
 /* Enters, takes the tensors in, calls the core without the GIL, and undoes all but the call. */
@@ -181,10 +212,14 @@ static int take_turn(PyObject *obj, turn *t, core_call call)
   if (psb__enter(st, &self->guard, t->method) < 0) {
     return -1;
   }
-  if (take_tensors(st, self, t) == 0) {
+  if (enter_stream(st, self, t) == 0 && take_tensors(st, self, t) == 0) {
     ps_status status;
     Py_BEGIN_ALLOW_THREADS;
     status = call(self, t);
+    if (status == PS_OK && (t->in.data != NULL || t->result != NULL)) {
+      /* What was read is the caller's again, and what was written may be seen on any stream. */
+      status = psb__place_settle(&self->place);
+    }
     Py_END_ALLOW_THREADS;
     failed = psb__judge(st, status);
   }
@@ -291,8 +326,8 @@ static PyObject *leader_advance(PyObject *obj, PyObject *args, PyObject *kwargs)
     return NULL;
   }
   t.in_obj = t.in_obj != Py_None ? t.in_obj : NULL;
-  PyObject *next = psb__tensor_out(psb_state_of(Py_TYPE(obj)), self->like, &self->spec,
-                                   self->spec.layout.x, NULL, &t.result);
+  PyObject *next = psb__tensor_out(psb_state_of(Py_TYPE(obj)), self->like, &self->place,
+                                   &self->spec, self->spec.layout.x, NULL, &t.result);
   if (next != NULL && take_turn(obj, &t, call_advance) < 0) {
     Py_CLEAR(next);
   }
@@ -304,7 +339,8 @@ static PyObject *leader_output(PyObject *obj, PyObject *unused)
   const leader_object *self = (leader_object *)obj;
   ps_dtype dtype = self->spec.layout.m != PS_NONE ? self->spec.layout.m : self->spec.layout.x;
   (void)unused;
-  return psb__tensor_out(psb_state_of(Py_TYPE(obj)), self->like, &self->spec, dtype, NULL, NULL);
+  return psb__tensor_out(psb_state_of(Py_TYPE(obj)), self->like, &self->place, &self->spec, dtype,
+                         NULL, NULL);
 }
 
 /* ---- the leader's further slots -------------------------------------------------------------- */
@@ -331,7 +367,7 @@ static PyObject *leader_work(PyObject *obj, PyObject *unused)
   if (enter_work(st, self, "work", &work) < 0) {
     return NULL;
   }
-  PyObject *list = psb__work_out(st, self->like, &self->spec, &work);
+  PyObject *list = psb__work_out(st, self->like, &self->place, &self->spec, &work);
   psb__leave(&self->guard);
   return list;
 }
@@ -348,7 +384,7 @@ static PyObject *leader_fill(PyObject *obj, PyObject *outputs)
     return NULL;
   }
   psb_room room = {"outputs", self->spec.layout.m, work.count, work.output_bytes, work.output};
-  int failed = psb__sequence_in(st, outputs, &self->spec, &room, &found);
+  int failed = psb__sequence_in(st, outputs, &self->place, &self->spec, &room, &found);
   psb__leave(&self->guard);
   return none_or_error(failed);
 }
@@ -444,7 +480,7 @@ static PyObject *leader_follower(PyObject *obj, PyObject *arg)
   }
   ps_link *end = take_end(self, rank);
   if (end != NULL) {
-    follower = psb__follower_new(st, self->like, &self->spec, end, (int)rank);
+    follower = psb__follower_new(st, self->like, &self->places[rank], &self->spec, end, (int)rank);
   } else {
     psb_raise(st, PS_INVALID, "follower: rank %ld: must be %d to %d, each taken once", rank,
               self->lane ? 0 : 1, self->ranks - 1);

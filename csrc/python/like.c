@@ -121,9 +121,88 @@ static PyObject *through_module(psb_state *st, PyObject *like, tensor *ours, boo
   return theirs;
 }
 
-PyObject *psb_tensor_like(psb_state *st, PyObject *like, ps_dtype dtype, int ndim,
-                          const int64_t *shape, const void *data, void **writable)
+/* ---- one of the caller's kind, on a device --------------------------------------------------- */
+
+static void set_error(void *context, const char *kind, const char *message)
 {
+  psb_raise(context, PS_NO_MEMORY, "the tensor's library gave no memory: %s: %s", kind, message);
+}
+
+/* Memory of the library's own allocator, in order of the stream that it works on just now. */
+static dl_versioned *allocate(psb_state *st, const dl_exchange *api, const psb_place *place,
+                              ps_dtype dtype, int ndim, const int64_t *shape)
+{
+  int64_t sizes[PSB_DIMS_MAX] = {0}, strides[PSB_DIMS_MAX] = {0}, stride = 1;
+  dl_versioned *managed = NULL;
+  dl_tensor prototype = {
+      .device = {.type = DL_CUDA, .id = place->device},
+      .ndim = ndim,
+      .dtype = {.code = dtype == PS_BF16 ? DL_BFLOAT : DL_FLOAT,
+                .bits = (uint8_t)(8 * ps_dtype_size(dtype)),
+                .lanes = 1},
+      .shape = sizes,
+      .strides = strides,
+  };
+
+  for (int d = ndim - 1; d >= 0; d--) {
+    sizes[d] = shape[d];
+    strides[d] = stride;
+    stride *= shape[d] > 1 ? shape[d] : 1;
+  }
+  if (api->allocate(&prototype, &managed, st, set_error) < 0 || !managed) {
+    managed = NULL;
+    if (!PyErr_Occurred())
+      psb_raise(st, PS_NO_MEMORY, "the tensor's library gave no memory on cuda:%d", place->device);
+  }
+  return managed;
+}
+
+static int copy_at(psb_state *st, const psb_place *place, void *to, const void *from, size_t bytes)
+{
+  ps_status status;
+
+  Py_BEGIN_ALLOW_THREADS;
+  status = place->backend->copy(place->backend, to, from, bytes);
+  Py_END_ALLOW_THREADS;
+  if (status != PS_OK)
+    psb_raise_last(st, status);
+  return status == PS_OK ? 0 : -1;
+}
+
+static PyObject *allocated_like(psb_state *st, const dl_exchange *api, const psb_place *place,
+                                ps_dtype dtype, int ndim, const int64_t *shape, const void *data,
+                                void **writable)
+{
+  dl_versioned *managed = NULL;
+  void *object = NULL, *memory;
+  size_t count;
+
+  if (psb__check_shape(st, dtype, ndim, shape, &count) < 0)
+    goto out;
+  managed = allocate(st, api, place, dtype, ndim, shape);
+  if (!managed)
+    goto out;
+  memory = (char *)managed->tensor.data + managed->tensor.byte_offset;
+  if (data && count > 0 && copy_at(st, place, memory, data, count * ps_dtype_size(dtype)) < 0) {
+    if (managed->deleter)
+      managed->deleter(managed);
+    goto out;
+  }
+  if (api->managed_to_object(managed, &object) < 0 || !object) { /* takes managed over */
+    object = NULL;
+    if (!PyErr_Occurred())
+      psb_raise(st, PS_INVALID, "the tensor's library failed to take in a result");
+  } else if (writable) {
+    *writable = memory;
+  }
+out:
+  return object;
+}
+
+PyObject *psb_tensor_like(psb_state *st, PyObject *like, const psb_place *place, ps_dtype dtype,
+                          int ndim, const int64_t *shape, const void *data, void **writable)
+{
+  bool on_device = psb__wanted_device(place) >= 0;
   const dl_exchange *api;
   PyObject *ours = NULL, *result = NULL;
 
@@ -131,10 +210,14 @@ PyObject *psb_tensor_like(psb_state *st, PyObject *like, ps_dtype dtype, int ndi
     result = numpy_like(st, (PyArrayObject *)like, dtype, ndim, shape, data, writable);
     goto out;
   }
-  ours = psb_tensor_new(st, dtype, ndim, shape, data);
+  api = psb__exchange(st, like);
+  if (api && on_device) {
+    result = allocated_like(st, api, place, dtype, ndim, shape, data, writable);
+    goto out;
+  }
+  ours = psb_tensor_new(st, place, dtype, ndim, shape, data);
   if (!ours)
     goto out;
-  api = psb__exchange(st, like);
   if (api)
     result = through_exchange(st, api, (tensor *)ours);
   else if (Py_IS_TYPE(like, st->tensor_type))

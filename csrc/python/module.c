@@ -137,12 +137,13 @@ static PyObject *core_build_info(PyObject *module, PyObject *unused)
 {
   (void)module;
   (void)unused;
-  const ps_backend *cpu = ps_backend_find("cpu");
-  const ps_backend *cuda = ps_backend_find("cuda");
+  char cuda[256];
+  Py_BEGIN_ALLOW_THREADS;
+  ps_cuda_describe(cuda, sizeof cuda);
+  Py_END_ALLOW_THREADS;
   return Py_BuildValue("{s:s, s:{s:s, s:s}, s:s, s:s}", "version", ps_version(), "backends", "cpu",
-                       cpu != NULL ? "found" : "missing", "cuda",
-                       cuda != NULL ? "found" : "not in this build", "transports", ps_transports(),
-                       "compiler", __VERSION__);
+                       "found", "cuda", cuda, "transports", ps_transports(), "compiler",
+                       __VERSION__);
 }
 
 static PyObject *core_now_ns(PyObject *module, PyObject *unused)
@@ -152,15 +153,35 @@ static PyObject *core_now_ns(PyObject *module, PyObject *unused)
   return PyLong_FromLongLong(ps_now_ns());
 }
 
+/* The copy has read what x held before x is its caller's again. */
+static int settle_copy(psb_state *st, const psb_place *place)
+{
+  ps_status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = psb__place_settle(place);
+  Py_END_ALLOW_THREADS;
+  if (status != PS_OK) {
+    psb_raise_last(st, status);
+  }
+  return status == PS_OK ? 0 : -1;
+}
+
 static PyObject *core_copy(PyObject *module, PyObject *x)
 {
   psb_state *st = PyModule_GetState(module);
-  psb_view view;
-  if (psb_view_from(st, x, "x", PSB_READ, &view) < 0) {
-    return NULL;
+  psb_view view = {0};
+  psb_place place;
+  PyObject *made = NULL;
+  if (psb__place_open(st, psb__device_of(st, x), &place) == 0 &&
+      psb__place_enter(st, &place, x) == 0 &&
+      psb_view_from(st, x, "x", PSB_READ, &place, &view) == 0) {
+    made = psb_tensor_like(st, x, &place, view.dtype, view.ndim, view.shape, view.data, NULL);
   }
-  PyObject *made = psb_tensor_like(st, x, view.dtype, view.ndim, view.shape, view.data, NULL);
+  if (made != NULL && settle_copy(st, &place) < 0) {
+    Py_CLEAR(made);
+  }
   psb_view_release(&view);
+  psb__place_close(&place);
   return made;
 }
 

@@ -127,23 +127,56 @@ static int slots_in(psb_state *st, PyObject *obj, int ranks, int *slots)
 
 typedef struct keywords {
   PyObject *program, *x, *ranks, *slots, *tolerance, *policy, *order, *max_stride, *warmup,
-      *deadline, *on_failure, *carriers;
+      *deadline, *on_failure, *carriers, *devices;
   int lane;
 } keywords;
 
 static int keywords_in(PyObject *args, PyObject *kwargs, keywords *given)
 {
-  static char *names[] = {"program",    "x",     "ranks",      "slots",  "tolerance",
-                          "policy",     "order", "max_stride", "warmup", "deadline",
-                          "on_failure", "lane",  "carriers",   NULL};
+  static char *names[] = {"program",    "x",     "ranks",      "slots",   "tolerance",
+                          "policy",     "order", "max_stride", "warmup",  "deadline",
+                          "on_failure", "lane",  "carriers",   "devices", NULL};
   *given = (keywords){0};
-  return PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOOOOOpO:Leader", names, &given->program,
-                                     &given->x, &given->ranks, &given->slots, &given->tolerance,
-                                     &given->policy, &given->order, &given->max_stride,
-                                     &given->warmup, &given->deadline, &given->on_failure,
-                                     &given->lane, &given->carriers)
+  return PyArg_ParseTupleAndKeywords(
+             args, kwargs, "OO|$OOOOOOOOOpOO:Leader", names, &given->program, &given->x,
+             &given->ranks, &given->slots, &given->tolerance, &given->policy, &given->order,
+             &given->max_stride, &given->warmup, &given->deadline, &given->on_failure, &given->lane,
+             &given->carriers, &given->devices)
              ? 0
              : -1;
+}
+
+/* None, all where x is, or a sequence with the CUDA device of every rank, -1 for the host. */
+static int devices_in(psb_state *st, PyObject *obj, PyObject *x, int ranks, int *devices)
+{
+  int own = psb__device_of(st, x);
+  for (int rank = 0; rank < ranks; ++rank) {
+    devices[rank] = own;
+  }
+  if (obj == NULL || obj == Py_None) {
+    return 0;
+  }
+  PyObject *fast = PySequence_Fast(obj, "devices: a sequence of integers, one a rank, is needed");
+  if (fast == NULL) {
+    return -1;
+  }
+  int failed = 0;
+  if (PySequence_Fast_GET_SIZE(fast) != ranks) {
+    psb_raise(st, PS_INVALID, "devices: %zd numbers for %d ranks", PySequence_Fast_GET_SIZE(fast),
+              ranks);
+    failed = -1;
+  }
+  for (int rank = 0; failed == 0 && rank < ranks; ++rank) {
+    failed =
+        int_in(st, PySequence_Fast_GET_ITEM(fast, rank), "devices", -1, INT_MAX, &devices[rank]);
+  }
+  Py_DECREF(fast);
+  if (failed == 0 && devices[0] != own) {
+    psb_raise(st, PS_DEVICE, "devices: rank 0 is on device %d, but x on %d (-1 is the host)",
+              devices[0], own);
+    failed = -1;
+  }
+  return failed;
 }
 
 /* None, or a dict {rank: (send, same_clock)}; what its values are is looked at where they are used.
@@ -196,7 +229,8 @@ int psb__order_in(psb_state *st, PyObject *args, PyObject *kwargs, psb_order *or
       int_in(st, given.warmup, "warmup", 1, INT_MAX, &options->warmup) < 0 ||
       deadline_in(st, given.deadline, &options->deadline_ns) < 0 ||
       choice_in(st, given.on_failure, "on_failure", reactions, &options->raise_on_loss) < 0 ||
-      carriers_in(st, given.carriers, order->ranks, &order->carriers) < 0) {
+      carriers_in(st, given.carriers, order->ranks, &order->carriers) < 0 ||
+      devices_in(st, given.devices, order->x, order->ranks, order->devices) < 0) {
     return -1;
   }
   options->policy = policy == 0 ? PS_VERIFIED : PS_PAPER;

@@ -25,9 +25,9 @@ static PyObject *probe_roundtrip(PyObject *module, PyObject *args, PyObject *kwa
 
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|ps:_roundtrip", keywords, &obj, &writable,
                                    &name) ||
-      psb_view_from(st, obj, name, writable ? PSB_WRITABLE : PSB_READ, &view) < 0)
+      psb_view_from(st, obj, name, writable ? PSB_WRITABLE : PSB_READ, NULL, &view) < 0)
     goto out;
-  result = psb_tensor_new(st, view.dtype, view.ndim, view.shape, view.data);
+  result = psb_tensor_new(st, NULL, view.dtype, view.ndim, view.shape, view.data);
   if (result && writable && view.count > 0)
     memset(view.data, 0, view.bytes);
 out:
@@ -46,13 +46,13 @@ static PyObject *probe_like(PyObject *module, PyObject *args, PyObject *kwargs)
   void *memory;
 
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|z:_like", keywords, &obj, &name) ||
-      psb_view_from(st, obj, "x", PSB_READ, &view) < 0)
+      psb_view_from(st, obj, "x", PSB_READ, NULL, &view) < 0)
     goto out;
   dtype = view.dtype;
   if (name && read_dtype(st, name, &dtype) < 0)
     goto out;
   /* Another dtype comes out as zeros, written after the tensor was made. */
-  result = psb_tensor_like(st, obj, dtype, view.ndim, view.shape,
+  result = psb_tensor_like(st, obj, NULL, dtype, view.ndim, view.shape,
                            dtype == view.dtype ? view.data : NULL, &memory);
   if (result && dtype != view.dtype)
     memset(memory, 0, view.count * ps_dtype_size(dtype));
@@ -70,7 +70,7 @@ static PyObject *probe_view(PyObject *module, PyObject *args, PyObject *kwargs)
   int writable = 0;
 
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|p:_view", keywords, &obj, &writable) ||
-      psb_view_from(st, obj, "x", writable ? PSB_WRITABLE : PSB_READ, &view) < 0)
+      psb_view_from(st, obj, "x", writable ? PSB_WRITABLE : PSB_READ, NULL, &view) < 0)
     goto out;
   address = PyLong_FromVoidPtr(view.data);
   if (address)

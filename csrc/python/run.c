@@ -75,10 +75,10 @@ PyObject *psb__list(int count, psb_item item, const void *context)
 
 /* ---- latents of the run ---------------------------------------------------------------------- */
 
-int psb__spec_from(psb_state *st, PyObject *x, psb_spec *spec)
+int psb__spec_from(psb_state *st, PyObject *x, const psb_place *place, psb_spec *spec)
 {
   psb_view view;
-  if (psb_view_from(st, x, "x", PSB_READ, &view) < 0) {
+  if (psb_view_from(st, x, "x", PSB_READ, place, &view) < 0) {
     return -1;
   }
   /* The first dimension is the batch where there are others: drift is taken per item. */
@@ -136,10 +136,10 @@ static int check_tensor(psb_state *st, const char *name, const psb_view *view, c
   return 0;
 }
 
-int psb__tensor_in(psb_state *st, PyObject *obj, const char *name, int flags, const psb_spec *spec,
-                   ps_dtype dtype, psb_view *view)
+int psb__tensor_in(psb_state *st, PyObject *obj, const char *name, int flags,
+                   const psb_place *place, const psb_spec *spec, ps_dtype dtype, psb_view *view)
 {
-  int failed = psb_view_from(st, obj, name, flags, view);
+  int failed = psb_view_from(st, obj, name, flags, place, view);
   if (failed == 0) {
     failed = check_tensor(st, name, view, spec, dtype);
   }
@@ -149,10 +149,10 @@ int psb__tensor_in(psb_state *st, PyObject *obj, const char *name, int flags, co
   return failed;
 }
 
-PyObject *psb__tensor_out(psb_state *st, PyObject *like, const psb_spec *spec, ps_dtype dtype,
-                          const void *data, void **writable)
+PyObject *psb__tensor_out(psb_state *st, PyObject *like, const psb_place *place,
+                          const psb_spec *spec, ps_dtype dtype, const void *data, void **writable)
 {
-  return psb_tensor_like(st, like, dtype, spec->ndim, spec->shape, data, writable);
+  return psb_tensor_like(st, like, place, dtype, spec->ndim, spec->shape, data, writable);
 }
 
 /* ---- work ------------------------------------------------------------------------------------ */
@@ -160,6 +160,7 @@ PyObject *psb__tensor_out(psb_state *st, PyObject *like, const psb_spec *spec, p
 typedef struct work_context {
   psb_state *st;
   PyObject *like;
+  const psb_place *place;
   const psb_spec *spec;
   const ps_work *work;
 } work_context;
@@ -167,23 +168,31 @@ typedef struct work_context {
 static PyObject *work_item(const void *context, int k)
 {
   const work_context *c = context;
-  PyObject *point =
-      psb__tensor_out(c->st, c->like, c->spec, c->spec->layout.x, c->work->point[k], NULL);
+  PyObject *point = psb__tensor_out(c->st, c->like, c->place, c->spec, c->spec->layout.x,
+                                    c->work->point[k], NULL);
   return point != NULL ? Py_BuildValue("(iN)", c->work->step[k], point) : NULL;
 }
 
-PyObject *psb__work_out(psb_state *st, PyObject *like, const psb_spec *spec, const ps_work *work)
+PyObject *psb__work_out(psb_state *st, PyObject *like, const psb_place *place, const psb_spec *spec,
+                        const ps_work *work)
 {
-  work_context context = {st, like, spec, work};
+  work_context context = {st, like, place, spec, work};
   return psb__list(work->count, work_item, &context);
 }
 
-static int place_in(psb_state *st, PyObject *obj, const psb_spec *spec, const psb_room *room, int k,
-                    ps_dtype *found)
+/* The tensor's memory is its owner's again once this returns: the copy is waited for. */
+static ps_status copy_in(const psb_place *place, void *to, const void *from, size_t bytes)
+{
+  ps_status status = place->backend->copy(place->backend, to, from, bytes);
+  return status == PS_OK ? psb__place_settle(place) : status;
+}
+
+static int take_in(psb_state *st, PyObject *obj, const psb_place *place, const psb_spec *spec,
+                   const psb_room *room, int k, ps_dtype *found)
 {
   psb_view view = {0};
   ps_dtype dtype = k > 0 ? *found : room->dtype;
-  if (psb__tensor_in(st, obj, room->name, PSB_READ, spec, dtype, &view) < 0) {
+  if (psb__tensor_in(st, obj, room->name, PSB_READ, place, spec, dtype, &view) < 0) {
     return -1;
   }
   int failed = view.bytes > room->bytes ? -1 : 0;
@@ -191,17 +200,19 @@ static int place_in(psb_state *st, PyObject *obj, const psb_spec *spec, const ps
     psb_raise(st, PS_DTYPE, "%s: dtype %s does not fit a run of %s latents", room->name,
               ps_dtype_name(view.dtype), ps_dtype_name(spec->layout.x));
   } else {
+    ps_status status;
     *found = view.dtype;
     Py_BEGIN_ALLOW_THREADS;
-    memcpy(room->to[k], view.data, view.bytes);
+    status = copy_in(place, room->to[k], view.data, view.bytes);
     Py_END_ALLOW_THREADS;
+    failed = psb__judge(st, status);
   }
   psb_view_release(&view);
   return failed;
 }
 
-int psb__sequence_in(psb_state *st, PyObject *obj, const psb_spec *spec, const psb_room *room,
-                     ps_dtype *found)
+int psb__sequence_in(psb_state *st, PyObject *obj, const psb_place *place, const psb_spec *spec,
+                     const psb_room *room, ps_dtype *found)
 {
   PyObject *fast = PySequence_Fast(obj, "a sequence of tensors, one a step of the work, is needed");
   if (fast == NULL) {
@@ -214,7 +225,7 @@ int psb__sequence_in(psb_state *st, PyObject *obj, const psb_spec *spec, const p
     failed = -1;
   }
   for (int k = 0; failed == 0 && k < room->count; ++k) {
-    failed = place_in(st, PySequence_Fast_GET_ITEM(fast, k), spec, room, k, found);
+    failed = take_in(st, PySequence_Fast_GET_ITEM(fast, k), place, spec, room, k, found);
   }
   Py_DECREF(fast);
   return failed;

@@ -31,10 +31,6 @@ void psb__leave(psb_guard *guard);
  */
 bool psb__at_home(const psb_guard *guard);
 
-/* The check of every wait of a run, called without the GIL: lets Ctrl-C through.  The exception it
- * sets is what the call raises. */
-int psb__check_signals(void *unused);
-
 /* 0 where the core succeeded and no check has raised; otherwise -1 with the exception set.  A reply
  * may come in while the check is running, and the core then knows nothing of the interrupt. */
 int psb__judge(psb_state *st, ps_status status);
@@ -49,20 +45,21 @@ typedef struct psb_spec {
 } psb_spec;
 
 /* The shape and dtype of x become those of the run. */
-int psb__spec_from(psb_state *st, PyObject *x, psb_spec *spec);
+int psb__spec_from(psb_state *st, PyObject *x, const psb_place *place, psb_spec *spec);
 
 /* As psb_view_from, for a tensor of the run's shape; dtype PS_NONE leaves its dtype open. */
-int psb__tensor_in(psb_state *st, PyObject *obj, const char *name, int flags, const psb_spec *spec,
-                   ps_dtype dtype, psb_view *view);
+int psb__tensor_in(psb_state *st, PyObject *obj, const char *name, int flags,
+                   const psb_place *place, const psb_spec *spec, ps_dtype dtype, psb_view *view);
 
 /* As psb_tensor_like, for a tensor of the run's shape. */
-PyObject *psb__tensor_out(psb_state *st, PyObject *like, const psb_spec *spec, ps_dtype dtype,
-                          const void *data, void **writable);
+PyObject *psb__tensor_out(psb_state *st, PyObject *like, const psb_place *place,
+                          const psb_spec *spec, ps_dtype dtype, const void *data, void **writable);
 
 /* ---- work ------------------------------------------------------------------------------------ */
 
 /* [(step, point), ...] with fresh tensors: nobody holds memory that the core will overwrite. */
-PyObject *psb__work_out(psb_state *st, PyObject *like, const psb_spec *spec, const ps_work *work);
+PyObject *psb__work_out(psb_state *st, PyObject *like, const psb_place *place, const psb_spec *spec,
+                        const ps_work *work);
 
 /* Where a sequence of tensors, one for each step of some work, is copied to. */
 typedef struct psb_room {
@@ -74,8 +71,8 @@ typedef struct psb_room {
 } psb_room;
 
 /* *found is the dtype of the tensors.  On failure some of the places may have been written. */
-int psb__sequence_in(psb_state *st, PyObject *obj, const psb_spec *spec, const psb_room *room,
-                     ps_dtype *found);
+int psb__sequence_in(psb_state *st, PyObject *obj, const psb_place *place, const psb_spec *spec,
+                     const psb_room *room, ps_dtype *found);
 
 /* ---- lists ----------------------------------------------------------------------------------- */
 
@@ -92,9 +89,10 @@ typedef struct psb_order {
   ps_program *program;
   PyObject *x;
   int ranks;
-  int slots[PS_RANKS_MAX]; /* (ranks) */
-  PyObject *carriers;      /* {rank: (send, same_clock)} of ranks in other processes, or NULL */
-  int lane;                /* rank 0 has a follower too */
+  int slots[PS_RANKS_MAX];   /* (ranks) */
+  PyObject *carriers;        /* {rank: (send, same_clock)} of ranks in other processes, or NULL */
+  int lane;                  /* rank 0 has a follower too */
+  int devices[PS_RANKS_MAX]; /* (ranks) of CUDA; -1: the host */
   ps_options options;
 } psb_order;
 
@@ -102,14 +100,14 @@ int psb__order_in(psb_state *st, PyObject *args, PyObject *kwargs, psb_order *or
 
 PyObject *psb__report_out(const ps_report *report);
 
-/* A Follower that owns link from now on, also when NULL is returned. */
-PyObject *psb__follower_new(psb_state *st, PyObject *like, const psb_spec *spec, ps_link *link,
-                            int rank);
+/* A Follower that owns link and place from now on, also when NULL is returned. */
+PyObject *psb__follower_new(psb_state *st, PyObject *like, psb_place *place, const psb_spec *spec,
+                            ps_link *link, int rank);
 
 /* One end of a link to another process, and its Inbox; carrier is a tuple (send, same_clock).  The
  * caller closes the end, but not where NULL is returned. */
-PyObject *psb__host_open(psb_state *st, const psb_spec *spec, int slots, ps_role role,
-                         PyObject *carrier, ps_link **end);
+PyObject *psb__host_open(psb_state *st, const psb_place *place, const psb_spec *spec, int slots,
+                         ps_role role, PyObject *carrier, ps_link **end);
 
 /* join(x, rank, slots, carrier) of the module. */
 PyObject *psb_join(PyObject *module, PyObject *args);

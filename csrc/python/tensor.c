@@ -23,7 +23,9 @@ block *psb__block_new(size_t bytes, const void *data)
   if (made) {
     address = (uintptr_t)(made + 1) + ALIGNMENT - 1;
     made->data = (void *)(address - address % ALIGNMENT);
+    made->backend = NULL;
     atomic_init(&made->users, 1);
+    atomic_init(&made->stream, NULL);
     if (data)
       memcpy(made->data, data, bytes);
   } else {
@@ -38,11 +40,36 @@ block *psb__block_retain(block *shared)
   return shared;
 }
 
-/* The last user frees: it must see what the others wrote before they let go. */
+/* Memory of a device, not yet written; for psb_tensor_new alone, which releases the GIL. */
+static block *block_on(const ps_backend *backend, size_t bytes)
+{
+  block *made = calloc(1, sizeof *made);
+
+  if (made) {
+    made->data = backend->alloc(backend, bytes > 0 ? bytes : 1);
+    if (!made->data) {
+      free(made);
+      return NULL;
+    }
+    atomic_init(&made->users, 1);
+    atomic_init(&made->stream, NULL);
+    backend->retain(backend);
+    made->backend = backend;
+  }
+  return made;
+}
+
+/* The last user frees: it must see what the others wrote before they let go.  What a consumer gave
+ * to its stream may still read the memory of a device: that is given back behind it. */
 void psb__block_release(block *shared)
 {
-  if (atomic_fetch_sub_explicit(&shared->users, 1, memory_order_acq_rel) == 1)
-    free(shared);
+  if (atomic_fetch_sub_explicit(&shared->users, 1, memory_order_acq_rel) != 1)
+    return;
+  if (shared->backend) {
+    ps_cuda_give_back(shared->backend, shared->data, atomic_load(&shared->stream));
+    shared->backend->release(shared->backend);
+  }
+  free(shared);
 }
 
 /* ---- the Tensor type ------------------------------------------------------------------------- */
@@ -77,8 +104,33 @@ int psb__check_shape(psb_state *st, ps_dtype dtype, int ndim, const int64_t *sha
   return rc;
 }
 
-PyObject *psb_tensor_new(psb_state *st, ps_dtype dtype, int ndim, const int64_t *shape,
-                         const void *data)
+/* Memory at a place, with its contents: written to the end before anyone sees it, so that whatever
+ * stream a consumer names need not wait. */
+static block *block_at(psb_state *st, const psb_place *place, size_t bytes, const void *data)
+{
+  const ps_backend *backend = place->backend;
+  ps_status status = PS_OK;
+  block *made;
+
+  Py_BEGIN_ALLOW_THREADS;
+  made = block_on(backend, bytes);
+  status = made ? PS_OK : PS_NO_MEMORY;
+  if (status == PS_OK && data && bytes > 0)
+    status = backend->copy(backend, made->data, data, bytes);
+  if (status == PS_OK)
+    status = psb__place_settle(place);
+  Py_END_ALLOW_THREADS;
+  if (status != PS_OK) {
+    psb_raise_last(st, status);
+    if (made)
+      psb__block_release(made);
+    made = NULL;
+  }
+  return made;
+}
+
+PyObject *psb_tensor_new(psb_state *st, const psb_place *place, ps_dtype dtype, int ndim,
+                         const int64_t *shape, const void *data)
 {
   tensor *self = NULL;
   block *memory = NULL;
@@ -87,7 +139,8 @@ PyObject *psb_tensor_new(psb_state *st, ps_dtype dtype, int ndim, const int64_t 
 
   if (psb__check_shape(st, dtype, ndim, shape, &count) < 0)
     goto out;
-  memory = psb__block_new(count * ps_dtype_size(dtype), data);
+  memory = psb__wanted_device(place) >= 0 ? block_at(st, place, count * ps_dtype_size(dtype), data)
+                                          : psb__block_new(count * ps_dtype_size(dtype), data);
   if (!memory)
     goto out;
   self = PyObject_New(tensor, st->tensor_type);
@@ -127,6 +180,8 @@ void psb__tensor_describe(PyObject *obj, psb_view *view)
   tensor *self = (tensor *)obj;
 
   view->data = self->block->data;
+  view->device_type = psb__block_device(self->block) >= 0 ? DL_CUDA : DL_CPU;
+  view->device_id = view->device_type == DL_CUDA ? psb__block_device(self->block) : 0;
   view->dtype = self->dtype;
   view->ndim = self->ndim;
   for (int d = 0; d < self->ndim; d++)
@@ -172,7 +227,11 @@ static PyObject *tensor_repr(PyObject *obj)
 {
   PyObject *shape = tensor_get_shape(obj, NULL), *text = NULL;
 
-  if (shape)
+  if (shape && psb__block_device(((tensor *)obj)->block) >= 0)
+    text = PyUnicode_FromFormat("parastep.Tensor(shape=%R, dtype='%s', device='cuda:%d')", shape,
+                                psb_dtype_name(((tensor *)obj)->dtype),
+                                psb__block_device(((tensor *)obj)->block));
+  else if (shape)
     text = PyUnicode_FromFormat("parastep.Tensor(shape=%R, dtype='%s')", shape,
                                 psb_dtype_name(((tensor *)obj)->dtype));
   Py_XDECREF(shape);
@@ -212,6 +271,12 @@ static int tensor_get_buffer(PyObject *obj, Py_buffer *buffer, int flags)
   int rc = -1;
 
   buffer->obj = NULL;
+  if (psb__block_device(self->block) >= 0) {
+    PyErr_SetString(PyExc_BufferError,
+                    "the tensor is in the memory of a device; take it in through "
+                    "DLPack, with torch.from_dlpack(tensor)");
+    goto out;
+  }
   if (!buffer_format(self->dtype)) {
     PyErr_SetString(PyExc_BufferError, "buffers have no format for bfloat16; take the tensor in "
                                        "through DLPack, with torch.from_dlpack(tensor)");
@@ -244,7 +309,7 @@ static PyMethodDef tensor_methods[] = {
      PyDoc_STR("__dlpack__($self, /, *, stream=None, max_version=None, dl_device=None, copy=None)\n"
                "--\n\nA DLPack capsule on the tensor's memory, or on a copy of it.")},
     {"__dlpack_device__", psb__tensor_dlpack_device, METH_NOARGS,
-     PyDoc_STR("__dlpack_device__($self, /)\n--\n\n(1, 0), the CPU.")},
+     PyDoc_STR("__dlpack_device__($self, /)\n--\n\n(1, 0), the CPU, or (2, n), a CUDA device.")},
     {NULL, NULL, 0, NULL},
 };
 
@@ -258,7 +323,7 @@ static PyGetSetDef tensor_getset[] = {
 };
 
 static PyType_Slot tensor_slots[] = {
-    {Py_tp_doc, (void *)PyDoc_STR("A C-contiguous tensor in host memory.  torch.from_dlpack and "
+    {Py_tp_doc, (void *)PyDoc_STR("A C-contiguous tensor.  torch.from_dlpack and, on the CPU, "
                                   "numpy.asarray share its memory.")},
     {Py_tp_dealloc, tensor_dealloc},
     {Py_tp_repr, tensor_repr},
@@ -287,6 +352,8 @@ static int make_names(struct psb_names *names)
   names->module = PyUnicode_InternFromString("__module__");
   names->from_dlpack = PyUnicode_InternFromString("from_dlpack");
   names->max_version = Py_BuildValue("(s)", "max_version");
+  names->stream = Py_BuildValue("(s)", "stream");
+  names->max_version_and_stream = Py_BuildValue("(ss)", "max_version", "stream");
   names->version = Py_BuildValue("(ii)", DL_MAJOR, DL_MINOR);
   return PyErr_Occurred() ? -1 : 0;
 }
@@ -326,5 +393,7 @@ void psb_tensor_clear(psb_state *st)
   Py_CLEAR(names->module);
   Py_CLEAR(names->from_dlpack);
   Py_CLEAR(names->max_version);
+  Py_CLEAR(names->stream);
+  Py_CLEAR(names->max_version_and_stream);
   Py_CLEAR(names->version);
 }

@@ -10,8 +10,15 @@
 /* Memory that counts its users, so that a consumer on any thread lets go of it without the GIL. */
 typedef struct block {
   atomic_size_t users;
-  void *data; /* aligned, behind this header */
+  void *data;                /* aligned, behind this header, or memory of a device */
+  const ps_backend *backend; /* of that device, retained; NULL: the host */
+  _Atomic(void *) stream;    /* the last one that a consumer on the device named */
 } block;
+
+static inline int psb__block_device(const block *shared)
+{
+  return shared->backend ? shared->backend->device : -1;
+}
 
 /* Nothing in it changes after creation and it refers to no object but its type, so it needs neither
  * a lock nor the garbage collector. */

@@ -578,6 +578,13 @@ void fake_free(void *device)
   fake_unlock();
 }
 
+void fake_free_on(void *stream, void *device)
+{
+  fake_lock();
+  fake_give_free(stream, device);
+  fake_unlock();
+}
+
 void *fake_stream(int device)
 {
   fake_lock();

@@ -46,6 +46,7 @@ typedef struct fake_counts { /* what is there now */
   /* Memory, a stream and a wait as another library would have them. */                            \
   X(void *, fake_alloc, (int device, size_t bytes))                                                \
   X(void, fake_free, (void *device))                                                               \
+  X(void, fake_free_on, (void *stream, void *device)) /* in order of a stream */                   \
   X(void *, fake_stream, (int device))                                                             \
   X(void, fake_drain, (void))
 
