@@ -4,16 +4,18 @@ Rounds come from a model of drift.  In a round that begins at step i the output 
 the newest known one is off by c_j l (the guess goes on along half the slope), that of a carried
 step by k_j times the drift of the point where it was evaluated; both add up to the drift of the
 steps after them, and the first that exceeds the tolerance begins the next round.  c and k are read
-off the report of one run, or those of the demo's image model.  Rounds here are of stride 1.
+off the report of one run at stride 1, or those of the demo's image model.  Rounds of strided runs
+hardly depend on the number of steps and follow an empirical law of ranks and tolerance.
 """
 
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +53,10 @@ class Profile:
 
         Raises InvalidError where the run tells nothing of its drift.
         """
-        if report.tolerance is None or report.interpolated or report.steps < 4:
+        if report.tolerance is None or report.steps < 4:
             raise _core.InvalidError(
-                "profile: the report of a run at stride 1 with a tolerance is needed "
-                "(max_stride=1, policy='verified', 4 steps or more)"
+                "profile: the report of a run with a tolerance is needed "
+                "(policy='verified', 4 steps or more)"
             )
         profile = default_profile().at(report.steps)
         for _ in range(3):  # how far off carried points were is itself told by the profile
@@ -72,6 +74,56 @@ class Profile:
         bend = np.exp(np.interp(where, np.arange(own), np.log(self.bend)))
         carry = np.interp(where, np.arange(own), self.carry)
         return Profile(bend * (own / steps) ** 2, carry * own / steps)
+
+    def windows(self, steps: int, slots: int, tolerance: float) -> list[int]:
+        """Evaluations in each round, full but in the first one and near the end."""
+        taken = rounds_of(self.at(steps), slots, tolerance)
+        begins = itertools.accumulate(taken, initial=0)
+        return [min(slots, steps - begin) if begin else 1 for begin in begins if begin < steps]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Rounds of strided runs at a tolerance, if there were ranks without end.
+
+    With p ranks it takes (1 + 0.6 / p^2) times as many, whatever the number of steps, and a
+    tolerance r times as large r^-0.2 times as many: what small trained models showed.
+    """
+
+    rounds: float
+    tolerance: float
+
+    @classmethod
+    def of(cls, report: Report) -> Pace:
+        """From the report of a strided run. Raises InvalidError where it has no tolerance."""
+        if report.tolerance is None or not 0 < report.tolerance < math.inf:
+            raise _core.InvalidError("profile: a run with a tolerance above 0 is needed")
+        return cls(report.rounds / cls._share(report.ranks), report.tolerance)
+
+    @staticmethod
+    def _share(ranks: int) -> float:
+        return 1 + 0.6 / ranks**2
+
+    def windows(self, steps: int, slots: int, tolerance: float) -> list[int]:
+        """Evaluations in each round; never more rounds than at stride 1 with all accepted."""
+        if tolerance == 0:
+            return default_profile().windows(steps, slots, 0)
+        rounds = self.rounds * self._share(slots) * (self.tolerance / tolerance) ** 0.2
+        least = 1 + math.ceil((steps - 1) / slots)
+        return [1] + [slots] * (max(1, min(round(rounds), least)) - 1)
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """The published rule."""
+
+    steps: int
+
+    def windows(self, steps: int, slots: int, tolerance: float) -> list[int]:
+        """One step a round first, then full windows, all of it taken."""
+        alone = min(self.steps, steps)
+        full, rest = divmod(steps - alone, slots)
+        return [1] * alone + [slots] * full + [rest] * (rest > 0)
 
 
 class _Seen:
@@ -254,7 +306,7 @@ def plan(
     link: str | float = "pcie",
     latency: float | str | None = None,
     tolerance: float = 0.02,
-    profile: Report | Profile | None = None,
+    profile: Report | Profile | Pace | None = None,
     policy: str = "verified",
     warmup: int = 5,
     speeds: Sequence[float] | None = None,
@@ -270,8 +322,9 @@ def plan(
             one batch take as many times as long.
         link: of the leader, which all followers share: a name (`LINKS`), or bytes a second
             ("3GB/s"), in each direction; `latency` in seconds where it differs from the name's.
-        profile: the report of one run at stride 1, of the model that is planned for; None: the
-            demo's image model, a stand-in. `policy="paper"` needs none.
+        profile: the report of one run of the model that is planned for; of a strided run, strided
+            ones are predicted. None: the demo's image model at stride 1, a stand-in.
+            `policy="paper"` needs none.
         speeds: forwards a second of each rank relative to the leader's, in place of `ranks`; ranks
             get as many slots as make the run shortest.
         weights: bytes of the denoiser, of which every rank holds a replica.
@@ -286,53 +339,73 @@ def plan(
             given if given is not None else known
             for given, known in zip((latents, forward, overhead), told)
         )
-        profile = Profile.of(profile)
+        profile = Pace.of(profile) if profile.interpolated else Profile.of(profile)
     if latents is None or forward is None:
         raise _core.InvalidError("latents and forward are needed, or a report as profile")
-    size, seconds = _bytes_in(latents, "latents"), _seconds_in(forward, "forward")
-    _check(steps, seconds, tolerance, policy, warmup)
+    _check(steps, tolerance, policy, warmup)
+    rule = Warmup(warmup) if policy == "paper" else profile or default_profile()
     rate, first = _link_in(link)
-    first = first if latency is None else _seconds_in(latency, "latency")
-    host, model = _seconds_in(overhead or 0, "overhead"), _bytes_in(weights, "weights")
-    drift = (profile or default_profile()).at(steps)
-
-    def rounds_in(window: int) -> list[int]:
-        if policy == "paper":
-            left = steps - min(warmup, steps)
-            full, rest = divmod(left, window)
-            return [1] * (steps - left) + [window] * full + [rest] * (rest > 0)
-        return rounds_of(drift, window, tolerance)
-
-    def one(slots: tuple[int, ...], rates: Sequence[float]) -> Plan:
-        taken = rounds_in(sum(slots))
-        # The published rule takes all that a round evaluates; ours may evaluate more than it takes.
-        windows = taken if policy == "paper" else _windows(taken, sum(slots), steps)
-        counts = [assign(slots, k) for k in windows]
-        times = [max(n * seconds / v for n, v in zip(count, rates)) for count in counts]
-        sent = [sum(count[1:]) for count in counts]
-        sent[0] = sum(n > 0 for n in slots[1:])  # all evaluate the first step, to be verified
-        across = sum((n + 1) * size for n in sent if n)  # the last one's answer cannot overlap
-        waits = 2 * first * sum(n > 0 for n in sent)
-        forwards, alone = sum(times), steps * (seconds + host)
-        spare = alone - forwards - waits - steps * host
-        return Plan(
-            ranks=len(slots), slots=slots, steps=steps, rounds=len(taken),
-            forwards_seconds=forwards, exchange_seconds=across / rate + waits,
-            overhead_seconds=steps * host, sequential_seconds=alone,
-            breakeven=0.0 if not across else across / spare if spare > 0 else math.inf,
-            bytes_sent=int(2 * size * sum(sent)), memory=int(model + _buffers(size, slots)),
-        )  # fmt: skip
-
+    run = _Run(
+        steps=steps,
+        windows=lambda slots: rule.windows(steps, slots, tolerance),
+        size=_bytes_in(latents, "latents"),
+        forward=_seconds_in(forward, "forward"),
+        rate=rate,
+        latency=first if latency is None else _seconds_in(latency, "latency"),
+        host=_seconds_in(overhead or 0, "overhead"),
+        weights=_bytes_in(weights, "weights"),
+    )
+    if run.forward <= 0:
+        raise _core.InvalidError("forward: must be above 0")
     if speeds is not None:
-        rates = _speeds_in(speeds)
-        options = [one(slots, rates) for slots in _shares(rates)]
-        best = 1.02 * min(found.seconds for found in options)  # the smallest shares that do
-        good = [found for found in options if found.seconds <= best]
-        return Plans([min(good, key=lambda found: sum(found.slots))])
+        return Plans([run.shared(_speeds_in(speeds))])
     numbers = [ranks] if isinstance(ranks, int) else list(ranks)
     if not numbers or not all(isinstance(n, int) and 1 <= n <= 256 for n in numbers):
         raise _core.InvalidError(f"ranks: {ranks!r}: numbers from 1 to 256 are needed")
-    return Plans([one((1,) * n, (1.0,) * n) for n in numbers])
+    return Plans([run.plan((1,) * n, (1.0,) * n) for n in numbers])
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is the same for all shares: sizes in bytes, times in seconds."""
+
+    steps: int
+    windows: Callable[[int], list[int]]  # evaluations in each round, with so many slots
+    size: float  # of a latent
+    forward: float
+    rate: float
+    latency: float
+    host: float
+    weights: float
+
+    def plan(self, slots: tuple[int, ...], rates: Sequence[float]) -> Plan:
+        """With so many evaluations a round of each rank, of such speeds."""
+        counts = [assign(slots, k) for k in self.windows(sum(slots))]
+        times = [max(n * self.forward / v for n, v in zip(count, rates)) for count in counts]
+        sent = [sum(count[1:]) for count in counts]
+        sent[0] = sum(n > 0 for n in slots[1:])  # all evaluate the first step, to be verified
+        across = sum((n + 1) * self.size for n in sent if n)  # the last reply overlaps with nothing
+        waits = 2 * self.latency * sum(n > 0 for n in sent)
+        spare = self.steps * self.forward - sum(times) - waits
+        return Plan(
+            ranks=len(slots),
+            slots=slots,
+            steps=self.steps,
+            rounds=len(counts),
+            forwards_seconds=sum(times),
+            exchange_seconds=across / self.rate + waits,
+            overhead_seconds=self.steps * self.host,
+            sequential_seconds=self.steps * (self.forward + self.host),
+            breakeven=0.0 if not across else across / spare if spare > 0 else math.inf,
+            bytes_sent=int(2 * self.size * sum(sent)),
+            memory=int(self.weights + 2 * self.size * (4 + sum(slots))),  # history, points, outputs
+        )
+
+    def shared(self, rates: Sequence[float]) -> Plan:
+        """The smallest shares that are about as quick as the quickest."""
+        found = [self.plan(slots, rates) for slots in _shares(rates)]
+        enough = 1.02 * min(plan.seconds for plan in found)
+        return min((p for p in found if p.seconds <= enough), key=lambda plan: sum(plan.slots))
 
 
 def _told_by(report: Report) -> tuple[float | None, float | None, float]:
@@ -347,17 +420,6 @@ def _told_by(report: Report) -> tuple[float | None, float | None, float]:
     begins = {record.round: record.begin for record in own}
     gaps = [begins[n + 1] - ends[n] for n in begins if n + 1 in begins]
     return latents, forward, max(sum(gaps), 0.0) / max(report.steps, 1)
-
-
-def _windows(taken: list[int], slots: int, steps: int) -> list[int]:
-    """Evaluations in each round: a full window but in the first round and near the end."""
-    begins = np.cumsum([0, *taken[:-1]])
-    return [min(slots, steps - int(i)) if i else 1 for i in begins]
-
-
-def _buffers(size: float, slots: Sequence[int]) -> float:
-    """The leader's latents and outputs: a short history, and a point and an output a slot."""
-    return 2 * size * (4 + sum(slots))
 
 
 def _shares(rates: Sequence[float]) -> list[tuple[int, ...]]:
@@ -423,11 +485,9 @@ def _speeds_in(speeds: Sequence[float]) -> list[float]:
     return [v / found[0] for v in found]
 
 
-def _check(steps: Any, forward: float, tolerance: float, policy: str, warmup: int) -> None:
+def _check(steps: Any, tolerance: float, policy: str, warmup: int) -> None:
     if not isinstance(steps, int) or steps < 1:
         raise _core.InvalidError(f"steps: {steps!r}: at least 1 is needed")
-    if forward <= 0:
-        raise _core.InvalidError("forward: must be above 0")
     if not tolerance >= 0:
         raise _core.InvalidError(f"tolerance: {tolerance}: must be 0 (exact) or above")
     if policy not in ("verified", "paper"):

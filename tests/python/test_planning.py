@@ -72,8 +72,7 @@ def handed_out(slots, steps):
 @pytest.mark.parametrize("steps", [2, 9, 23])
 def test_steps_are_handed_out_as_the_core_does(slots, steps):
     rounds = handed_out(slots, steps)
-    taken = planning.rounds_of(planning.default_profile().at(steps), sum(slots), math.inf)
-    windows = planning._windows(taken, sum(slots), steps)
+    windows = planning.default_profile().windows(steps, sum(slots), math.inf)
     assert len(windows) == len(rounds)
     for window, counts in list(zip(windows, rounds))[1:]:
         assert planning.assign(slots, window) == counts
@@ -124,6 +123,17 @@ def test_bytes_are_those_of_the_core():
         STEPS, latents=4096 * 8, forward=1, ranks=4, tolerance=math.inf, profile=report
     )
     assert found.rounds == report.rounds and found.bytes_sent == report.bytes_sent
+
+
+def test_a_strided_run_tells_of_strided_ones():
+    report = dataclasses.replace(sampled(4), rounds=11, interpolated=20)
+    given = {"profile": report, "latents": 1, "forward": 1, "ranks": (1, 2, 4, 8)}
+    found = [plan.rounds for plan in parastep.plan(4 * STEPS, **given)]
+    assert found[2] == 11 and found == sorted(found, reverse=True) and found[0] > 14
+    assert [plan.rounds for plan in parastep.plan(6 * STEPS, **given)] == found
+    assert [plan.rounds for plan in parastep.plan(8, **given)] == [8, 5, 3, 2]  # never above N / p
+    assert parastep.plan(STEPS, **given, tolerance=0.005)[2].rounds == round(11 * 4**0.2)
+    assert parastep.plan(STEPS, **given, tolerance=0)[2].rounds == STEPS
 
 
 # ---- seconds -------------------------------------------------------------------------------------
@@ -232,7 +242,7 @@ def test_reports_that_tell_no_drift_are_refused():
         sampled(4, tolerance=0),
         sampled(4, policy="paper"),
         sampled(1),
-        dataclasses.replace(sampled(4), interpolated=3),
+        dataclasses.replace(sampled(4, tolerance=math.inf), interpolated=3),
     ):
         with pytest.raises(parastep.InvalidError, match="profile"):
             parastep.plan(profile=report)
