@@ -85,7 +85,7 @@ class FarRank:
         elif frame.kind == Kind.ARRIVED:
             self.call.arrive(self.rank)
         elif frame.kind == Kind.FAILED:
-            self.fail(bytes(frame.body).decode(errors="replace"))
+            self.fail(_words(frame))
         elif frame.kind == Kind.LEFT:
             self.evaluated = int(frame.body.decode())
 
@@ -111,7 +111,7 @@ class Link:
         current = self.current
         if frame.kind == Kind.LOADED:
             with self.changed:
-                self.loaded = bytes(frame.body).decode(errors="replace")
+                self.loaded = _words(frame)
                 self.changed.notify_all()
         elif current is not None and frame.call == current.number:
             current.handle(frame)
@@ -176,6 +176,11 @@ class FarFollowers:
             if not far.link.wait(far.has_left, end):
                 stuck.add(rank)
         self._drop(lost, stuck)
+
+
+def _words(frame: Frame) -> str:
+    """What a frame says, for messages: C ends a text at a zero."""
+    return bytes(frame.body).decode(errors="replace").replace("\0", "?")
 
 
 def _settings(pipe: Any) -> dict[str, Any]:
