@@ -100,6 +100,11 @@ $(1)/bench/%: $(1)/obj/tests/bench/%.o $(1)/libparastep.a
 	@echo "ld $$@"
 	@$$(CC) $(2) $$(CFLAGS) -pthread $$^ -ldl -lm -o $$@
 
+$(1)/fuzz/%: $(1)/obj/tests/fuzz/%.o $(1)/libparastep.a
+	@mkdir -p $$(@D)
+	@echo "ld $$@"
+	@$$(CC) $(2) $$(CFLAGS) -pthread $$^ -ldl -lm -o $$@
+
 $(1)/programs/%: $(1)/obj/workflows/c/%.o $(1)/libparastep.a
 	@mkdir -p $$(@D)
 	@echo "ld $$@"
@@ -201,7 +206,7 @@ bench: $(EDITABLE_STAMP) bench-c ## Run tests/bench/*.py, except those whose nam
 
 # ---- lint ----------------------------------------------------------------------------------------
 
-C_FILES := $(CORE_SRC) $(BINDING_SRC) $(TEST_SRC) $(FAKE_SRC) $(PROGRAM_SRC) $(sort $(wildcard tests/bench/*.c))
+C_FILES := $(CORE_SRC) $(BINDING_SRC) $(TEST_SRC) $(FAKE_SRC) $(PROGRAM_SRC) $(sort $(wildcard tests/bench/*.c tests/fuzz/*.c))
 CUDA_FILES := $(sort $(wildcard csrc/backend/*.cu csrc/backend/*.cuh))
 
 .PHONY: lint lint-format lint-tidy lint-py format
@@ -292,6 +297,17 @@ sanitize-py: $(EDITABLE_STAMP)
 	  '/ERROR: AddressSanitizer|runtime error:/ || (/ leak of / && /csrc\//) { bad = 1; print } \
 	  END { exit bad }' || status=1; \
 	exit $$status
+
+# ---- fuzzers -------------------------------------------------------------------------------------
+
+# Seconds for each: of messages in C under ASan and UBSan, of frames and capsules in Python.
+FUZZ_SECONDS ?= 60
+
+.PHONY: fuzz
+fuzz: build/c-asan/fuzz/messages $(EDITABLE_STAMP) ## Fuzz what parses foreign bytes, a minute each
+	build/c-asan/fuzz/messages $(FUZZ_SECONDS)
+	$(PY) tests/fuzz/frames.py $(FUZZ_SECONDS)
+	$(PY) tests/fuzz/capsules.py $(FUZZ_SECONDS)
 
 # ---- the rest ------------------------------------------------------------------------------------
 
