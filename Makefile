@@ -298,6 +298,14 @@ sanitize-py: $(EDITABLE_STAMP)
 	  END { exit bad }' || status=1; \
 	exit $$status
 
+# ---- chaos ---------------------------------------------------------------------------------------
+
+FAULTS ?= 1000
+
+.PHONY: chaos
+chaos: build/c-asan/tests ## Inject 1000 faults at random into runs, under ASan and UBSan
+	build/c-asan/tests --faults $(FAULTS) --limit $(SANITIZED_LIMIT) chaos.
+
 # ---- fuzzers -------------------------------------------------------------------------------------
 
 # Seconds for each: of messages in C under ASan and UBSan, of frames and capsules in Python.

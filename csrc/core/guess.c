@@ -375,7 +375,6 @@ ps_status ps__guess(ps_leader *leader, const ps__node *nodes, int count)
   ps__guesser *guesser = leader->guesser;
   int i = leader->step, oldest = i - leader->depth + 1;
   int exact = nodes[0].point == NULL;
-  bool gaps = nodes[count - 1].step - i + 1 > count;
   ps_status status = PS_OK;
   nodes += exact;
   count -= exact;
@@ -389,7 +388,7 @@ ps_status ps__guess(ps_leader *leader, const ps__node *nodes, int count)
   } else {
     roll_verified(leader, guesser, nodes, count);
   }
-  if (gaps) {
+  if (leader->pace.strided) { /* a round without gaps has one where a rank is lost */
     status = keep_basis(leader, guesser);
   }
   int terms = pack_terms(guesser, count);

@@ -1,12 +1,13 @@
 /* runner.c - runs the tests that the other files of this directory register.
  *
- *     tests [--list] [--sweep] [--limit SECONDS] [PATTERN...]
+ *     tests [--list] [--sweep] [--limit SECONDS] [--faults N] [PATTERN...]
  *
  * runs those whose name contains one of the patterns, each in a process of its own (this program
  * again, with --one), so that a crash, a hang or a global left in disorder ends one test alone.
  *
  * With --sweep each test is repeated with one allocation failing, then a later one: its checks may
- * then fail, but it must not crash, hang or, where it goes through, leak.
+ * then fail, but it must not crash, hang or, where it goes through, leak.  --faults is for tests
+ * that draw faults at random.
  */
 #include "runner.h"
 
@@ -222,6 +223,13 @@ void runner_sweep(ps_status (*body)(void *ctx), void *ctx)
 
 /* ---- one test, in the process of its own ----------------------------------------------------- */
 
+static int faults = 100;
+
+int runner_faults(void)
+{
+  return faults;
+}
+
 static int run_one(const char *name, uint64_t failing)
 {
   const ps_allocator counting = {count_alloc, count_free, NULL};
@@ -258,9 +266,10 @@ typedef struct outcome {
 
 static void start_child(const char *name, uint64_t failing, FILE *output)
 {
-  char number[32];
+  char number[32], many[32];
   snprintf(number, sizeof number, "%llu", (unsigned long long)failing);
-  const char *const arguments[] = {"tests", "--one", name, number, NULL};
+  snprintf(many, sizeof many, "%d", faults);
+  const char *const arguments[] = {"tests", "--one", name, number, many, NULL};
   sigset_t none;
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, NULL);
@@ -427,7 +436,8 @@ int main(int argc, char **argv)
   int list = 0, sweep = 0, limit_s = DEFAULT_LIMIT_S, first = 1;
   totals sum = {0, 0, 0};
   sigset_t set;
-  if (argc == 4 && strcmp(argv[1], "--one") == 0) {
+  if (argc == 5 && strcmp(argv[1], "--one") == 0) {
+    faults = (int)strtol(argv[4], NULL, 10);
     return run_one(argv[2], strtoull(argv[3], NULL, 10));
   }
   for (; first < argc && strncmp(argv[first], "--", 2) == 0; first++) {
@@ -437,8 +447,11 @@ int main(int argc, char **argv)
       sweep = 1;
     } else if (strcmp(argv[first], "--limit") == 0 && first + 1 < argc) {
       limit_s = (int)strtol(argv[++first], NULL, 10);
+    } else if (strcmp(argv[first], "--faults") == 0 && first + 1 < argc) {
+      faults = (int)strtol(argv[++first], NULL, 10);
     } else {
-      fprintf(stderr, "usage: %s [--list] [--sweep] [--limit SECONDS] [PATTERN...]\n", argv[0]);
+      fprintf(stderr, "usage: %s [--list] [--sweep] [--limit SECONDS] [--faults N] [PATTERN...]\n",
+              argv[0]);
       return 2;
     }
   }

@@ -106,6 +106,8 @@ int runner_allocation_failed(void); /* whether it has come to that */
  * without; every failure must come out as PS_NO_MEMORY and leave nothing allocated. */
 void runner_sweep(ps_status (*body)(void *ctx), void *ctx);
 
+int runner_faults(void); /* how many a test that draws faults at random is to inject; --faults */
+
 /* For a test that means to leave memory behind, say with a thread that never returns. */
 void runner_allow_live(void);
 

@@ -265,6 +265,7 @@ void stage_set(stage *on, ps_program *program, int ranks, size_t items, size_t s
 /* A carrier's context: the other end's inbox, which it releases in the end. */
 typedef struct wire {
   ps_inbox *to;
+  stage_rank *from; /* the follower that sends; NULL where nobody minds */
 } wire;
 
 static ps_status wire_send(void *ctx, const ps_part *parts, int count)
@@ -277,8 +278,13 @@ static ps_status wire_send(void *ctx, const ps_part *parts, int count)
   for (int k = 0, at = 0; k < count; at += (int)parts[k++].bytes) {
     memcpy(message + at, parts[k].data, parts[k].bytes);
   }
-  ps_inbox *to = ((wire *)ctx)->to;
-  ps_status status = to != NULL ? ps_inbox_deliver(to, message, bytes) : PS_LOST;
+  const wire *own = ctx;
+  ps_status status = PS_LOST;
+  if (own->to != NULL && own->from != NULL && own->from->on->wire != NULL) {
+    status = own->from->on->wire(own->from, own->to, message, bytes);
+  } else if (own->to != NULL) {
+    status = ps_inbox_deliver(own->to, message, bytes);
+  }
   free(message);
   return status;
 }
@@ -289,10 +295,11 @@ static void wire_release(void *ctx)
   free(ctx);
 }
 
-ps_status stage_host_open(const ps_layout *layout, int slots, ps_link **leader_end,
-                          ps_link **follower_end)
+static ps_status host_open(const ps_layout *layout, int slots, stage_rank *self,
+                           ps_link **leader_end, ps_link **follower_end)
 {
   wire *down = calloc(1, sizeof *down), *up = calloc(1, sizeof *up);
+  up->from = self;
   ps_carrier leader_carrier = {wire_send, wire_release, down};
   ps_carrier follower_carrier = {wire_send, wire_release, up};
   *leader_end = *follower_end = NULL;
@@ -311,12 +318,19 @@ ps_status stage_host_open(const ps_layout *layout, int slots, ps_link **leader_e
   return status;
 }
 
+ps_status stage_host_open(const ps_layout *layout, int slots, ps_link **leader_end,
+                          ps_link **follower_end)
+{
+  return host_open(layout, slots, NULL, leader_end, follower_end);
+}
+
 /* A link to a follower in a thread of its own. */
 static ps_link *start_follower(stage *on, stage_rank *self)
 {
   ps_link *here, *there;
-  CHECK_OK((on->by_host ? stage_host_open : ps_threads_open)(&on->layout, on->slots[self->rank],
-                                                             &here, &there));
+  int slots = on->slots[self->rank];
+  CHECK_OK(on->by_host ? host_open(&on->layout, slots, self, &here, &there)
+                       : ps_threads_open(&on->layout, slots, &here, &there));
   CHECK_OK(ps_follower_create(&on->layout, there, &self->follower));
   CHECK_EQ(pthread_create(&self->thread, NULL, follow, self), 0);
   return here;
@@ -330,7 +344,7 @@ void stage_open(stage *on)
   on->serve = on->serve != NULL ? on->serve : stage_serve;
   on->failure = PS_OK;
   on->ended = false;
-  on->verdicts[0] = on->verdicts[1] = 0;
+  memset(on->verdicts, 0, sizeof on->verdicts);
   for (int rank = 0; rank < on->ranks; ++rank) {
     stage_rank *self = &on->rank[rank];
     *self = (stage_rank){.on = on, .rank = rank};
@@ -434,6 +448,23 @@ static ps_status evaluate_own(stage *on, int step, const void *x, void *m)
   return status == PS_OK ? ps_leader_submit(on->leader, m, output_dtype(on), 0) : status;
 }
 
+/* The nodes of a strided round ahead of the host's own loop, until it is told what to do here. */
+static ps_status evaluate_ahead(stage *on, int step, const void *x, void *m, ps_verdict *verdict)
+{
+  ps_status status = PS_OK;
+  while (status == PS_OK && *verdict == PS_AHEAD) {
+    ps_work work;
+    status = ps_leader_work(on->leader, &work);
+    for (int k = 0; status == PS_OK && k < work.count; ++k) {
+      stage_evaluate(&on->rank[0], work.step[k], work.point[k], work.output[k]);
+    }
+    ++on->verdicts[PS_AHEAD];
+    status = status == PS_OK ? ps_leader_submit(on->leader, NULL, output_dtype(on), 0) : status;
+    status = status == PS_OK ? ps_leader_ask(on->leader, step, x, m, verdict) : status;
+  }
+  return status;
+}
+
 /* One model call of the host.  m holds rubbish beforehand, so that an output not written shows. */
 static ps_status host_call(stage *on, int step, void *x, void *m)
 {
@@ -445,6 +476,9 @@ static ps_status host_call(stage *on, int step, void *x, void *m)
   }
   if (on->leader != NULL) {
     status = ps_leader_ask(on->leader, step, x, m, &verdict);
+    if (status == PS_OK) {
+      status = evaluate_ahead(on, step, x, m, &verdict);
+    }
     if (status == PS_OK && verdict == PS_EVALUATE) {
       memset(m, 0xcd, stage_m_bytes(on));
       status = evaluate_own(on, step, x, m);

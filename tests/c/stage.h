@@ -47,6 +47,8 @@ struct stage {
   /* The leader's end of a link of the test's own, with nobody behind it; NULL = see below. */
   ps_link *(*link)(stage *on, int rank);
   bool by_host; /* followers at the other end of a link that the host carries; else threads */
+  /* With by_host: delivers a follower's message to the leader; NULL = as it is. */
+  ps_status (*wire)(stage_rank *self, ps_inbox *to, unsigned char *message, size_t bytes);
   /* Called by the host before it asks for a step, and with the answer or output before it is used.
    */
   void (*before)(stage *on, int step, void *x);
@@ -58,7 +60,7 @@ struct stage {
   stage_rank rank[STAGE_RANKS];
   ps_status failure; /* the leader's first status other than PS_OK; the host stops there */
   bool ended;
-  int verdicts[2]; /* how many steps were evaluated and answered */
+  int verdicts[3]; /* how often it was told to evaluate, answered, and told to evaluate ahead */
 };
 
 /* Sets a stage for a run of items x size elements of x and m. */
