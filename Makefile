@@ -55,8 +55,9 @@ venv: $(VENV_STAMP) ## Make .venv with torch, the hosts and the tools
 
 # ---- extension -----------------------------------------------------------------------------------
 
+KERNEL_SRC := $(wildcard csrc/backend/kernel*.* csrc/backend/compile_kernels.sh)
 BUILD_INPUTS := setup.py pyproject.toml compile_flags.txt parastep/_version.py $(CORE_SRC) \
-  $(BINDING_SRC) $(wildcard include/*.h csrc/*/*.h)
+  $(BINDING_SRC) $(wildcard include/*.h csrc/*/*.h) $(KERNEL_SRC)
 
 $(EDITABLE_STAMP): $(VENV_STAMP) $(BUILD_INPUTS)
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
@@ -70,8 +71,21 @@ build: $(EDITABLE_STAMP) ## Build the extension and install the package into .ve
 ASAN := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 TSAN := -O1 -g -fno-omit-frame-pointer -fsanitize=thread
 
+# CUDA kernels, embedded in image.o where there is an nvcc.
+NVCC ?= $(shell command -v nvcc)
+
+build/kernels.fatbin: $(KERNEL_SRC)
+	@mkdir -p $(@D)
+	@echo "nvcc $@"
+	@sh csrc/backend/compile_kernels.sh $(NVCC) $@
+
 # $(1) is the folder of a build, $(2) its own flags.
 define c_build
+ifneq ($$(NVCC),)
+$(1)/obj/csrc/backend/image.o: CFLAGS += -DPS_KERNEL_IMAGE='"$$(CURDIR)/build/kernels.fatbin"'
+$(1)/obj/csrc/backend/image.o: build/kernels.fatbin
+endif
+
 $(1)/obj/%.o: %.c compile_flags.txt Makefile parastep/_version.py
 	@mkdir -p $$(@D)
 	@echo "cc $$@"

@@ -2,15 +2,20 @@
 
 The flags that every compilation shares are in compile_flags.txt, which the Makefile, clang-tidy and
 clangd read too.  PARASTEP_SANITIZE=address,undefined (any list that -fsanitize takes) builds an
-instrumented extension; `make sanitize` shows how to load one.
+instrumented extension; `make sanitize` shows how to load one.  Where nvcc is found, the CUDA kernels
+are compiled and embedded; PARASTEP_NVCC names another nvcc, or none where it is empty.
 """
 
 import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 LAYERS = ("core", "backend", "transport", "platform", "python")
@@ -34,11 +39,28 @@ def sanitizer_flags() -> list:
     return [*flags, "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
+class BuildWithKernels(build_ext):
+    """Compiles kernels.cu first, if it can be: an extension without them has slower means."""
+
+    def run(self) -> None:
+        image = Path(self.build_temp).resolve() / "kernels.fatbin"
+        nvcc = os.environ.get("PARASTEP_NVCC", shutil.which("nvcc"))
+        if nvcc:
+            image.parent.mkdir(parents=True, exist_ok=True)
+            script = HERE / "csrc/backend/compile_kernels.sh"
+            status = subprocess.run(["sh", str(script), nvcc, str(image)]).returncode
+            if status == 0:
+                self.extensions[0].define_macros.append(("PS_KERNEL_IMAGE", f'"{image}"'))
+            else:
+                print(f"{nvcc} failed: building without CUDA kernels", file=sys.stderr)
+        super().run()
+
+
 shared_flags = (HERE / "compile_flags.txt").read_text().split()
 core = Extension(
     "parastep._core",
     sources=[path for layer in LAYERS for path in paths(f"csrc/{layer}/*.c")],
-    depends=[*paths("include/*.h"), *paths("csrc/**/*.h"), "compile_flags.txt"],
+    depends=[*paths("include/*.h"), *paths("csrc/**/*.h"), *paths("csrc/**/*.cu"), "compile_flags.txt"],
     include_dirs=[numpy.get_include()],
     define_macros=[("PARASTEP_VERSION", f'"{version()}"')],
     # Python's own flags come first and may differ in -O and in the language; the last one counts.
@@ -49,4 +71,4 @@ core = Extension(
 
 # Relative include directories are meant from here, wherever the build was started.
 os.chdir(HERE)
-setup(ext_modules=[core])
+setup(ext_modules=[core], cmdclass={"build_ext": BuildWithKernels})
