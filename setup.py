@@ -2,8 +2,8 @@
 
 The flags that every compilation shares are in compile_flags.txt, which the Makefile, clang-tidy and
 clangd read too.  PARASTEP_SANITIZE=address,undefined (any list that -fsanitize takes) builds an
-instrumented extension; `make sanitize` shows how to load one.  Where nvcc is found, the CUDA kernels
-are compiled and embedded; PARASTEP_NVCC names another nvcc, or none where it is empty.
+instrumented extension; `make sanitize` shows how to load one.  Where nvcc is found, the CUDA
+kernels are compiled and embedded; PARASTEP_NVCC names another nvcc, or none where it is empty.
 """
 
 import os
@@ -60,7 +60,12 @@ shared_flags = (HERE / "compile_flags.txt").read_text().split()
 core = Extension(
     "parastep._core",
     sources=[path for layer in LAYERS for path in paths(f"csrc/{layer}/*.c")],
-    depends=[*paths("include/*.h"), *paths("csrc/**/*.h"), *paths("csrc/**/*.cu"), "compile_flags.txt"],
+    depends=[
+        *paths("include/*.h"),
+        *paths("csrc/**/*.h"),
+        *paths("csrc/**/*.cu"),
+        "compile_flags.txt",
+    ],
     include_dirs=[numpy.get_include()],
     define_macros=[("PARASTEP_VERSION", f'"{version()}"')],
     # Python's own flags come first and may differ in -O and in the language; the last one counts.

@@ -1,7 +1,7 @@
 """The C core: programs, leaders, followers, tensors; csrc/python has sources and docstrings.
 
 A tensor, `Any` here, is a NumPy array, a torch tensor, or anything else that speaks DLPack or is a
-buffer of floats, on the CPU; float32, float16, bfloat16 or float64.
+buffer of floats, on the CPU or, by DLPack, on a CUDA device; float32, float16, bfloat16 or float64.
 """
 
 from collections.abc import Callable, Sequence
@@ -96,6 +96,7 @@ class Leader:
         on_failure: str = "continue",
         lane: bool = False,
         carriers: dict[int, Carrier] | None = None,
+        devices: Sequence[SupportsIndex] | None = None,  # of CUDA, one a rank; -1 is the host
     ) -> Leader: ...
     def ask(self, step: int, x: Any, m_out: Any = None) -> bool | None: ...
     def amend(self, x: Any, m_out: Any = None) -> float: ...

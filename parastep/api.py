@@ -175,7 +175,9 @@ def sample(
         for rank in range(1, ranks):
             follower = leader.follower(rank)
             serve = partial(_serve, follower, denoiser)
-            lanes[rank] = context.start(serve, f"parastep-{rank}")
+            lanes[rank] = context.start(
+                serve, f"parastep-{rank}", device=getattr(x, "device", None)
+            )
         result = _run(leader, steps, denoiser, x, noise)
     finally:
         leader.finish()

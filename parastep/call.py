@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from . import _core
 from .noise import cloned_generator
 from .seam import map_tensors
+from .threads import finish_work
 
 if TYPE_CHECKING:
     from .far import FarRank
@@ -34,8 +36,9 @@ class GoBack(BaseException):
 
 
 class Call:
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: int, devices: Sequence[torch.device] = ()) -> None:
+        """`devices`: one for each rank, where they are threads of this process."""
+        self.ranks, self._devices = ranks, devices
         self.returned: Any = None  # what the leader's first step returned: the followers' form
         self._changed = threading.Condition()
         self._encoded: dict[tuple[str, str], list[Any]] = defaultdict(list)
@@ -63,11 +66,16 @@ class Call:
         """The leader of the run."""
         self._x = x
         carriers = {rank: far.carrier for rank, far in self.far.items()}
-        return _core.Leader(program, x, ranks=self.ranks, carriers=carriers, **options)
+        places = [d.index if d.type == "cuda" else -1 for d in self._devices[: self.ranks]]
+        devices = places if x.is_cuda and len(places) == self.ranks else None
+        return _core.Leader(
+            program, x, ranks=self.ranks, carriers=carriers, devices=devices, **options
+        )
 
     def tell_encoded(self, key: tuple[str, str], output: Any) -> None:
         """A copy: pipelines edit embeddings in place, the leader's and every follower's own."""
         output = map_tensors(_own, output)
+        map_tensors(_finished, output)
         with self._changed:
             self._encoded[key].append(output)
             self._changed.notify_all()
@@ -96,6 +104,7 @@ class Call:
 
     def begin(self, returned: Any) -> None:
         """The leader's first step returned this; no more encoder outputs will come."""
+        map_tensors(_finished, returned)
         with self._changed:
             self.returned, self._begun = returned, True
             self._changed.notify_all()
@@ -162,6 +171,11 @@ class Call:
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone()
+
+
+def _finished(tensor: torch.Tensor) -> torch.Tensor:
+    finish_work(tensor.device)
+    return tensor
 
 
 def own_copy(value: Any) -> Any:

@@ -30,7 +30,7 @@ from .quiet import name_of, quiet_followers
 from .replicas import denoisers_of, fingerprint, refresh, replicate, unfit
 from .report import Report
 from .seam import Hooks
-from .threads import HostContext
+from .threads import HostContext, finish_work
 from .watch import Watch
 from .workers import Workers
 
@@ -131,9 +131,17 @@ def _devices_of(pipe: Any, devices: Sequence[str | torch.device] | None) -> list
         raise _core.DeviceError(f"devices: {devices!r}: {describe(error)}") from error
     if found[0].type != home.type or (found[0].index or 0) != (home.index or 0):
         raise _core.DeviceError(f"devices: the first is {found[0]}, but the pipe is on {home}")
-    if any(device.type != "cpu" for device in found):
-        raise _core.UnsupportedError("devices: only CPU devices so far")
-    return found
+    if any(device.type not in ("cpu", "cuda") for device in found):
+        raise _core.UnsupportedError("devices: only CPU and CUDA devices so far")
+    if any(device.type != home.type for device in found):
+        raise _core.DeviceError(f"devices: {devices!r}: all CPU, or all CUDA devices, are needed")
+    return [device if device.type == "cpu" else _numbered(device) for device in found]
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """With its index: that of the current one where none was given."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.device("cuda", index)
 
 
 def _home_of(pipe: Any) -> torch.device:
@@ -225,7 +233,7 @@ class ParallelPipeline:
         except TypeError:
             return self.pipe(*args, **kwargs)  # raises what it would without us
         began, reason = time.perf_counter(), self._unready(bound)
-        call = Call(len(self.devices) if reason is None else 1)
+        call = Call(len(self.devices) if reason is None else 1, self.devices)
         followers: _Followers | FarFollowers | None = None
         if call.ranks > 1 and self._far is None:
             followers = _Followers(self, call, bound)
@@ -346,6 +354,7 @@ class _Followers:
         """When the leader is about to evaluate: by then it has encoded, warned and logged, or has
         raised what is wrong with the arguments.
         """
+        finish_work(*self._devices)
         for rank, device in enumerate(self._devices[1:], 1):
             following = Following(self._replicas[rank], rank, self._call, device)
             random = torch.Generator(device)
@@ -355,7 +364,7 @@ class _Followers:
             intraop = 1 if device.type == "cpu" else None
             self.ranks[rank] = following
             try:
-                self._threads[rank] = self._context.start(body, name_of(rank), intraop)
+                self._threads[rank] = self._context.start(body, name_of(rank), intraop, device)
             except RuntimeError as error:  # no more threads
                 self._call.fail(rank, describe(error))
 

@@ -169,7 +169,7 @@ class Following:
         moved = None
         if not is_rounded(sample, self._point):
             moved = [sample.detach().to(self._point.dtype).contiguous()]
-        self._m = m.detach()
+        self._m = m.detach().contiguous()
         self._end.submit([self._m], moved, began_ns)
 
     def _take_work(self) -> None:

@@ -336,7 +336,7 @@ class Leading:
         patience = self.options["deadline"] or max(60.0, 10 * self.opened)
         self.call.open(self.leader, result, patience)
         self._told(self.leader.ask, 0, x)
-        self._told(self.leader.submit, m, self._forward_ns)
+        self._told(self.leader.submit, m.contiguous(), self._forward_ns)
 
     def _timesteps(self, scheduler: Any, first: Any) -> Any:
         """What the loop will hand to step, by the scheduler's list from the first one on."""
@@ -366,7 +366,7 @@ class Leading:
         if self._asked is None or not is_rounded(self._asked, x):
             self._correct(x)
         if self._answer is None and self.active and self.leader is not None:
-            self._told(self.leader.submit, m.detach(), self._forward_ns)
+            self._told(self.leader.submit, m.detach().contiguous(), self._forward_ns)
 
     def _correct(self, x: torch.Tensor) -> None:
         """The sample that the step is handed is not what the core was asked with: it measures and

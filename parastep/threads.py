@@ -1,7 +1,8 @@
 """Followers as threads of this process: what of the caller's context they must be given.
 
-torch keeps grad mode, inference mode, autocast and the default device per thread, and new
-threads inherit none of them.  Used by `api.sample` and by the hosts' adapters.
+torch keeps grad mode, inference mode, autocast, the default device, the current CUDA device and the
+current streams per thread, and new threads inherit none of them.  Used by `api.sample` and by the
+hosts' adapters.
 """
 
 from __future__ import annotations
@@ -12,6 +13,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+
+def finish_work(*devices: Any) -> None:
+    """Waits for what this thread has given to its current streams on these devices, so that another
+    thread may read the results on a stream of its own.
+    """
+    torch: Any = sys.modules.get("torch")
+    for device in {d for d in devices if getattr(d, "type", None) == "cuda"}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 class HostContext:
@@ -41,8 +51,9 @@ class HostContext:
         self.variables, self.torch = contextvars.copy_context(), sys.modules.get("torch")
 
     @contextlib.contextmanager
-    def entered(self, intraop: int | None = None) -> Iterator[None]:
-        """The modes of the caller; `intraop` threads of torch here.
+    def entered(self, intraop: int | None = None, device: Any = None) -> Iterator[None]:
+        """The modes of the caller; `intraop` threads of torch here.  On a CUDA device a stream of
+        this thread's own: ranks of one device are not in each other's order.
 
         torch gives what one thread sets to threads that begin later: the number is set back.
         """
@@ -53,6 +64,9 @@ class HostContext:
                     stack.callback(self.torch.set_num_threads, self.threads)
                 if self.device.type != "cpu":
                     stack.enter_context(self.device)
+                if getattr(device, "type", None) == "cuda":
+                    stream = self.torch.cuda.Stream(device)
+                    stack.enter_context(self.torch.cuda.stream(stream))  # and on its device
                 stack.enter_context(self.torch.inference_mode(self.inference))
                 stack.enter_context(self.torch.set_grad_enabled(self.grad))
                 for device, dtype in self.autocast:
@@ -61,13 +75,19 @@ class HostContext:
             yield
 
     def start(
-        self, target: Callable[[], None], name: str, intraop: int | None = None
+        self,
+        target: Callable[[], None],
+        name: str,
+        intraop: int | None = None,
+        device: Any = None,
     ) -> threading.Thread:
         """Starts a daemon thread in this context: one that hangs does not keep the process."""
 
         def body() -> None:
-            with self.entered(intraop):
+            with self.entered(intraop, device):
                 target()
+
+        finish_work(device)
 
         variables = self.variables.copy()
         thread = threading.Thread(target=variables.run, args=(body,), name=name, daemon=True)

@@ -91,7 +91,7 @@ def test_a_run_on_a_device_is_that_on_the_cpu(
     fake: Any, kind: Any, dtype: str, tolerance: float
 ) -> None:
     x = latents(dtype)
-    settings: Any = dict(ranks=4, tolerance=tolerance, max_stride=1)
+    settings: Any = {"ranks": 4, "tolerance": tolerance, "max_stride": 1}
     expected, there = parastep.sample(euler(), on_host, x, **settings)
     result, here = parastep.sample(euler(), on_device(kind), kind.of(x), **settings)
     assert isinstance(result, kind)
@@ -110,9 +110,7 @@ def test_noise_strides_and_the_second_device(fake: Any, kind: Any) -> None:
     x = latents()
     expected, _ = parastep.sample(program, on_host, x, ranks=3, noise=noise)
     there = [kind.of(z, 1) for z in noise]
-    result, report = parastep.sample(
-        program, on_device(kind), kind.of(x, 1), ranks=3, noise=there
-    )
+    result, report = parastep.sample(program, on_device(kind), kind.of(x, 1), ranks=3, noise=there)
     assert result.device == 1 and report.failures == []
     np.testing.assert_array_equal(result.numpy(), expected)
 
@@ -239,10 +237,12 @@ def test_a_lost_follower_on_a_device_costs_nothing_but_speed(fake: Any, kind: An
 
 
 def test_a_device_that_hangs_is_a_follower_lost(fake: Any) -> None:
-    """Its stream never ends: the leader's own device and run go on, and nothing is freed under it."""
+    """Its stream never ends: the leader goes on, and nothing is freed under it."""
     x = latents()
     expected, _ = parastep.sample(euler(), on_host, x, ranks=1, tolerance=0.0)
-    leader = _core.Leader(euler(), Plain.of(x), ranks=2, devices=[0, 1], tolerance=0.0, deadline=0.3)
+    leader = _core.Leader(
+        euler(), Plain.of(x), ranks=2, devices=[0, 1], tolerance=0.0, deadline=0.3
+    )
     follower = leader.follower(1)
     errors = []
 
@@ -274,7 +274,7 @@ def test_a_device_that_hangs_is_a_follower_lost(fake: Any) -> None:
 @pytest.mark.parametrize("function", ["cuMemAllocFromPoolAsync", "cuLaunchKernel", "cuMemcpyAsync"])
 def test_a_failing_driver_is_an_error_and_the_next_run_is_fine(fake: Any, function: str) -> None:
     x = latents()
-    settings: Any = dict(ranks=3, tolerance=0.0)
+    settings: Any = {"ranks": 3, "tolerance": 0.0}
     expected, _ = parastep.sample(euler(), on_host, x, **settings)
     failed = 0
     for n in range(1, 40, 3):
