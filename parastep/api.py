@@ -48,7 +48,7 @@ def describe(error: BaseException) -> str:
     return line.split("\n", 1)[0].encode(errors="backslashreplace").decode()
 
 
-def _serve(follower: _core.Follower, denoiser: Denoiser) -> None:
+def serve(follower: _core.Follower, denoiser: Denoiser) -> None:
     """A follower's thread: evaluates what it is given until the run is over."""
     try:
         while (work := follower.next()) is not None:
@@ -174,10 +174,8 @@ def sample(
     try:
         for rank in range(1, ranks):
             follower = leader.follower(rank)
-            serve = partial(_serve, follower, denoiser)
-            lanes[rank] = context.start(
-                serve, f"parastep-{rank}", device=getattr(x, "device", None)
-            )
+            body = partial(serve, follower, denoiser)
+            lanes[rank] = context.start(body, f"parastep-{rank}", device=getattr(x, "device", None))
         result = _run(leader, steps, denoiser, x, noise)
     finally:
         leader.finish()

@@ -1,0 +1,316 @@
+"""ComfyUI: `model = parastep.comfy.patch(model, devices)`, and any stock sampler node behind it.
+
+The patch is a wrapper around the sampler of a run (`WrappersMP.SAMPLER_SAMPLE`), so whatever else
+the graph has done to the model stays, and KSampler, SamplerCustom and guiders run as they are: the
+host's own sampler function, with its noise scaling, masks, callbacks and previews. Only what it
+calls as its model is a `ksampling.Sampling` here. Replicas for other devices are the host's own
+multi-GPU clones where it has them. Used by the node pack in `nodes/`; imports the host when called.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import math
+import weakref
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import _core
+from .api import check_stride, describe
+from .comfy_lanes import Lane, make_lanes, without_host_split
+from .comfy_replicas import add_replicas, patcher_on, refresh_replicas
+from .comfy_serial import reason_against
+from .ksampling import Host, Sampling
+from .ktracing import Traced, trace
+from .report import Report
+
+KEY = "parastep"  # of the wrappers on a patched model
+
+_log = logging.getLogger(__name__)
+_traced: weakref.WeakKeyDictionary[Any, dict[Hashable, Traced]] = weakref.WeakKeyDictionary()
+_TRACES = 16  # kept for each noise schedule
+
+
+def patch(
+    model: Any,
+    devices: str | Sequence[str | torch.device] = "auto",
+    *,
+    tolerance: float = 0.02,
+    policy: str = "verified",
+    max_stride: int | None = None,
+    warmup: int = 5,
+    order: int = 1,
+    deadline: float | None = None,
+    on_failure: str = "continue",
+) -> Any:
+    """A clone of the ModelPatcher under which samplers evaluate several steps at once.
+
+    `devices`: the first is the model's own, repeats allowed; also as one string, "cuda:0, cuda:1",
+    or "auto", all that the host sees. A device without room for a replica is left out, with a
+    warning. The other arguments are those of `parastep.sample`.
+
+    Raises InvalidError, DeviceError, UnsupportedError: subclasses of parastep.Error; the text says
+    what to do.
+    """
+    check_stride(max_stride)
+    if not all(hasattr(model, name) for name in ("add_wrapper_with_key", "load_device", "clone")):
+        raise _core.InvalidError(f"model: {type(model).__name__} is not a ComfyUI MODEL")
+    options: dict[str, Any] = {
+        "tolerance": tolerance,
+        "policy": policy,
+        "warmup": warmup,
+        "order": order,
+        "deadline": deadline,
+        "on_failure": on_failure,
+    }
+    # Refuses bad options here, on the node that has them, and not in a sampler.
+    _core.Leader(_core.Program([[1.0]], [[0.0]]), np.zeros(1, np.float32), ranks=1, **options)
+    model = model.clone()
+    found = add_replicas(model, devices_of(model, devices))
+    steps = ParaStep(found, options)
+    wrappers = _wrappers()
+    for kind in (wrappers.SAMPLER_SAMPLE, wrappers.PREPARE_SAMPLING):
+        model.wrappers.get(kind, {}).pop(KEY, None)  # of a node before this one
+    model.add_wrapper_with_key(wrappers.SAMPLER_SAMPLE, KEY, steps)
+    model.add_wrapper_with_key(wrappers.PREPARE_SAMPLING, KEY, refresh_replicas)
+    return model
+
+
+def devices_of(model: Any, devices: str | Sequence[str | torch.device]) -> list[torch.device]:
+    """Torch devices of what the user wrote, the model's own first."""
+    from comfy import model_management
+
+    home = model.load_device
+    if devices == "auto":
+        others: list[Any] = [model_management.get_torch_device()]
+        if hasattr(model_management, "get_all_torch_devices"):
+            others = model_management.get_all_torch_devices()
+        elif home.type == "cuda":
+            others = [torch.device("cuda", k) for k in range(torch.cuda.device_count())]
+        return [home, *(other for other in others if _indexed(other) != _indexed(home))]
+    names = devices.replace(",", " ").split() if isinstance(devices, str) else list(devices)
+    if not 0 < len(names) <= 256:
+        raise _core.InvalidError(f"devices: {devices!r}: write 'auto', or as 'cuda:0, cuda:1'")
+    try:
+        found = [torch.device(name) for name in names]
+    except (RuntimeError, TypeError) as error:
+        raise _core.DeviceError(f"devices: {devices!r}: {describe(error)}") from error
+    if _indexed(found[0]) != _indexed(home):
+        raise _core.DeviceError(
+            f"devices: the first is {found[0]}, but the model is on {home}: begin with that one"
+        )
+    return [home if _indexed(device) == _indexed(home) else device for device in found]
+
+
+def _indexed(device: torch.device) -> tuple[str, int]:
+    return device.type, device.index or 0
+
+
+def of_model(model: Any) -> ParaStep | None:
+    """What `patch` put on a model, or on the model that it was made from; None: nothing."""
+    found = model.wrappers.get(_wrappers().SAMPLER_SAMPLE, {}).get(KEY, [])
+    return found[-1] if found else None
+
+
+def told(model: Any) -> tuple[str, torch.Tensor]:
+    """The last run of a patched model in words, and its timeline as an image (1, H, W, 3) in 0..1.
+
+    Raises InvalidError where the model has no patch, StateError where it has not run.
+    """
+    steps = of_model(model)
+    if steps is None:
+        raise _core.InvalidError("this model has not been through a ParaStep node: put one in")
+    if steps.report is None:
+        raise _core.StateError("this model has not been sampled yet: put the node behind a sampler")
+    return _words(steps.report), _picture(steps.report)
+
+
+def _words(report: Report) -> str:
+    lines = [str(report), f"evaluations on each rank: {report.evaluations}"]
+    known = [drift for drift in report.drift if math.isfinite(drift)]
+    if known:
+        worst = max(known)
+        lines.append(f"drift of the guesses: mean {sum(known) / len(known):.4f}, worst {worst:.4f}")
+    lines += [f"rank {f.rank} was left out at step {f.step}: {f.text}" for f in report.failures]
+    return "\n".join(lines)
+
+
+def _picture(report: Report) -> torch.Tensor:
+    """The report's figure, or its words alone: the host does not need matplotlib itself."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        canvas = FigureCanvasAgg(report.plot())
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    except ImportError:
+        from PIL import Image, ImageDraw
+
+        image = Image.new("RGB", (900, 200), "white")
+        text = _words(report) + "\nfor the timeline: pip install matplotlib"
+        ImageDraw.Draw(image).text((20, 20), text, fill="black")
+        pixels = np.asarray(image)
+    return torch.from_numpy(pixels.astype(np.float32) / 255.0).unsqueeze(0)
+
+
+def _wrappers() -> Any:
+    from comfy.patcher_extension import WrappersMP
+
+    return WrappersMP
+
+
+class ParaStep:
+    """The wrapper: one for each patch, shared by all clones of its model. `report` is the last run.
+
+    Called by the host in place of the sampler's `sample`, with the models loaded and the
+    conditioning processed.
+    """
+
+    def __init__(self, devices: list[torch.device], options: dict[str, Any]) -> None:
+        self.devices, self.options = devices, options
+        self.report: Report | None = None
+
+    def __deepcopy__(self, memo: Any) -> ParaStep:
+        return self  # the host copies model options deeply; the report is to be found again
+
+    def __call__(self, executor: Any, guider: Any, sigmas: Any, *args: Any, **kwargs: Any) -> Any:
+        sampler = executor.class_obj
+        if not hasattr(sampler, "sampler_function"):
+            reason = f"the sampler {type(sampler).__name__} is no k-diffusion function"
+            self._tell(Report(ranks=len(self.devices), fallback=reason))
+            return executor(guider, sigmas, *args, **kwargs)
+        own, stock = copy.copy(sampler), sampler.sampler_function
+        # By its name the host's log and other wrappers know what samples.
+        own.sampler_function = functools.wraps(stock)(
+            functools.partial(self._sample, stock, guider)
+        )
+        following = type(executor)(own.sample, own, executor.wrappers, executor.idx + 1)
+        return following.execute(guider, sigmas, *args, **kwargs)
+
+    def _sample(
+        self,
+        stock: Any,
+        guider: Any,
+        model: Any,
+        x: torch.Tensor,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        callback: Any = None,
+        disable: Any = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """In place of the stock sampler function, which runs in here."""
+        reason: str | None = None
+        lanes: list[Lane] = []
+        if len(self.devices) > 1:
+            reason = reason_against(guider, extra_args)
+        if len(self.devices) > 1 and reason is None:
+            patcher = functools.partial(
+                patcher_on, guider.model_patcher, extra_args.get("model_options", {})
+            )
+            lanes, missing = make_lanes(model, extra_args, self.devices[1:], patcher)
+            for line in missing:
+                _log.warning("ParaStep: %s", line)
+        host = _Comfy(model, extra_args)
+        core = {**self.options, "tolerance": self.options["tolerance"] * host.share}
+        run = Sampling(model, lanes, core, host, reason)
+        rows = functools.partial(_rows, stock, model, sigmas, extra_args, options)
+        arguments = host.alone(extra_args, bool(lanes))
+        try:
+            return run.run(
+                stock, x, sigmas, arguments, options, rows, callback=callback, disable=disable
+            )
+        finally:
+            self._tell(run.report)
+
+    def _tell(self, report: Report) -> None:
+        self.report = report
+        _log.info("ParaStep: %s", report)
+        for line in report.failures:
+            name = f"rank {line.rank} was left out at step {line.step} ({line.status})"
+            _log.warning("ParaStep: %s: %s", name, line.text)
+        if report.fallback is not None:
+            _log.warning("ParaStep: running serially: %s", report.fallback)
+
+
+class _Comfy(Host):
+    """What of the host reaches into a run: cancelling, the mask of an inpainting, the guider."""
+
+    def __init__(self, model: Any, extra_args: dict[str, Any]) -> None:
+        from comfy import model_management
+
+        self.interrupt = model_management.InterruptProcessingException
+        self._management = model_management
+        self._model, self._guider = model, model.inner_model
+        self._before = self._settings()
+        self.share = 1.0  # of an item's rms that a drift within the mask alone has
+        mask = extra_args.get("denoise_mask")
+        if mask is not None:
+            self.share = math.sqrt(float(mask.flatten(1).mean(1).min().clamp(0, 1)))
+
+    def cancel(self, on: bool) -> None:
+        self._management.interrupt_current_processing(on)
+
+    def alone(self, extra_args: dict[str, Any], parallel: bool) -> dict[str, Any]:
+        """Arguments under which the leader's model uses one device.
+
+        The host splits CFG over its clones of a model wherever it finds them. Where a node of the
+        host's asked for that, the split is left alone if nothing runs in parallel otherwise.
+        """
+        options = extra_args.get("model_options", {})
+        asked_for = "multigpu_options" in options
+        if "multigpu_clones" not in options or (asked_for and not parallel):
+            return extra_args
+        if asked_for:
+            _log.warning(
+                "ParaStep: the GPUs of MultiGPU CFG Split evaluate whole steps; remove that node"
+            )
+        return {**extra_args, "model_options": without_host_split(options)}
+
+    def settle(
+        self, denoised: torch.Tensor, sigma: torch.Tensor, arguments: dict[str, Any]
+    ) -> torch.Tensor:
+        """What is outside of the mask is the given latents, as the stock model's call has it."""
+        mask, options = arguments.get("denoise_mask"), arguments.get("model_options", {})
+        if mask is None:
+            return denoised
+        if "denoise_mask_function" in options:
+            extra = {"model": self._guider, "sigmas": self._model.sigmas}
+            mask = options["denoise_mask_function"](sigma, mask, extra_options=extra)
+        return denoised * mask + self._model.latent_image * (1.0 - mask)
+
+    def altered(self) -> str | None:
+        now = self._settings()
+        changed = [name for name in now if now[name] != self._before.get(name)]
+        return f"the guider's {changed[0]} changed in the run" if changed else None
+
+    def _settings(self) -> dict[str, Any]:
+        plain = (bool, int, float, str)
+        return {k: v for k, v in vars(self._guider).items() if isinstance(v, plain)}
+
+
+def _rows(
+    stock: Any,
+    model: Any,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any],
+    options: dict[str, Any],
+) -> Traced:
+    """The rows of a sampler function, kept for the next run with the same noise levels."""
+    schedule = model.inner_model.inner_model.model_sampling
+    kept = _traced.setdefault(schedule, {})
+    key = (stock, tuple(sigmas.tolist()), tuple(sorted(options.items(), key=lambda item: item[0])))
+    try:
+        if key in kept:
+            return kept[key]
+    except TypeError:  # an option that cannot be hashed
+        return trace(stock, model, sigmas, extra_args, options)
+    found = kept[key] = trace(stock, model, sigmas, extra_args, options)
+    while len(kept) > _TRACES:
+        del kept[next(iter(kept))]
+    return found

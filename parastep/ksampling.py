@@ -1,0 +1,278 @@
+"""A k-diffusion sampler function run as it is, its model calls answered by the core.
+
+The function gets a `Sampling` where it expects its model. A tensor's way through a call of it: the
+latents x at noise level sigma go to the core (`ask`), which answers from a follower's verified
+output, d, turned into denoised latents; or else sends guesses of the coming latents to the
+followers, each a thread with a `Lane` of its own, while the model itself runs here; then takes in
+what all of them made (`submit`). Called by `comfy`; knows no host.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import _core
+from .api import describe, serve
+from .ktracing import NotTraceableError, Traced, noise_ahead, to_d, to_denoised
+from .quiet import name_of
+from .report import Report
+from .threads import HostContext
+
+Lane = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, sigma (B,)) -> denoised
+Function = Callable[..., torch.Tensor]
+
+_PATIENCE = 10.0  # seconds for followers that are at work when the leader's loop is left
+
+
+class Host:
+    """What of a host reaches into a run; this one has nothing to say, which suits plain callables.
+
+    `interrupt` is what the host raises in a model call that the user cancels.
+    """
+
+    interrupt: type[BaseException] = KeyboardInterrupt
+
+    def cancel(self, on: bool) -> None:
+        """Asks all model calls in progress to raise `interrupt`, or no longer."""
+
+    def settle(
+        self, denoised: torch.Tensor, sigma: torch.Tensor, arguments: dict[str, Any]
+    ) -> torch.Tensor:
+        """What the model's own call does to its output whatever that is: the blend of a mask."""
+        return denoised
+
+    def altered(self) -> str | None:
+        """Why the lanes no longer compute what the model does, or None."""
+        return None
+
+
+class Sampling:
+    """One run of a sampler function; also the model that it is handed."""
+
+    def __init__(
+        self,
+        model: Any,
+        lanes: Sequence[Lane],
+        options: dict[str, Any],
+        host: Host | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """`lanes` are the followers', ranks 1 and on; `options` are those of `_core.Leader`.
+
+        `reason`, where there is one, is why the model is to be asked alone from the start.
+        """
+        self._model, self._lanes, self._options = model, list(lanes), options
+        self._host = host or Host()
+        self.reason = reason
+        self.calls = 0  # of the model, by the sampler
+        self.evaluated = 0  # those in which it ran
+        self.leader: _core.Leader | None = None
+        self._interrupted: BaseException | None = None  # in a follower's thread
+        self._threads: dict[int, threading.Thread] = {}
+        self._arguments: dict[str, Any] = {}
+        self._levels = torch.empty(0)
+        self._noise: list[torch.Tensor] | None = None
+        self._noise_given = 0
+        self._seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def run(
+        self,
+        function: Function,
+        x: torch.Tensor,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        options: dict[str, Any],
+        traced: Callable[[], Traced],
+        **rest: Any,
+    ) -> torch.Tensor:
+        """`function(model, x, sigmas, extra_args=..., **options, **rest)`, its result and errors.
+
+        `traced` gives the function's rows; it is called only where they are needed.
+        """
+        began = time.perf_counter()
+        try:
+            if self._lanes and self.reason is None:
+                self._open(function, x, sigmas, extra_args, options, traced)
+            return function(self, x, sigmas, extra_args=extra_args, **rest, **options)
+        except self._host.interrupt as error:
+            self._interrupted = error
+            raise
+        finally:
+            self._close()
+            self._seconds = time.perf_counter() - began
+
+    @property
+    def report(self) -> Report:
+        """What happened, once `run` is over."""
+        ranks = 1 + len(self._lanes)
+        if self.leader is None:
+            report = Report(ranks=ranks, evaluations=[0] * ranks)
+        else:
+            paper = self._options.get("policy") == "paper"
+            tolerance = None if paper else self._options.get("tolerance")
+            report = Report.from_core(self.leader.report(), tolerance)
+        alone = self.evaluated - report.rounds
+        report.accepted = report.accepted + [1] * max(alone, 0)
+        report.steps = self.calls
+        report.rounds = report.evaluations[0] = self.evaluated
+        report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
+        report.seconds, report.fallback = self._seconds, self.reason
+        return report
+
+    # ---- the run's beginning and end -------------------------------------------------------------
+
+    def _open(
+        self,
+        function: Function,
+        x: torch.Tensor,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        options: dict[str, Any],
+        traced: Callable[[], Traced],
+    ) -> None:
+        try:
+            rows = traced()
+            if rows.draws:
+                given = (self._model, x, sigmas, extra_args, options)
+                self._noise = noise_ahead(rows, function, *given)
+            program = rows.program(noise=self._noise is not None)
+            devices = [x.device, *(getattr(lane, "device", x.device) for lane in self._lanes)]
+            places = [d.index if d.type == "cuda" else -1 for d in devices]
+            self.leader = _core.Leader(
+                program,
+                x,
+                ranks=len(devices),
+                max_stride=1,
+                devices=places if x.is_cuda else None,
+                **self._options,
+            )
+        except (NotTraceableError, _core.Error) as error:
+            self._give_up(str(error))
+            return
+        self._arguments = dict(extra_args)
+        self._levels = rows.levels
+        context = HostContext()
+        for rank, lane in enumerate(self._lanes, 1):
+            body = partial(serve, self.leader.follower(rank), partial(self._follow, lane))
+            # The leader keeps its own number of threads, which its bits may depend on.
+            intraop = 1 if devices[rank].type == "cpu" else None
+            try:
+                self._threads[rank] = context.start(body, name_of(rank), intraop, devices[rank])
+            except RuntimeError as error:  # no more threads
+                self.leader.leave_out(rank, describe(error))
+
+    def _close(self) -> None:
+        """Followers leave. Where the user cancelled, those at work are made to stop as well: the
+        host tells only one model call.
+        """
+        if self.leader is None:
+            return
+        self.leader.finish()
+        lost = {line[0] for line in self.leader.report()["failures"]}
+        patience = time.monotonic() + _PATIENCE
+        for rank, thread in self._threads.items():
+            until = time.monotonic() + 0.05 if rank in lost else patience
+            while thread.is_alive() and time.monotonic() < until:
+                if self._interrupted is not None:
+                    self._host.cancel(True)
+                thread.join(0.02 if self._interrupted is not None else until - time.monotonic())
+        if self._interrupted is not None:
+            self._host.cancel(False)
+
+    def _give_up(self, reason: str) -> None:
+        """From here on the model is asked alone."""
+        if self.reason is None:
+            self.reason = reason
+            if self.leader is not None:
+                self.leader.stop(reason)
+
+    def _told(self, ask: Callable[..., Any], *args: Any) -> Any:
+        """What the core says; an error of its own ends speculation, not the run."""
+        try:
+            return ask(*args)
+        except (_core.LostError, _core.InterruptedRunError):
+            raise
+        except (_core.Error, BufferError) as error:
+            self._give_up(str(error))
+            return None
+
+    # ---- followers -------------------------------------------------------------------------------
+
+    def _follow(self, lane: Lane, point: torch.Tensor, step: int, rank: int) -> torch.Tensor:
+        """In a follower's thread: d at a guess of the latents of this call."""
+        sigma = self._sigma(step, point)
+        try:
+            return to_d(point, sigma, lane(point, sigma))
+        except self._host.interrupt as error:
+            self._interrupted = error
+            self._host.cancel(True)  # whoever sees it first clears it, and the leader is to see it
+            raise
+
+    def _sigma(self, step: int, x: torch.Tensor) -> torch.Tensor:
+        return self._levels[step].to(x.device).repeat(len(x))
+
+    # ---- the model that the sampler calls --------------------------------------------------------
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        step, self.calls = self.calls, self.calls + 1
+        if self.leader is None or self.reason is not None:
+            return self._evaluate(x, sigma, arguments)
+        self._watch(step, x, sigma, arguments)
+        if self.reason is None and (answer := self._ask(step, x)) is not None:
+            return self._host.settle(to_denoised(x, sigma, answer), sigma, arguments)
+        began = _core.now_ns()
+        denoised = self._evaluate(x, sigma, arguments)
+        if self.reason is None:
+            self._told(self.leader.submit, to_d(x, sigma, denoised), began)
+        self._check_interrupt()
+        return denoised
+
+    def _evaluate(
+        self, x: torch.Tensor, sigma: torch.Tensor, arguments: dict[str, Any]
+    ) -> torch.Tensor:
+        self.evaluated += 1
+        return self._model(x, sigma, **arguments)
+
+    def _ask(self, step: int, x: torch.Tensor) -> torch.Tensor | None:
+        """d of this call by a follower's verified output; None: to be evaluated."""
+        assert self.leader is not None
+        self._give_noise(step)
+        answer = torch.empty_like(x, memory_format=torch.contiguous_format)
+        answered = self._told(self.leader.ask, step, x.contiguous(), answer)
+        self._check_interrupt()
+        return answer if answered else None
+
+    def _give_noise(self, step: int) -> None:
+        """Noise of the rows that the next guesses may pass."""
+        if self._noise is None or self.leader is None:
+            return
+        horizon = min(self.leader.horizon, len(self._noise))
+        for later in range(max(self._noise_given, step), horizon):
+            self._told(self.leader.noise, later, self._noise[later])
+        self._noise_given = max(self._noise_given, horizon)
+
+    def _watch(
+        self, step: int, x: torch.Tensor, sigma: torch.Tensor, arguments: dict[str, Any]
+    ) -> None:
+        """Ends speculation where this is not the call that followers evaluated ahead."""
+        given = self._arguments
+        if step >= len(self._levels) or not torch.equal(sigma, self._sigma(step, x)):
+            self._give_up("the sampler asks at other noise levels than it did when it was traced")
+        elif arguments.keys() != given.keys() or any(arguments[k] is not given[k] for k in given):
+            self._give_up("the sampler changes the arguments of the model")
+        elif (reason := self._host.altered()) is not None:
+            self._give_up(reason)
+
+    def _check_interrupt(self) -> None:
+        if self._interrupted is not None:
+            raise self._interrupted

@@ -1,0 +1,280 @@
+"""Reads a k-diffusion sampler function off as numbers: the sampling program of the ComfyUI adapter.
+
+The function itself is run twice with a stand-in for the model. Once in float32 with nothing in the
+latents, which shows at which noise levels it asks; once in float64 on basis vectors, one of its own
+for the first latent and for each answer, so that a latent it hands to the model *is* the weights
+with which these went into it. No sampler is re-implemented. With sigma the noise level of a call, D
+its denoised output and d = (x - D) / sigma, the rows read
+
+    x_{j+1} = sum_k ( a[j, k] x_{j-k} + b[j, k] d_{j-k} ) + z_j
+
+One row is one model call, whatever the steps of the sampler. Rows serve guesses alone: a sampler
+that is not affine makes worse ones, never a wrong picture. Called by `comfy`; knows no host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from . import _core
+from .api import describe
+from .noise import Draws
+
+Array = npt.NDArray[np.float64]
+
+_LONGEST = 4  # latents and answers that a row looks back on; the longest of the host's samplers
+_EXACT = 1e-7  # units of the noise level that a row of the sampler's own may be off by
+_NEAR = 10.0  # times the longest rows' error that shorter ones may have
+_MOST_CALLS = 8  # a step; a sampler that makes more chooses them by what the model returns
+_ADAPTIVE = "the sampler chooses its noise levels by what the model returns"
+
+
+class NotTraceableError(Exception):
+    """The sampler cannot be written down; the text is the reason that the report gives."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A sampler function on one list of noise levels: N model calls, rows of H."""
+
+    levels: torch.Tensor  # (N,) float32, the sigma of each call, bit for bit
+    a: Array  # (N, H)
+    b: Array  # (N, H)
+    error: float  # of the worst row on its own run, in units of the next noise level
+    draws: bool  # it draws noise somewhere
+
+    def program(self, noise: bool = False) -> _core.Program:
+        """s is the noise level; g = 0.5 / s is half the slope that holds the denoised output fixed.
+
+        With `noise` each row adds z_j as it is: `noise_ahead` gives it ready to be added.
+        """
+        s = self.levels.double().numpy()
+        c = np.ones(len(s)) if noise else None
+        return _core.Program(self.a, self.b, c, s, 0.5 / s)
+
+
+def to_d(x: torch.Tensor, sigma: torch.Tensor, denoised: torch.Tensor) -> torch.Tensor:
+    """(x - denoised) / sigma: the noise in x, or a flow's velocity; sigma is (B,)."""
+    return (x - denoised) / _beside(sigma, x)
+
+
+def to_denoised(x: torch.Tensor, sigma: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """The inverse of `to_d`."""
+    return x - _beside(sigma, x) * d
+
+
+def _beside(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return sigma.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+
+
+class StandIn:
+    """Stands in for the model in a run of a sampler: notes where it is asked, answers d_j.
+
+    Everything else that a sampler looks up on its model, the guider and the noise schedule behind
+    it, is the real one's.
+    """
+
+    def __init__(
+        self, model: Any, answer: Callable[[int, torch.Tensor], torch.Tensor | float]
+    ) -> None:
+        self._model, self._answer = model, answer
+        self.most = 0  # model calls that are let through
+        self.functions = 0  # after guidance that the host has already, not the sampler
+        self.x: list[torch.Tensor] = []
+        self.sigma: list[torch.Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(
+        self, x: torch.Tensor, sigma: torch.Tensor, model_options: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        if len(self.x) == self.most:
+            raise NotTraceableError(_ADAPTIVE)
+        if len((model_options or {}).get("sampler_post_cfg_function", ())) > self.functions:
+            raise NotTraceableError("the sampler works with the unguided output as well (CFG++)")
+        d = self._answer(len(self.x), x)
+        self.x.append(x.clone())
+        self.sigma.append(sigma.reshape(-1)[0].clone())
+        return x - self.sigma[-1].to(x.dtype) * d
+
+
+def trace(
+    function: Callable[..., torch.Tensor],
+    model: Any,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any],
+    options: dict[str, Any],
+) -> Traced:
+    """The rows of `function(model, x, sigmas, extra_args=..., **options)`.
+
+    Nothing of the caller's is changed: sigmas, options and extra_args are copied, random draws are
+    answered with zeros. Raises NotTraceableError, whatever the function raises.
+    """
+    try:
+        return _traced(function, model, sigmas, extra_args, options)
+    except NotTraceableError:
+        raise
+    except Exception as error:
+        raise NotTraceableError(f"the sampler cannot be traced: {describe(error)}") from error
+
+
+def _traced(
+    function: Callable[..., torch.Tensor],
+    model: Any,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any],
+    options: dict[str, Any],
+) -> Traced:
+    draws = _Zeros()
+    one = torch.zeros(1, 1, 1, 1, device=sigmas.device)
+    asked = StandIn(model, lambda j, x: 0.0)
+    _run(function, asked, one, sigmas, extra_args, options, draws)
+    levels = torch.stack(asked.sigma).cpu() if asked.sigma else one.flatten()[:0].cpu()
+    count = len(levels)
+    if count < 2:
+        raise NotTraceableError(f"{count} model call{'s' * (count != 1)} leave nothing to gain")
+    if not bool((levels > 0).all()):
+        raise NotTraceableError("the sampler asks for a model output at noise level 0")
+    try:
+        x = _on_basis(function, model, sigmas.double(), extra_args, options, draws, levels)
+    except RuntimeError:  # one that computes in float32 by itself and meets float64
+        x = _on_basis(function, model, sigmas.float(), extra_args, options, draws, levels)
+    a, b, error = _rows(x, levels.double().numpy())
+    return Traced(levels, a, b, error, draws.seen)
+
+
+def _on_basis(
+    function: Callable[..., torch.Tensor],
+    model: Any,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any],
+    options: dict[str, Any],
+    draws: _Zeros,
+    levels: torch.Tensor,
+) -> Array:
+    """The latents x_0 .. x_N of a run on basis vectors, (N + 1, 1 + N); sigmas gives the dtype.
+
+    Column 0 belongs to the function's first latent, column 1 + l to d_l.
+    """
+    count = len(levels)
+    units = torch.eye(count + 1, dtype=sigmas.dtype, device=sigmas.device)
+    units = units.reshape(count + 1, 1, 1, 1, count + 1)
+    asked = StandIn(model, lambda j, x: units[min(1 + j, count)])
+    result = _run(function, asked, units[0].clone(), sigmas, extra_args, options, draws)
+    found = torch.stack(asked.sigma).float().cpu()
+    if len(found) != count or not torch.allclose(found, levels, rtol=1e-4):
+        raise NotTraceableError(_ADAPTIVE)
+    x = torch.stack([*asked.x, result]).reshape(count + 1, -1).double().cpu().numpy()
+    if not np.isfinite(x).all():
+        raise NotTraceableError("the sampler gives no finite latents on basis vectors")
+    return x
+
+
+def _rows(x: Array, s: Array) -> tuple[Array, Array, float]:
+    """Rows of the shortest history that explains the latents x (N + 1, 1 + N), on the basis.
+
+    Column 0 of x is the first latent, of about s_0 in size, column 1 + l is d_l, of about 1.
+    """
+    fits = [_fit(x, s, h) for h in range(1, min(_LONGEST, len(s)) + 1)]
+    limit = max(_EXACT, _NEAR * min(error for *_, error in fits))
+    return next(fit for fit in fits if fit[2] <= limit)
+
+
+def _fit(x: Array, s: Array, history: int) -> tuple[Array, Array, float]:
+    count = len(s)
+    a, b, worst = np.zeros((count, history)), np.zeros((count, history)), 0.0
+    for j in range(count):
+        back = j - np.arange(min(history, j + 1))
+        size = np.ones(count + 1)
+        size[0], size[1 + back] = s[0], 0.0  # what b accounts for is left out of the fit
+        weights = np.linalg.lstsq((x[back] * size).T, x[j + 1] * size, rcond=None)[0]
+        rest = x[j + 1] - weights @ x[back]
+        a[j, : len(back)], b[j, : len(back)] = weights, rest[1 + back]
+        worst = max(worst, float(np.linalg.norm(rest * size)) / s[min(j + 1, count - 1)])
+    return a, b, worst
+
+
+def noise_ahead(
+    traced: Traced,
+    function: Callable[..., torch.Tensor],
+    model: Any,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any],
+    options: dict[str, Any],
+) -> list[torch.Tensor] | None:
+    """z_j for each row, as the sampler will add it: N tensors like x; None where all are zeros.
+
+    The function runs once on zeros with its own noise, drawn in its own order from a copy of the
+    random state; what the rows do not explain of its latents is the noise.
+    """
+    if options.get("noise_sampler") is not None:
+        raise NotTraceableError("the sampler is given a source of noise that cannot be copied")
+    asked = StandIn(model, lambda j, x: 0.0)
+    devices = [x.device] if x.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            result = _run(function, asked, torch.zeros_like(x), sigmas, extra_args, options, None)
+    except Exception as error:
+        raise NotTraceableError(f"its noise cannot be drawn ahead: {describe(error)}") from error
+    found = [*asked.x, result]
+    if len(found) != len(traced.levels) + 1:
+        raise NotTraceableError("the sampler makes another number of model calls with its noise")
+    made = []
+    for j, row in enumerate(traced.a):
+        known = sum(weight * past for weight, past in zip(row.tolist(), found[j::-1]))
+        made.append(found[j + 1] - known)
+    return made if any(bool(z.any()) for z in made) else None
+
+
+class _Zeros(Draws):
+    """Random draws are zeros, and are seen."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        super().__init__(lambda device: torch.Generator(device), self._zeros)
+
+    def _zeros(self, drawn: torch.Tensor) -> torch.Tensor:
+        self.seen = True
+        return torch.zeros_like(drawn)
+
+
+def _run(
+    function: Callable[..., torch.Tensor],
+    model: StandIn,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any],
+    options: dict[str, Any],
+    zeros: _Zeros | None,
+) -> torch.Tensor:
+    """The function on copies of what it might write into, and without its progress bar."""
+    extra_args = {
+        name: dict(value) if isinstance(value, dict) else value
+        for name, value in extra_args.items()
+    }
+    options = copy.copy(options)
+    model.most = _MOST_CALLS * len(sigmas)
+    model.functions = len(extra_args.get("model_options", {}).get("sampler_post_cfg_function", ()))
+    if zeros is not None and "noise_sampler" in inspect.signature(function).parameters:
+        options["noise_sampler"] = lambda *_: torch.randn_like(x)
+    with zeros if zeros is not None else contextlib.nullcontext():
+        return function(
+            model,
+            x,
+            sigmas.clone(),
+            extra_args=extra_args,
+            callback=None,
+            disable=True,
+            **options,
+        )

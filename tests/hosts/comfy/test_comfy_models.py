@@ -1,0 +1,126 @@
+"""ComfyUI's own samplers and model classes in this process, with and without our patch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import parastep
+
+pytestmark = pytest.mark.usefixtures("host")
+
+NAMES = "eps v flow sd15 sdxl sd3 flux wan ltxv hunyuan_video stable_audio ace".split()
+# One evaluation a step, several, stochastic, with memory, on trees of noise, adaptive, unguided.
+SLICE = (
+    "euler heun dpm_2_ancestral lms dpmpp_2s_ancestral dpmpp_sde dpmpp_2m dpmpp_2m_sde "
+    "dpmpp_3m_sde_gpu lcm ipndm_v deis res_multistep er_sde seeds_3 sa_solver_pece ddim uni_pc "
+    "dpm_fast dpm_adaptive euler_cfg_pp"
+).split()
+SERIAL = {
+    "dpm_adaptive": "chooses its noise levels",
+    "euler_cfg_pp": "CFG++",
+}
+SCHEDULES = ["normal", "karras", "simple", "sgm_uniform", "beta"]
+
+
+def patched(model, ranks=4, **options):
+    from parastep.comfy import patch
+
+    return patch(model, ["cpu"] * ranks, **options)
+
+
+def report_of(model):
+    from parastep.comfy import of_model
+
+    return of_model(model).report
+
+
+def compare(kind, sampler, scheduler="normal", steps=8, ranks=4, tolerance=0.0, **options):
+    """(own result, ours, report); the patch is made anew."""
+    from inprocess import sample
+    from tiny_pack import models
+
+    model = models.build(kind)
+    given = {"sampler": sampler, "scheduler": scheduler, "steps": steps, **options}
+    own = sample(model, kind, **given)
+    ours = patched(model, ranks, tolerance=tolerance)
+    found = sample(ours, kind, **given)
+    return own, found, report_of(ours)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "flow"])
+@pytest.mark.parametrize("sampler", SLICE)
+def test_exact_at_tolerance_0(sampler, kind):
+    own, found, report = compare(kind, sampler)
+    assert torch.equal(own, found) and own.isfinite().all()
+    assert report.rounds == report.steps > 1
+    assert not report.failures
+    if sampler in SERIAL:
+        assert SERIAL[sampler] in report.fallback
+    else:
+        assert report.fallback is None
+        assert sum(report.evaluations[1:]) > report.rounds  # followers were at work
+
+
+@pytest.mark.parametrize("sampler", [name for name in SLICE if name not in SERIAL])
+def test_fewer_rounds_at_the_default_tolerance(sampler):
+    own, found, report = compare("flow", sampler, "simple", steps=20, tolerance=0.02)
+    assert report.fallback is None and not report.failures
+    assert report.rounds < report.steps
+    assert (found - own).norm() < 0.05 * own.norm()
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("scheduler", SCHEDULES)
+@pytest.mark.parametrize("kind", ["eps", "v", "flow"])
+def test_every_sampler_is_exact_at_tolerance_0(kind, scheduler):
+    from comfy.samplers import KSampler
+
+    wrong, serial, slow = [], {}, []
+    for sampler in KSampler.SAMPLERS:
+        own, found, report = compare(kind, sampler, scheduler, steps=10)
+        if not torch.equal(own, found) or report.failures:
+            wrong.append(sampler)
+        if report.fallback is not None:
+            serial[sampler] = report.fallback
+            continue
+        *_, report = compare(kind, sampler, scheduler, steps=10, tolerance=0.1)
+        if report.rounds >= report.steps:
+            slow.append(sampler)
+    print(f"\n{kind} {scheduler}: serial {serial}, no gain {slow}")
+    assert not wrong
+    assert set(serial) <= set(SERIAL)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_model_classes(kind):
+    own, found, report = compare(kind, "euler", steps=6)
+    assert torch.equal(own, found) and own.isfinite().all() and own.std() > 0
+    assert report.fallback is None and not report.failures
+    assert report.evaluations[1:] == [report.rounds] * 3 or sum(report.evaluations[1:]) > 6
+    *_, report = compare(kind, "euler", "simple", steps=12, tolerance=math.inf)
+    assert report.rounds == 1 + math.ceil(11 / 4)
+
+
+def test_refuses_what_cannot_be():
+    from tiny_pack import models
+
+    model = models.build("eps")
+    with pytest.raises(parastep.DeviceError, match="begin with that one"):
+        patched_on(model, "cuda:0 cuda:1")
+    with pytest.raises(parastep.DeviceError, match="nonsense"):
+        patched_on(model, "nonsense")
+    with pytest.raises(parastep.InvalidError, match="write 'auto'"):
+        patched_on(model, "")
+    with pytest.raises(parastep.InvalidError, match="tolerance"):
+        patched(model, tolerance=-1.0)
+    with pytest.raises(parastep.InvalidError, match="not a ComfyUI MODEL"):
+        patched(object())
+
+
+def patched_on(model, devices):
+    from parastep.comfy import patch
+
+    return patch(model, devices)

@@ -1,0 +1,189 @@
+"""The real server, over /prompt and the websocket: the same graphs with our node and without."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import comfy_graphs as graphs
+import pytest
+from comfy_server import PromptError
+
+EXACT = {"quality": "exact"}
+
+
+def both(server, **given):
+    """(own, ours at tolerance 0, words of the report) of a basic graph."""
+    own = server.run(graphs.basic(**given)).outputs["end"]
+    made = server.run(graphs.basic(**given, with_node=EXACT)).outputs
+    return own, made["end"], made["words"]["text"][0]
+
+
+def test_nodes_are_declared(server):
+    step, report = (
+        server.get(f"/object_info/{name}")[name] for name in ("ParaStep", "ParaStepReport")
+    )
+    assert step["output"] == ["MODEL"] and report["output"] == ["LATENT", "STRING", "IMAGE"]
+    assert step["category"] == report["category"] == "advanced/multigpu"
+    inputs = step["input"]["required"]
+    assert list(inputs) == ["model", "devices", "quality", "tolerance", "policy", "order"]
+    assert all(options.get("tooltip") for _, options in inputs.values())
+    assert "CANNOT RUN" not in step["description"]
+
+
+@pytest.mark.parametrize(
+    "sampler, scheduler",
+    [
+        ("euler", "normal"),
+        ("dpmpp_2m", "karras"),
+        ("dpmpp_2m_sde", "sgm_uniform"),
+        ("heun", "beta"),
+        ("uni_pc", "simple"),
+        ("euler_ancestral", "normal"),
+        ("euler_cfg_pp", "normal"),
+    ],
+)
+def test_the_same_picture(server, sampler, scheduler):
+    own, ours, words = both(server, kind="sd15", sampler=sampler, scheduler=scheduler)
+    assert ours["digest"] == own["digest"], words
+    assert "on 4 ranks" in words
+
+
+def test_fewer_rounds(server):
+    ours = server.run(
+        graphs.basic("flow", scheduler="simple", steps=20, with_node={"quality": "balanced"})
+    )
+    own = server.run(graphs.basic("flow", scheduler="simple", steps=20))
+    words = ours.outputs["words"]["text"][0]
+    steps, rounds = (int(words.split()[k]) for k in (0, 3))
+    assert steps == 20 and rounds < 14, words
+    pairs = list(zip(own.outputs["end"]["latent"], ours.outputs["end"]["latent"]))
+    assert sum((a - b) ** 2 for a, b in pairs) < 1e-3 * sum(a * a for a, _ in pairs)
+
+
+def test_progress_and_previews_are_the_hosts_own(server):
+    """20 events and as many previews, in order, of true latents: the same bytes as without us."""
+    seen = []
+    for given in (None, {"quality": "exact"}, {"quality": "balanced"}):
+        graph = graphs.basic("sd15", steps=20, seed=77, with_node=given)
+        run = server.watch(graph)
+        own = [event["value"] for event in run.of("progress") if event["node"] == "sampler"]
+        assert own == sorted(own) and own[-1] == 20 and set(range(1, 21)) <= set(own)
+        seen.append([data[8:] for data in run.of("preview")])
+    assert seen[0] and seen[0] == seen[1]
+    assert len(seen[2]) == len(seen[0])
+
+
+def test_cancel_and_go_on(server):
+    """Cancelling answers within a second or so of a step, and the next prompt runs as ever."""
+    own = server.run(graphs.basic("flow", scheduler="simple")).outputs["end"]["digest"]
+    slow = graphs.basic("flow", scheduler="simple", steps=200, slow_ms=50, with_node=EXACT)
+    with server.listening() as events:
+        prompt = server.submit(slow)
+        until = time.monotonic() + 60
+        while time.monotonic() < until and sum(name == "progress" for name, _ in events) < 3:
+            time.sleep(0.01)
+        server.post("/interrupt", {})
+        with pytest.raises(PromptError, match="interrupted"):
+            server.result(prompt, 20)
+    again = server.run(graphs.basic("flow", scheduler="simple", with_node=EXACT))
+    assert again.outputs["end"]["digest"] == own
+    assert "went on serially" not in again.outputs["words"]["text"][0]
+
+
+def test_errors_say_what_to_do(server):
+    for devices, words in (("cuda:0", "begin with that one"), ("what", "what")):
+        with pytest.raises(PromptError) as caught:
+            server.run(graphs.basic("eps", with_node={"devices": devices}))
+        told = dict(caught.value.told)["execution_error"]
+        assert told["node_type"] == "ParaStep" and words in told["exception_message"]
+    graph = graphs.basic("eps", with_node=EXACT)
+    graph["report"]["inputs"]["model"] = ["model", 0]
+    with pytest.raises(PromptError) as caught:
+        server.run(graph)
+    assert "put one in" in dict(caught.value.told)["execution_error"]["exception_message"]
+
+
+def test_unload_and_run_again(server):
+    graph = graphs.basic("sd15", with_node=EXACT)
+    first = server.run(graph).outputs["end"]["digest"]
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    graph["sampler"]["inputs"]["seed"] += 1
+    server.run(graph)
+    graph["sampler"]["inputs"]["seed"] -= 1
+    assert server.run(graph).outputs["end"]["digest"] == first
+
+
+def test_a_cached_rerun_still_reports(server):
+    graph = graphs.basic("flow", scheduler="simple", with_node=EXACT)
+    words = server.run(graph).outputs["words"]["text"][0]
+    again = server.watch(graph)
+    cached = again.of("execution_cached")[0]["nodes"]
+    assert "sampler" in cached and "report" not in cached
+    assert again.outputs["words"]["text"][0] == words
+
+
+def test_two_samplers_on_one_patched_model(server):
+    def chained(graph):
+        second = json.loads(json.dumps(graph["sampler"]))
+        second["inputs"] |= {"latent_image": ["sampler", 0], "denoise": 0.5, "seed": 9}
+        return {**graph, "second": second, "end": graphs.node("TinyEnd", latent=["second", 0])}
+
+    own = chained(graphs.basic("flow", scheduler="simple"))
+    assert (
+        server.run(own).outputs["end"]["digest"]
+        == server.run(graphs.insert(own, EXACT)).outputs["end"]["digest"]
+    )
+
+
+def test_img2img_batch_and_cfg_1(server):
+    for given in (
+        {"denoise": 0.5},
+        {"batch": 3},
+        {"cfg": 1.0},
+        {"steps": 1},
+        {"steps": 2},
+    ):
+        own, ours, words = both(server, kind="sd15", **given)
+        assert ours["digest"] == own["digest"], (given, words)
+
+
+def test_advanced_and_custom_samplers(server):
+    base = graphs.basic("flow")
+    common = {name: base["sampler"]["inputs"][name] for name in ("model", "positive", "negative")}
+    advanced = graphs.node(
+        "KSamplerAdvanced",
+        **common,
+        latent_image=["latent", 0],
+        add_noise="enable",
+        noise_seed=3,
+        steps=12,
+        cfg=2.0,
+        sampler_name="dpmpp_2m",
+        scheduler="simple",
+        start_at_step=2,
+        end_at_step=9,
+        return_with_leftover_noise="enable",
+    )
+    graph = {**base, "sampler": advanced}
+    own = server.run(graph).outputs["end"]["digest"]
+    assert server.run(graphs.insert(graph, EXACT)).outputs["end"]["digest"] == own
+    custom = {
+        **base,
+        "noise": graphs.node("RandomNoise", noise_seed=4),
+        "guider": graphs.node("CFGGuider", **common, cfg=2.5),
+        "solver": graphs.node("KSamplerSelect", sampler_name="dpmpp_2m"),
+        "sigmas": graphs.node(
+            "BasicScheduler", model=["model", 0], scheduler="simple", steps=9, denoise=1.0
+        ),
+        "sampler": graphs.node(
+            "SamplerCustomAdvanced",
+            noise=["noise", 0],
+            guider=["guider", 0],
+            sampler=["solver", 0],
+            sigmas=["sigmas", 0],
+            latent_image=["latent", 0],
+        ),
+    }
+    own = server.run(custom).outputs["end"]["digest"]
+    assert server.run(graphs.insert(custom, EXACT)).outputs["end"]["digest"] == own
