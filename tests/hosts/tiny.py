@@ -1198,6 +1198,50 @@ def hunyuanvideo_i2v_replace() -> Any:
     return _hunyuanvideo_i2v(image_condition_type="token_replace")
 
 
+def _hunyuanvideo15_args(batch: int, cond: int) -> Kwargs:
+    args: Kwargs = {"height": 32, "width": 32, "num_frames": 5}
+    for side, number in (("", cond), ("negative_", 0)):
+        for encoder in ("", "_2"):
+            text = tensor(f"{side}hunyuan15{encoder}", number, batch, 8, 32)
+            args[f"{side}prompt_embeds{encoder}"] = text
+            args[f"{side}prompt_embeds_mask{encoder}"] = torch.ones(batch, 8)
+    return args
+
+
+@case("hunyuanvideo15", _hunyuanvideo15_args, needs="HunyuanVideo15Pipeline", decoded="pt")
+def hunyuanvideo15() -> Any:
+    """A guider calls the transformer twice a step; a mask and an empty picture as channels."""
+    return diffusers.HunyuanVideo15Pipeline(
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=4.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=net(
+            diffusers.AutoencoderKLHunyuanVideo15,
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8, 8),
+            layers_per_block=1,
+        ),
+        transformer=net(
+            diffusers.HunyuanVideo15Transformer3DModel,
+            gains=_DIT_GAINS,
+            in_channels=9,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_refiner_layers=1,
+            text_embed_dim=32,
+            text_embed_2_dim=32,
+            image_embed_dim=12,
+            rope_axes_dim=(4, 6, 6),
+            task_type="t2v",
+        ),
+    )
+
+
 def _ltx_args(batch: int, cond: int) -> Kwargs:
     return _text_args("ltx", batch, cond, mask=True) | {
         "height": 32,
