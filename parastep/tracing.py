@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import types
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -270,8 +271,9 @@ def _record(
         return columns(2 * n + len(draws) - 1, draws[-1])
 
     own_sampler = hasattr(ready, "noise_sampler")  # Brownian trees, which mix draws of all steps
-    foreign = not type(ready).__module__.startswith("diffusers.")  # might use the global generator
-    for answered in (True,) if own_sampler or foreign else (False, True):
+    kind: Any = type(ready)
+    at_once = own_sampler or _may_draw_globally(kind)
+    for answered in (True,) if at_once else (False, True):
         scheduler = copy.copy(ready)
         for name, value in vars(ready).items():
             if isinstance(value, list):
@@ -296,6 +298,19 @@ def _record(
     owner = np.concatenate([np.arange(n), np.arange(n), np.array(owners[:count], dtype=np.int64)])
     z = np.array(draws[:count]).reshape(count, width)
     return _Recording(full[:, : 2 * n + count], owner, x, m, z)
+
+
+@functools.cache
+def _may_draw_globally(cls: type) -> bool:
+    """Whether `step` might draw from torch's global generator: classes of the user's own, and those
+    of diffusers that draw by other means than its `randn_tensor`, as some older ones do.
+    """
+    if not cls.__module__.startswith("diffusers."):
+        return True
+    draws = {"randn", "randn_like", "rand", "rand_like", "normal", "normal_"}
+    members = (member for base in cls.__mro__ for member in vars(base).values())
+    codes = (getattr(member, "__code__", None) for member in members)
+    return any(code is not None and draws.intersection(code.co_names) for code in codes)
 
 
 def _output(levels: Levels, j: int, x: Array, clean: Array, random: np.random.Generator) -> Array:

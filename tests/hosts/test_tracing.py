@@ -264,13 +264,16 @@ def recorded_noise(scheduler: Any, seed: int, drawn: list[Any]) -> Any:
 
     module = importlib.import_module(type(scheduler).__module__)
     saved = {n: getattr(module, n) for n in ("randn_tensor",) if hasattr(module, n)}
+    randn_like = torch.randn_like
     try:
         if saved:
             module.randn_tensor = draw
+        torch.randn_like = lambda sample, **_: draw(sample.shape, dtype=sample.dtype)
         if hasattr(scheduler, "noise_sampler"):
             scheduler.noise_sampler = lambda *_: draw(SHAPE, dtype=torch.float64)
         yield
     finally:
+        torch.randn_like = randn_like
         for name, value in saved.items():
             setattr(module, name, value)
 
@@ -335,6 +338,8 @@ def exported() -> list[str]:
     for name in dir(library):
         member = getattr(library, name)
         if not isinstance(member, type) or member is library.SchedulerMixin:
+            continue
+        if name.startswith("Flax"):  # without torch, of older versions
             continue
         if name.endswith("Scheduler") or issubclass(member, library.SchedulerMixin):
             found.append(name)
