@@ -205,7 +205,7 @@ hosts-old: $(EDITABLE_STAMP)
 # ---- demo and benches ----------------------------------------------------------------------------
 
 .PHONY: demo bench bench-c
-demo: $(EDITABLE_STAMP) ## Write out/demo.png
+demo: $(EDITABLE_STAMP) ## Write out/demo.png, out/demo.gif and out/demo_*.wav
 	@mkdir -p out
 	$(PY) -m parastep.demo
 

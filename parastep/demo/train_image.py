@@ -8,23 +8,15 @@ seeded, and the same machine with the same number of threads gives the same weig
 
 from __future__ import annotations
 
-import argparse
 import colorsys
-import copy
-import math
-import pathlib
-import time
+import functools
 from collections.abc import Callable
-from typing import TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch.nn import functional
 
-from . import image
-
-Trained = TypeVar("Trained", bound=torch.nn.Module)
+from . import common, image, training
 
 
 def load_strokes() -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,69 +77,17 @@ def render(
     return functional.pixel_unshuffle(torch.cat(chunks), 2), target[pick]
 
 
-def learning_rate(progress: float, peak: float) -> float:
-    """Warm-up over the first 3 %, then a cosine down to 1 % of the peak."""
-    if progress < 0.03:
-        return peak * progress / 0.03
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - 0.03) / 0.97)))
-
-
-def fit(
-    model: Trained,
-    loss_of: Callable[[Trained, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    options: argparse.Namespace,
-) -> Trained:
-    """The averaged model after `options.steps` steps of AdamW on digits.
-
-    `loss_of(model, clean, label, level)` is the loss of one batch of latents (B, 12, 16, 16) with
-    classes (B), the last one the empty prompt, at noise levels (B) that are even in 0 to 1.
-    """
-    ink, target = load_strokes()
-    average = copy.deepcopy(model).requires_grad_(False)
-    print(f"{sum(p.numel() for p in model.parameters())} parameters")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, weight_decay=0.01)
-    empty, size = len(image.CLASSES), options.batch
-    begin, total = time.perf_counter(), 0.0
-    for step in range(options.steps):
-        if step % 200 == 0:  # a fresh set of pictures now and then: none is seen often
-            pictures, classes = render(ink, target, 200 * size, options.seed + step)
-        part = slice(step % 200 * size, (step % 200 + 1) * size)
-        label = classes[part].clone()
-        label[torch.rand(size) < 0.12] = empty
-        # Levels are spread evenly over a batch, which takes noise out of the gradient.
-        level = (torch.randperm(size) + torch.rand(1)) / size
-        loss = loss_of(model, pictures[part], label, level)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step / options.steps, options.rate)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        keep = min(0.998, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
-                slow.lerp_(fast, 1 - keep)
-        total += loss.item()
-        if (step + 1) % 100 == 0:
-            seconds = time.perf_counter() - begin
-            print(f"step {step + 1}  loss {total / 100:.4f}  {seconds:.0f} s", flush=True)
-            total = 0.0
-        if (step + 1) % 500 == 0:
-            save(average, options.out)
-    return average
-
-
 def noise_loss() -> Callable[..., torch.Tensor]:
     """The loss of a noise prediction on the schedule of `image`."""
-    scheduler = image.make_scheduler("ddpm")
+    scheduler = image.MODEL.make_scheduler("ddpm")
 
     def loss_of(
-        model: image.Conditioned, clean: torch.Tensor, label: torch.Tensor, level: torch.Tensor
+        model: common.Conditioned, clean: torch.Tensor, label: torch.Tensor, level: torch.Tensor
     ) -> torch.Tensor:
         times = (level * 1000).long().clamp(max=999)
         noise = torch.randn_like(clean)
         noisy = scheduler.add_noise(clean, noise, times)
-        found = model.unet(noisy, times, model.prompts[label], return_dict=False)[0]
+        found = image.MODEL.forward(model.network, noisy, times, model.prompts[label])
         # Over alpha^2 the error of the noise is that of the velocity, even over all noise levels.
         error = (found - noise).square().mean((1, 2, 3))
         return (error / scheduler.alphas_cumprod[times].clamp(min=0.01)).mean()
@@ -155,36 +95,13 @@ def noise_loss() -> Callable[..., torch.Tensor]:
     return loss_of
 
 
-def save(model: torch.nn.Module, out: pathlib.Path) -> None:
-    """Writes the weights as float16.
-
-    Those of the network are one vector, end to end: their names would take 1 % of the file.
-    """
-    tensors = dict(model.named_parameters(recurse=False))
-    for name, network in model.named_children():
-        tensors[name] = torch.nn.utils.parameters_to_vector(network.parameters())
-    save_file({name: tensor.detach().half() for name, tensor in tensors.items()}, out)
-
-
-def read_options(what: str, steps: int, rate: float, out: pathlib.Path) -> argparse.Namespace:
-    """The command line of a training script, with its own defaults."""
-    parser = argparse.ArgumentParser(description=what)
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=rate)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=pathlib.Path, default=out)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    return options
-
-
 def main() -> None:
     what = "Train the image model of parastep's demos."
-    options = read_options(what, steps=4000, rate=2e-3, out=image.WEIGHTS)
-    save(fit(image.Conditioned(), noise_loss(), options), options.out)
+    parser = training.command_line(what, steps=4000, rate=2e-3, out=image.MODEL.weights)
+    options = training.read_options(parser)
+    examples = functools.partial(render, *load_strokes())
+    trained = training.fit(common.Conditioned(image.MODEL), examples, noise_loss(), options)
+    training.save(trained, options.out)
 
 
 if __name__ == "__main__":

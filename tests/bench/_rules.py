@@ -14,6 +14,10 @@ import torch
 
 Denoiser = Callable[[torch.Tensor, int], torch.Tensor]
 
+# Where the cores of CHORDS start, of 50 steps: its own list for 8, every second or fourth of those
+# for fewer.
+CHORDS_STARTS = {8: (0, 2, 4, 8, 16, 24, 32, 40), 4: (0, 4, 16, 32), 2: (0, 16)}
+
 
 class Rows:
     """Applies rows of a program to lists of latents and outputs."""
@@ -105,6 +109,93 @@ def paradigms(
         for j in range(before, end):
             xs[j + 1] = xs[before].clone()
     return xs[steps], rounds
+
+
+class Jumps:
+    """One step of DDIM or flow Euler from any level to any later one.
+
+    Clean sample and noise that the model's output implies are held, so over one step of such a
+    solver it is the solver. `levels` are those of `parastep.schedulers.levels_of`.
+    """
+
+    def __init__(self, levels: Any) -> None:
+        self.levels = levels
+        self.alpha, self.s = [*levels.alpha, 1.0], [*levels.s, 0.0]
+
+    def __call__(self, x: torch.Tensor, m: torch.Tensor, a: int, c: int) -> torch.Tensor:
+        clean = self.levels.p[a] * x + self.levels.q[a] * m
+        noise = (x - self.alpha[a] * clean) / self.s[a]
+        return self.alpha[c] * clean + self.s[c] * noise
+
+
+def chords_starts(steps: int, ranks: int) -> list[int]:
+    """The published list of starts for the cores, stretched from 50 steps to `steps`."""
+    starts = CHORDS_STARTS[ranks]
+    return [round(start * steps / 50) for start in starts]
+
+
+def chords(
+    levels: Any, f: Denoiser, x: torch.Tensor, starts: list[int], hit: int
+) -> tuple[torch.Tensor, int]:
+    """CHORDS, arXiv 2507.15260: cores that start further and further along, each one rectified by
+    the core before it; `hit` 1 is the fastest core's result, 2 the next one's, 0 the last start's.
+
+    Core 0 is the plain solver. Each core keeps an anchor, the last point that was put right; when
+    the core before it evaluates at that very step, both jump from there to the present, and the
+    difference is added.
+    """
+    jump, steps, cores = Jumps(levels), len(levels.s), len(starts)
+    at, point = {0: 0}, {0: x}
+    anchor: dict[int, tuple[int, torch.Tensor, torch.Tensor | None]] = {0: (0, x, None)}
+    wanted, rounds = cores - hit, 0
+    while at.get(wanted, 0) < steps:
+        live = [k for k in at if at[k] < steps]
+        step, before = dict(at), dict(point)
+        output = {k: f(point[k], at[k]) for k in live}
+        rounds += 1
+        newest = max(at)
+        for k in live:
+            t, m = step[k], output[k]
+            point[k], at[k] = jump(before[k], m, t, t + 1), t + 1
+            begin, old, old_m = anchor[k]
+            if begin == t:
+                old_m = m
+                anchor[k] = begin, old, m
+            if k and k - 1 in output and step[k - 1] == begin and old_m is not None:
+                new = jump(before[k - 1], output[k - 1], begin, t + 1)
+                point[k] = point[k] + new - jump(old, old_m, begin, t + 1)
+                anchor[k] = t + 1, point[k], None
+        if rounds == newest + 1:  # its first evaluation: the next core starts from there
+            begin = starts[newest]
+            if newest + 1 < cores:
+                after = starts[newest + 1]
+                start = jump(before[newest], output[newest], begin, after)
+                at[newest + 1], point[newest + 1] = after, start
+                anchor[newest + 1] = after, start, None
+            elif hit == 0:
+                return jump(before[newest], output[newest], begin, steps), rounds
+    return point[wanted], rounds
+
+
+def skipping(program: Any, f: Denoiser, x: torch.Tensor, forwards: int) -> tuple[torch.Tensor, int]:
+    """Evaluates that many steps, evenly spread, and extrapolates the others, without a check.
+
+    As tools that cache outputs from step to step do: the outputs of the last two evaluated steps
+    are continued along a line.
+    """
+    rows, xs, ms = Rows(program), {0: x}, {}
+    spread = np.linspace(1, rows.steps - 1, max(2, forwards) - 1)
+    evaluated = {0, *(int(round(step)) for step in spread)}
+    known: list[int] = []
+    for j in range(rows.steps):
+        if j in evaluated:
+            ms[j] = f(xs[j], j)
+            known = [*known, j][-2:]
+        else:
+            first, last = known
+            ms[j] = ms[last] + (j - last) / (last - first) * (ms[last] - ms[first])
+        xs[j + 1] = rows.step(j, xs, ms)
+    return xs[rows.steps], len(evaluated)
 
 
 def best_warmup(steps: int, ranks: int, rounds: int) -> list[int]:

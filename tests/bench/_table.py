@@ -12,11 +12,14 @@ from typing import Any
 
 
 def arguments(name: str, **extra: Any) -> argparse.Namespace:
-    """The options of a bench; `extra` are further ones with their defaults."""
+    """The options of a bench; `extra` are further ones with their defaults, lists take several."""
     parser = argparse.ArgumentParser(prog=f"tests/bench/{name}.py")
     parser.add_argument("--json", default=f"out/{name}.json", help="where the figures are written")
     for option, default in extra.items():
-        parser.add_argument(f"--{option}", type=type(default), default=default)
+        kind = type(default[0] if isinstance(default, list) else default)
+        several = "+" if isinstance(default, list) else None
+        name = option.replace("_", "-")
+        parser.add_argument(f"--{name}", type=kind, nargs=several, default=default)
     return parser.parse_args()
 
 

@@ -31,12 +31,12 @@ LINKS = {"2.5GB/s": 2.5e9, "25GbE": 3.125e9, "500MB/s": 0.5e9}
 
 def image_runs(scheduler: str, steps: int) -> dict[tuple[int, float, int], Any]:
     """Reports by ranks, tolerance and seed."""
-    pipe = image.load(scheduler=scheduler)
-    program = parastep.trace(image.make_scheduler(scheduler), steps)
+    pipe = image.MODEL.load(scheduler=scheduler)
+    program = parastep.trace(image.MODEL.make_scheduler(scheduler), steps)
     found = {}
     for seed in SEEDS:
-        f = image.denoiser([seed % 10], steps, 3.0, scheduler, pipe)
-        x = image.noise(1, seed) * pipe.scheduler.init_noise_sigma
+        f = image.MODEL.denoiser([seed % 10], steps, scheduler=scheduler, pipe=pipe)
+        x = image.MODEL.noise(1, seed) * pipe.scheduler.init_noise_sigma
         for ranks in (2, 4, 8):
             for tolerance in (0.001, 0.005, 0.02):
                 found[ranks, tolerance, seed] = parastep.sample(
