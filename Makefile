@@ -218,9 +218,40 @@ bench: $(EDITABLE_STAMP) bench-c ## Run tests/bench/*.py, except those whose nam
 	  echo "== $$bench"; $(PY) $$bench; \
 	done
 
+# ---- GPUs ----------------------------------------------------------------------------------------
+
+# Self-contained: this tree, a C compiler, nvcc and a Python with torch and CUDA, which need not be
+# .venv; nothing is downloaded.  Without a GPU it says so and succeeds.
+GPU_PYTHON ?= $(PYTHON)
+GPU_ARGS ?=
+
+.PHONY: gpu check-abi
+gpu: build/c/gpu/kernels ## Run everything that needs a GPU; writes out/gpu.json and out/gpu.txt
+	@$(GPU_PYTHON) setup.py --quiet build --build-base build/gpu --build-lib build/gpu/lib \
+	  > build/gpu.log 2>&1 || { cat build/gpu.log; exit 1; }
+	@PYTHONPATH=$(CURDIR)/build/gpu/lib PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1 \
+	  $(GPU_PYTHON) tests/gpu/run.py --program $< $(GPU_ARGS)
+
+build/c/gpu/kernels: build/c/obj/tests/gpu/kernels.o build/c/libparastep.a
+	@mkdir -p $(@D)
+	@$(CC) $(CFLAGS) -pthread $^ -ldl -lm -o $@
+
+# Declarations of ours against the real headers, wherever there are any: beside nvcc.
+CUDA_INCLUDE ?= $(if $(NVCC),$(shell $(NVCC) -x cu --dryrun /dev/null 2>&1 \
+  | sed -n 's/.* INCLUDES="-I\([^"]*\)".*/\1/p'))
+check-abi: ## Hold our declarations of libraries against their real headers
+	@$(CC) @compile_flags.txt -fsyntax-only tests/gpu/abi_cuda.c
+	@if [ -f "$(CUDA_INCLUDE)/cuda.h" ]; then \
+	  $(CC) @compile_flags.txt -DPS__REAL_CUDA_H -isystem $(CUDA_INCLUDE) -fsyntax-only \
+	    tests/gpu/abi_cuda.c && echo "ok cuda.h of $(CUDA_INCLUDE)"; \
+	else \
+	  echo "no cuda.h beside nvcc: layouts alone were checked"; \
+	fi
+
 # ---- lint ----------------------------------------------------------------------------------------
 
-C_FILES := $(CORE_SRC) $(BINDING_SRC) $(TEST_SRC) $(FAKE_SRC) $(PROGRAM_SRC) $(sort $(wildcard tests/bench/*.c tests/fuzz/*.c))
+C_FILES := $(CORE_SRC) $(BINDING_SRC) $(TEST_SRC) $(FAKE_SRC) $(PROGRAM_SRC) $(sort $(wildcard tests/bench/*.c tests/fuzz/*.c \
+  tests/gpu/*.c))
 CUDA_FILES := $(sort $(wildcard csrc/backend/*.cu csrc/backend/*.cuh))
 
 .PHONY: lint lint-format lint-tidy lint-py format
