@@ -52,7 +52,8 @@ ps_status ps_sample(ps_leader *leader, ps_denoiser denoiser, void *ctx, const vo
   size_t stride = ps__x_bytes(&leader->layout);
   int given = 0;
   ps_status status = PS_OK;
-  void *m = ps__alloc(ps__m_bytes(&leader->layout));
+  const ps_backend *backend = leader->backend;
+  void *m = backend->alloc(backend, ps__m_bytes(&leader->layout));
   if (m == NULL) {
     return PS_NO_MEMORY;
   }
@@ -69,7 +70,7 @@ ps_status ps_sample(ps_leader *leader, ps_denoiser denoiser, void *ctx, const vo
       status = ps_leader_advance(leader, z, x);
     }
   }
-  ps__free(m);
+  backend->free(backend, m);
   ps_leader_finish(leader);
   return status;
 }
