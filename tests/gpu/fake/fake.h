@@ -51,7 +51,7 @@ typedef struct fake_counts { /* what is there now */
   X(void, fake_drain, (void))
 
 typedef struct fake_api {
-#define X(result, name, arguments) result(*name) arguments;
+#define X(result, name, arguments) result(*name) arguments; // NOLINT(bugprone-macro-parentheses)
   FAKE_MAP(X)
 #undef X
 } fake_api;
