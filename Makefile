@@ -97,13 +97,21 @@ $(1)/libparastep.a: $(CORE_SRC:%.c=$(1)/obj/%.o)
 	@echo "ar $$@"
 	@$$(AR) rcs $$@ $$^
 
-$(1)/tests: $(TEST_SRC:%.c=$(1)/obj/%.o) $(1)/libparastep.a | $(1)/fake/libcuda.so.1
+$(1)/tests: $(TEST_SRC:%.c=$(1)/obj/%.o) $(1)/libparastep.a | $(1)/fake/libcuda.so.1 \
+  $(1)/fake/libnccl.so.2
 	@echo "ld $$@"
 	@$$(CC) $(2) $$(CFLAGS) -pthread $$^ -ldl -lm -o $$@
 
 # Stand-ins for libraries of CUDA, which tests load before the library asks for them.
 $(1)/fake/libcuda.so.1: $(addprefix tests/gpu/fake/,engine.c libcuda.c) $(wildcard csrc/backend/*.h \
   csrc/backend/*.cu tests/gpu/fake/*.h) compile_flags.txt
+	@mkdir -p $$(@D)
+	@echo "ld $$@"
+	@$$(CC) -shared @compile_flags.txt $(2) $$(CFLAGS) -fPIC -fvisibility=default -Wl,-Bsymbolic \
+	  -Wl,-soname,$$(@F) $$(filter %.c,$$^) -o $$@
+
+$(1)/fake/libnccl.so.2: tests/gpu/fake/libnccl.c $(wildcard csrc/transport/nccl_api.h \
+  tests/gpu/fake/*.h) compile_flags.txt
 	@mkdir -p $$(@D)
 	@echo "ld $$@"
 	@$$(CC) -shared @compile_flags.txt $(2) $$(CFLAGS) -fPIC -fvisibility=default -Wl,-Bsymbolic \

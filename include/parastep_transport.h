@@ -117,6 +117,35 @@ PS_API ps_status ps_inbox_deliver(ps_inbox *inbox, const void *message, size_t b
 PS_API void ps_inbox_lost(ps_inbox *inbox, const char *why);
 PS_API void ps_inbox_release(ps_inbox *inbox); /* NULL is fine */
 
+/* ---- NCCL ------------------------------------------------------------------------------------ */
+
+/* A communicator of two ranks on CUDA devices of two processes: the leader and one follower.  It is
+ * kept from run to run; losing one loses that follower alone.  Used by one thread at a time. */
+typedef struct ps_pair ps_pair;
+
+enum { PS_NCCL_ID_BYTES = 128 };
+
+/* What both ends need to find each other; made by one of them, which has to live until they have,
+ * and taken to the other by whatever started the processes.  PS_UNSUPPORTED where there is no NCCL.
+ */
+PS_API ps_status ps_nccl_id(unsigned char *id);
+
+/* Waits for the other end until the wait's deadline.  backend: of the CUDA device that the points
+ * and outputs of this end live on; retained. */
+PS_API ps_status ps_nccl_connect(const unsigned char *id, ps_role role, const ps_backend *backend,
+                                 const ps_wait *wait, ps_pair **pair);
+
+/* One end of a link for a run; a pair has one at a time.  PS_LOST once the pair is. */
+PS_API ps_status ps_nccl_open(ps_pair *pair, const ps_layout *layout, int slots, ps_link **end);
+
+/* The other process is gone, which NCCL itself may never notice; from any thread. */
+PS_API void ps_nccl_lost(ps_pair *pair, const char *why);
+/* The communicator ends with the last of the pair and its links; NULL is fine. */
+PS_API void ps_nccl_close(ps_pair *pair);
+
+/* Version of the NCCL that is found, as 22907; 0 with the reason in ps_last_error. */
+PS_API int ps_nccl_version(void);
+
 /* Comma-separated names of the transports of this build. */
 PS_API const char *ps_transports(void);
 

@@ -3,5 +3,5 @@
 
 const char *ps_transports(void)
 {
-  return "threads, host";
+  return "threads, host, nccl";
 }

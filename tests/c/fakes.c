@@ -52,6 +52,20 @@ const fake_api *fakes_begin(const fake_setting *setting, int kernels)
   return &api;
 }
 
+const fake_nccl_api *fakes_nccl(void)
+{
+  static fake_nccl_api api;
+  void *handle = open_library("libnccl.so.2");
+  void *function;
+#define X(result, name, arguments)                                                                 \
+  function = dlsym(handle, #name);                                                                 \
+  CHECK(function != NULL);                                                                         \
+  memcpy(&api.name, &function, sizeof function);
+  FAKE_NCCL_MAP(X)
+#undef X
+  return &api;
+}
+
 void fakes_end(const fake_api *fake)
 {
   enum { STREAMS_OF_A_DEVICE = 2 };

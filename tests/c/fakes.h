@@ -8,6 +8,9 @@
  * sets it up.  kernels: the library finds kernels in its build. */
 const fake_api *fakes_begin(const fake_setting *setting, int kernels);
 
+/* The same with fake/libnccl.so.2, after fakes_begin. */
+const fake_nccl_api *fakes_nccl(void);
+
 /* Checks that no rule was broken and that nothing is left but what the library keeps. */
 void fakes_end(const fake_api *fake);
 

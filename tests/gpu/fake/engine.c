@@ -32,6 +32,7 @@ typedef enum work_kind { TASK, RECORD, WAIT, FREE } work_kind;
 struct fake_work {
   fake_work *next;
   work_kind kind;
+  fake_ready ready; /* NULL: always */
   fake_task task;
   void *data;
   fake_event_state *event;
@@ -331,6 +332,12 @@ static fake_work *append(fake_stream_state *stream, work_kind kind)
 int fake_give(fake_stream_state *stream, const char *what, const fake_range *ranges, int count,
               fake_task task, void *data)
 {
+  return fake_give_when(stream, what, ranges, count, NULL, task, data);
+}
+
+int fake_give_when(fake_stream_state *stream, const char *what, const fake_range *ranges, int count,
+                   fake_ready ready, fake_task task, void *data)
+{
   int error = FAKE_OK;
   learn(&stream->clock, &host);
   stream->clock.of[stream->index] = ++stream->given;
@@ -338,6 +345,7 @@ int fake_give(fake_stream_state *stream, const char *what, const fake_range *ran
     error = touch(stream, &ranges[k], what);
   }
   fake_work *made = append(stream, TASK);
+  made->ready = ready;
   made->task = error == FAKE_OK ? task : NULL;
   made->data = data;
   fake_work_some(fake_random(2));
@@ -405,7 +413,8 @@ static bool is_ready(const fake_stream_state *stream)
 {
   const fake_work *work = stream->first;
   return work != NULL && stream->device != hanging &&
-         !(work->kind == WAIT && work->event->reached < work->version);
+         !(work->kind == WAIT && work->event->reached < work->version) &&
+         (work->ready == NULL || work->ready(work->data));
 }
 
 static void do_first(fake_stream_state *stream)

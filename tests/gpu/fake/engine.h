@@ -71,6 +71,8 @@ enum { FAKE_RANGES = 128 };
 
 /* What a piece of work does when its turn comes; data is freed after it. */
 typedef void (*fake_task)(void *data);
+/* Whether its turn can come: asked while it is the first of its stream. */
+typedef bool (*fake_ready)(void *data);
 
 extern fake_setting fake_now;
 extern fake_counts fake_totals;
@@ -98,6 +100,9 @@ fake_event_state *fake_event_new(int device);
 /* Gives work to a stream: checks its ranges, then keeps data for the task. */
 int fake_give(fake_stream_state *stream, const char *what, const fake_range *ranges, int count,
               fake_task task, void *data);
+/* The same for work that waits for work of another process. */
+int fake_give_when(fake_stream_state *stream, const char *what, const fake_range *ranges, int count,
+                   fake_ready ready, fake_task task, void *data);
 int fake_record(fake_event_state *event, fake_stream_state *stream);
 int fake_wait(fake_stream_state *stream, const fake_event_state *event);
 int fake_give_free(fake_stream_state *stream, void *address);

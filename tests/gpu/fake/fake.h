@@ -56,4 +56,16 @@ typedef struct fake_api {
 #undef X
 } fake_api;
 
+/* Functions of the stand-in for NCCL, libnccl.so.2, whose ranks are threads of one process. */
+#define FAKE_NCCL_MAP(X)                                                                           \
+  /* The n-th call of a function from now on gives this result, ncclCommGetAsyncError for ever. */ \
+  X(void, fake_nccl_fail, (const char *function, int n, int result))                               \
+  X(int, fake_nccl_live, (void)) /* communicators that were not aborted */
+
+typedef struct fake_nccl_api {
+#define X(result, name, arguments) result(*name) arguments;
+  FAKE_NCCL_MAP(X)
+#undef X
+} fake_nccl_api;
+
 #endif
