@@ -1,5 +1,5 @@
-"""Small models for the tests: three one-layer networks, and real model classes of ComfyUI with
-random weights. Imports the host.
+"""Small models for the tests: three one-layer networks, the trained model of the demo, and real
+model classes of ComfyUI with random weights. Imports the host.
 """
 
 from __future__ import annotations
@@ -144,6 +144,34 @@ def _seconds() -> dict[str, torch.Tensor]:
     return made
 
 
+class DemoNet(torch.nn.Module):
+    """The trained digits of `parastep.demo`, a network of diffusers', as ComfyUI calls its own."""
+
+    def __init__(self, dtype: Any = None, device: Any = None, operations: Any = None) -> None:
+        super().__init__()
+        from parastep.demo import image
+
+        self.dtype = dtype
+        self.unet = image.load().unet
+
+    def forward(
+        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, **more: Any
+    ) -> torch.Tensor:
+        return self.unet(x, timesteps, context, return_dict=False)[0]
+
+
+class DemoLatent(comfy.latent_formats.LatentFormat):
+    latent_channels = 12
+    scale_factor = 1.0
+
+
+def _demo() -> Any:
+    config = _ready(TinyConfig({}))
+    config.latent_format = DemoLatent()
+    eps = comfy.model_base.ModelType.EPS
+    return TinyBase(config, eps, device=DEVICE, unet_model=DemoNet)
+
+
 _UNET = {
     "image_size": 32,
     "in_channels": 4,
@@ -164,6 +192,7 @@ KINDS: dict[str, Kind] = {
     "eps": Kind(_net("EPS"), (4, 8, 8)),
     "v": Kind(_net("V_PREDICTION"), (4, 8, 8)),
     "flow": Kind(_net("FLOW"), (4, 8, 8)),
+    "demo": Kind(_demo, (12, 16, 16), width=32),
     "sd15": Kind(
         _real("SD15", use_linear_in_transformer=False, adm_in_channels=None, **_UNET), (4, 8, 8)
     ),
@@ -268,7 +297,8 @@ KINDS: dict[str, Kind] = {
 def build(kind: str, seed: int = 0, slow_ms: float = 0.0) -> Any:
     """A ModelPatcher that the host can clone for other devices; a forward waits `slow_ms` first."""
     model = KINDS[kind].make()
-    fill(model.diffusion_model, seed)
+    if kind != "demo":
+        fill(model.diffusion_model, seed)
     model.eval()
     if slow_ms:
         model.diffusion_model.register_forward_pre_hook(lambda *_: time.sleep(slow_ms / 1000))
@@ -302,6 +332,12 @@ def fill(module: torch.nn.Module, seed: int) -> None:
 
 
 def conditioning(kind: str, seed: int, tokens: int = 4) -> list[Any]:
+    """Random text; of the demo model that of digit `seed`, and no digit for a seed of -1."""
+    if kind == "demo":
+        from parastep.demo import image
+
+        prompt, none = image.embed([max(seed, 0)])
+        return [[prompt if seed >= 0 else none, {"pooled_output": None}]]
     generator = torch.Generator().manual_seed(1000 + seed)
     text = torch.randn(1, tokens, KINDS[kind].width, generator=generator)
     pooled = None

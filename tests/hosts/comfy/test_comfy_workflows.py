@@ -1,0 +1,82 @@
+"""The graphs of workflows/comfyui: both forms tell the same, and the server runs them."""
+
+from __future__ import annotations
+
+import json
+
+import comfy_graphs as graphs
+import pytest
+from comfy_server import ROOT
+
+NAMES = ("image", "video", "audio")
+KINDS = {"image": "sd15", "video": "wan", "audio": "stable_audio"}
+FOLDER = ROOT / "workflows" / "comfyui"
+
+
+def in_api_form(name):
+    return json.loads((FOLDER / f"{name}.api.json").read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_forms_are_the_same_graph(name):
+    own, api = json.loads((FOLDER / f"{name}.json").read_text()), in_api_form(name)
+    assert {str(node["id"]): node["type"] for node in own["nodes"]} == {
+        number: node["class_type"] for number, node in api.items()
+    }
+    links = {link[0]: link for link in own["links"]}
+    for node in own["nodes"]:
+        given = api[str(node["id"])]["inputs"]
+        for put in node["inputs"]:
+            _, source, slot, target, *_ = links[put["link"]]
+            assert target == node["id"] and given[put["name"]] == [str(source), slot]
+        plain = [value for value in given.values() if not isinstance(value, list)]
+        left = [value for value in node["widgets_values"] if value not in ("fixed", "default")]
+        assert left == [value for value in plain if value != "default"]
+
+
+def without_weights(graph, kind):
+    """The graph with tiny models of the tests in place of files that no test downloads: what loads,
+    encodes text, decodes and saves is replaced, the rest is as the file has it.
+    """
+    made, kept = {}, {}
+    for number, node in graph.items():
+        named = node["class_type"]
+        if named in ("CheckpointLoaderSimple", "UNETLoader"):
+            made[number] = graphs.node("TinyModel", kind=kind, seed=0, slow_ms=0.0)
+        elif named == "CLIPTextEncode":
+            made[number] = graphs.node("TinyText", kind=kind, seed=int(number))
+        elif named.startswith("Empty"):
+            made[number] = graphs.node("TinyLatent", kind=kind, batch=1, filled=False)
+        elif named in (
+            "KSampler",
+            "ParaStep",
+            "ParaStepReport",
+            "PreviewImage",
+            "ModelSamplingSD3",
+        ):
+            kept[number] = node
+    for number, node in list(kept.items()):
+        if node["class_type"] == "KSampler":
+            node["inputs"] |= {"steps": 12}
+        if node["class_type"] == "ParaStep":
+            node["inputs"] |= {"devices": "cpu cpu cpu"}
+        if node["class_type"] == "ParaStepReport":
+            made["end"] = graphs.node("TinyEnd", latent=[number, 0])
+            made["words"] = graphs.node("TinyString", text=[number, 1])
+    return {**made, **kept}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_they_run(server, name):
+    graph = in_api_form(name)
+    for node in graph.values():  # of the host's own, with the inputs that it knows
+        told = server.get(f"/object_info/{node['class_type']}")[node["class_type"]]["input"]
+        known = {*told.get("required", {}), *told.get("optional", {})}
+        assert set(node["inputs"]) <= known, node
+        assert set(told.get("required", {})) <= set(node["inputs"]), node
+    run = server.run(without_weights(graph, KINDS[name]))
+    words = run.outputs["words"]["text"][0]
+    assert "on 3 ranks" in words and "serially" not in words
+    (picture,) = next(o["images"] for o in run.outputs.values() if "images" in o)
+    query = f"filename={picture['filename']}&type={picture['type']}&subfolder="
+    assert server.fetch(f"/view?{query}").startswith(b"\x89PNG")
