@@ -178,6 +178,15 @@ PYTEST := HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(VENV)/bin/pytest --timeout-method=th
 test-py: $(EDITABLE_STAMP) ## Run the Python tests (PYTEST_ARGS="-k name" for some of them)
 	$(if $(PY_TESTS),$(PYTEST) --timeout=300 $(PYTEST_ARGS))
 
+# COMFYUI_PATH names a checkout of ComfyUI, COMFYUI_PYTHON a Python with its requirements and pytest.
+COMFYUI_PYTHON ?= $(PY)
+.PHONY: test-comfy test-comfy-sweep
+test-comfy: ## Run the ComfyUI tests against the checkout at COMFYUI_PATH
+	PYTHONPATH=$(CURDIR) $(COMFYUI_PYTHON) -m pytest $(PYTEST_ARGS) tests/hosts/comfy
+
+test-comfy-sweep: ## Run every sampler with five schedules and three kinds of model, in minutes
+	PYTHONPATH=$(CURDIR) $(COMFYUI_PYTHON) -m pytest -s -m sweep $(PYTEST_ARGS) tests/hosts/comfy
+
 # The diffusers tests with other versions of diffusers, each in a venv of its own that lies on top of
 # .venv: the newest there are, and those of about a year ago with what was new in their time.
 HOSTS_NEW ?= diffusers transformers huggingface_hub accelerate peft
