@@ -32,6 +32,7 @@ from ._core import (
 )
 from ._version import __version__
 from .api import FollowerWarning, SerialWarning, sample
+from .calibration import Calibration, calibrate
 from .planning import plan
 from .report import Report
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AbandonedError",
+    "Calibration",
     "DeadlineError",
     "DenoiserError",
     "DeviceError",
@@ -63,6 +65,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "build_info",
+    "calibrate",
     "parallelize",
     "plan",
     "sample",

@@ -11,6 +11,7 @@ from typing import Any
 from . import _core
 from .report import Report
 from .threads import HostContext
+from .tolerance import Tolerance, number_of
 
 Denoiser = Callable[[Any, int, int], Any]
 
@@ -30,12 +31,6 @@ def warn_of(report: Report, stacklevel: int = 3) -> None:
         warnings.warn(text, FollowerWarning, stacklevel=stacklevel)
     if report.fallback is not None:
         warnings.warn(f"running serially: {report.fallback}", SerialWarning, stacklevel=stacklevel)
-
-
-def check_stride(max_stride: int | None) -> None:
-    """Strides above 1 do not exist yet: every step is evaluated by some rank."""
-    if max_stride not in (None, 1):
-        raise _core.UnsupportedError(f"max_stride: {max_stride!r}: only 1 (or None) so far")
 
 
 def describe(error: BaseException) -> str:
@@ -124,7 +119,7 @@ def sample(
     x: Any,
     *,
     ranks: int = 4,
-    tolerance: float = 0.02,
+    tolerance: Tolerance = 0.02,
     policy: str = "verified",
     max_stride: int | None = None,
     warmup: int = 5,
@@ -151,9 +146,9 @@ def sample(
     Raises ShapeError, DtypeError, DeviceError, InvalidError (subclasses of parastep.Error and of
     the fitting built-in) for arguments that do not fit, and whatever the denoiser raises on rank 0.
     """
-    check_stride(max_stride)
     if not callable(denoiser):
         raise TypeError(f"denoiser: {type(denoiser).__name__}: must be callable as (x, step, rank)")
+    tolerance = number_of(tolerance)
     x = _core.copy(x)  # taken in once, which is all that a DLPack capsule allows
     leader = _core.Leader(
         program,
@@ -179,7 +174,9 @@ def sample(
         result = _run(leader, steps, denoiser, x, noise)
     finally:
         leader.finish()
-    report = Report.from_core(leader.report(), tolerance if policy == "verified" else None)
+    report = Report.from_core(
+        leader.report(), number_of(tolerance) if policy == "verified" else None
+    )
     for line in report.failures:
         lanes.pop(line.rank, None)  # it may be hanging; daemon threads do not keep the process
     for thread in lanes.values():

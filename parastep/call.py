@@ -36,9 +36,14 @@ class GoBack(BaseException):
 
 
 class Call:
-    def __init__(self, ranks: int, devices: Sequence[torch.device] = ()) -> None:
-        """`devices`: one for each rank, where they are threads of this process."""
-        self.ranks, self._devices = ranks, devices
+    """`devices`: one for each rank, where they are threads of this process. `lane`: steps ahead of
+    the leader's loop may be evaluated on its own device, by a follower of rank 0.
+    """
+
+    def __init__(
+        self, ranks: int, devices: Sequence[torch.device] = (), lane: bool = False
+    ) -> None:
+        self.ranks, self._devices, self.lane = ranks, devices, lane
         self.returned: Any = None  # what the leader's first step returned: the followers' form
         self._changed = threading.Condition()
         self._encoded: dict[tuple[str, str], list[Any]] = defaultdict(list)
@@ -69,7 +74,13 @@ class Call:
         places = [d.index if d.type == "cuda" else -1 for d in self._devices[: self.ranks]]
         devices = places if x.is_cuda and len(places) == self.ranks else None
         return _core.Leader(
-            program, x, ranks=self.ranks, carriers=carriers, devices=devices, **options
+            program,
+            x,
+            ranks=self.ranks,
+            lane=self.lane,
+            carriers=carriers,
+            devices=devices,
+            **options,
         )
 
     def tell_encoded(self, key: tuple[str, str], output: Any) -> None:
@@ -92,7 +103,7 @@ class Call:
             far.begun(returned)
         self.begin(returned)
         with self._changed:
-            ranks = set(range(1, self.ranks))
+            ranks = set(range(0 if self.lane else 1, self.ranks))
             self._changed.wait_for(lambda: self._arrived | self._failed.keys() >= ranks, patience)
             late = f"it has not reached its loop within {patience:.3g} s"
             for rank in sorted(ranks):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from . import _core
-from .api import check_stride, describe, warn_of
+from .api import describe, warn_of
 from .call import Call, own_copy
 from .far import FarFollowers
 from .following import Following
@@ -31,6 +31,7 @@ from .replicas import denoisers_of, fingerprint, refresh, replicate, unfit
 from .report import Report
 from .seam import Hooks
 from .threads import HostContext, finish_work
+from .tolerance import Tolerance, number_of
 from .watch import Watch
 from .workers import Workers
 
@@ -43,7 +44,7 @@ def parallelize(
     pipe: Any,
     devices: Sequence[str | torch.device] | None = None,
     *,
-    tolerance: float = 0.02,
+    tolerance: Tolerance = 0.02,
     policy: str = "verified",
     max_stride: int | None = None,
     warmup: int = 5,
@@ -63,7 +64,8 @@ def parallelize(
         tolerance, policy, warmup, order, deadline, on_failure: as for `parastep.sample`; tolerance
         0
             gives the pipeline's own result bit for bit.
-        max_stride: 1, every step is evaluated by some rank; None the same so far.
+        max_stride: steps from one evaluation to the next at most: 1, every step is evaluated by
+            some rank; None, as far apart as the tolerance allows.
         mode: "threads", "processes" (workers that are spawned by us, with the first call) or "auto"
             (threads).
         group: ranks are the processes of this group, which all call parallelize and then the
@@ -74,7 +76,6 @@ def parallelize(
     Raises:
         InvalidError, UnsupportedError: subclasses of parastep.Error; the text says what to do.
     """
-    check_stride(max_stride)
     if mode not in ("auto", "threads", "processes"):
         raise _core.InvalidError(f"mode: {mode!r}: must be 'auto', 'threads' or 'processes'")
     if group is not None and (devices is not None or mode == "threads"):
@@ -87,19 +88,20 @@ def parallelize(
         raise _core.InvalidError(f"pipe: {type(pipe).__name__} has no scheduler with a step method")
     if not denoisers_of(pipe):
         raise _core.InvalidError(f"pipe: {type(pipe).__name__} has no module that could denoise")
-    if not tolerance >= 0:
-        raise _core.InvalidError(f"tolerance: {tolerance}: must be 0 (exact) or above")
     if policy not in ("verified", "paper"):
         raise _core.InvalidError(f"policy: {policy!r}: must be 'verified' or 'paper'")
     if on_failure not in ("continue", "raise"):
         raise _core.InvalidError(f"on_failure: {on_failure!r}: must be 'continue' or 'raise'")
     if order not in (0, 1) or warmup < 1:
         raise _core.InvalidError(f"order {order}, warmup {warmup}: must be 0 or 1, and at least 1")
+    if max_stride is not None and (not isinstance(max_stride, int) or max_stride < 1):
+        raise _core.InvalidError(f"max_stride: {max_stride!r}: must be None, or 1 and above")
     if deadline is not None and not deadline > 0:
         raise _core.InvalidError(f"deadline: {deadline}: must be seconds above 0, or None")
     options = {
-        "tolerance": tolerance,
+        "tolerance": number_of(tolerance),
         "policy": policy,
+        "max_stride": max_stride,
         "warmup": warmup,
         "order": order,
         "deadline": deadline,
@@ -233,23 +235,27 @@ class ParallelPipeline:
         except TypeError:
             return self.pipe(*args, **kwargs)  # raises what it would without us
         began, reason = time.perf_counter(), self._unready(bound)
-        call = Call(len(self.devices) if reason is None else 1, self.devices)
-        followers: _Followers | FarFollowers | None = None
-        if call.ranks > 1 and self._far is None:
-            followers = _Followers(self, call, bound)
-        elif call.ranks > 1 and self._far is not None:
+        ranks = len(self.devices) if reason is None else 1
+        call = Call(ranks, self.devices, self._lane and reason is None)
+        near: _Followers | None = None
+        far: FarFollowers | None = None
+        if self._far is not None and ranks > 1:
             try:
-                followers = self._far.followers(call, self.pipe, _without_callbacks(bound))
+                far = self._far.followers(call, self.pipe, _without_callbacks(bound))
             except Exception as error:
                 reason = f"the arguments cannot be sent to other processes: {describe(error)}"
                 call = Call(1)
+        if call.lane or (call.ranks > 1 and far is None):
+            near = _Followers(self, call, bound)
+        followers = [some for some in (near, far) if some is not None]
         generators = [named.get("generator") for named in _given(bound)]
         leading = Leading(
             self.pipe,
             call,
             next((generator for generator in generators if generator is not None), None),
             self._options,
-            followers.start if followers is not None else lambda: None,
+            lambda: _start(followers),
+            near.start_lane if near is not None else lambda: None,
         )
         if reason is not None:
             leading.give_up(reason)
@@ -262,8 +268,8 @@ class ParallelPipeline:
         with contextlib.ExitStack() as leaving:  # whatever one of these raises, the others are done
             leaving.callback(self._report_on, leading, followers, began)
             leaving.enter_context(quiet_followers())
-            if followers is not None:
-                leaving.callback(lambda: followers.gather(_lost(leading)))
+            for some in followers:
+                leaving.callback(_gather, some, leading)
             leaving.callback(call.end)
             leaving.callback(leading.finish)
             hooks = Hooks()
@@ -277,7 +283,7 @@ class ParallelPipeline:
 
     def _unready(self, bound: inspect.BoundArguments) -> str | None:
         """Makes replicas of the pipe as it is now; returns why there can be none, or None."""
-        if len(self.devices) == 1:
+        if len(self.devices) == 1 and not self._lane:
             return None
         reason = unfit(self.pipe)
         once = [k for k, v in bound.arguments.items() if isinstance(v, Iterator)]
@@ -292,22 +298,30 @@ class ParallelPipeline:
                     reason += "; mode='threads' needs no other processes"
         return reason
 
+    @property
+    def _lane(self) -> bool:
+        """Whether steps ahead of the leader's loop may be evaluated on its own device."""
+        options = self._options
+        strides = options["max_stride"] != 1 and options["policy"] == "verified"
+        return strides and options["tolerance"] > 0
+
     def _refresh(self) -> None:
         """Replicas of the pipe as it is now: made again where its weights or modules changed."""
         if self._far is not None:
             self._far.refresh(self.pipe)
-            return
         now = fingerprint(self.pipe)
         if now != self._made_from:
             self._replicas.clear()
             self._made_from = now
-        for rank, device in enumerate(self.devices[1:], 1):
-            if rank not in self._replicas:
+        for rank, device in enumerate(self.devices):
+            here = self._lane if rank == 0 else self._far is None
+            if here and rank not in self._replicas:
                 self._replicas[rank] = replicate(self.pipe, device)
-            refresh(self._replicas[rank], self.pipe)
+        for replica in self._replicas.values():
+            refresh(replica, self.pipe)
 
     def _report_on(
-        self, leading: Leading, followers: _Followers | FarFollowers | None, began: float
+        self, leading: Leading, followers: list[_Followers | FarFollowers], began: float
     ) -> None:
         """The core's report with times from the call's beginning, and what ran without the core."""
         if leading.leader is None:
@@ -319,13 +333,15 @@ class ParallelPipeline:
                 r._replace(begin=r.begin + leading.opened, end=r.end + leading.opened)
                 for r in report.timeline
             ]
-        alone = leading.evaluated - report.rounds
-        report.accepted = report.accepted + [1] * max(alone, 0)
+        alone = leading.evaluated - leading.submitted
+        report.accepted = report.accepted + [1] * alone
         report.steps = leading.steps
-        report.rounds = report.evaluations[0] = leading.evaluated
-        if followers is not None:
-            for rank, evaluated in followers.evaluated.items():
-                report.evaluations[rank] = evaluated
+        report.rounds += alone
+        report.evaluations[0] = leading.evaluated
+        for some in followers:
+            for rank, evaluated in some.evaluated.items():
+                own = leading.evaluated if rank == 0 else 0  # beside its lane's
+                report.evaluations[rank] = own + evaluated
         report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
         report.seconds, report.fallback = time.perf_counter() - began, leading.reason
         if self._options["policy"] == "verified":
@@ -346,7 +362,7 @@ class _Followers:
         self._arguments = own_copy(_without_callbacks(bound))
         self._context = HostContext()
         self._random = {
-            device: cloned_global_generator(device).get_state() for device in self._devices[1:]
+            device: cloned_global_generator(device).get_state() for device in self._devices
         }
         self._threads: dict[int, threading.Thread] = {}
 
@@ -355,18 +371,27 @@ class _Followers:
         raised what is wrong with the arguments.
         """
         finish_work(*self._devices)
-        for rank, device in enumerate(self._devices[1:], 1):
-            following = Following(self._replicas[rank], rank, self._call, device)
-            random = torch.Generator(device)
-            random.set_state(self._random[device])
-            body = functools.partial(following.run, lambda: own_copy(self._arguments), random)
-            # The leader keeps its own number of threads, which its bits may depend on.
-            intraop = 1 if device.type == "cpu" else None
-            self.ranks[rank] = following
-            try:
-                self._threads[rank] = self._context.start(body, name_of(rank), intraop, device)
-            except RuntimeError as error:  # no more threads
-                self._call.fail(rank, describe(error))
+        for rank in range(1, self._call.ranks):
+            if rank in self._replicas:  # the others are in processes of their own
+                self._start(rank)
+
+    def start_lane(self) -> None:
+        """A follower on the leader's own device, once steps ahead of its loop are wanted."""
+        self._start(0)
+
+    def _start(self, rank: int) -> None:
+        device = self._devices[rank]
+        following = Following(self._replicas[rank], rank, self._call, device)
+        random = torch.Generator(device)
+        random.set_state(self._random[device])
+        body = functools.partial(following.run, lambda: own_copy(self._arguments), random)
+        # The leader keeps its own number of threads, which its bits may depend on.
+        intraop = 1 if device.type == "cpu" else None
+        self.ranks[rank] = following
+        try:
+            self._threads[rank] = self._context.start(body, name_of(rank), intraop, device)
+        except RuntimeError as error:  # no more threads
+            self._call.fail(rank, describe(error))
 
     @property
     def evaluated(self) -> dict[int, int]:
@@ -382,6 +407,15 @@ class _Followers:
             thread.join(0.05 if rank in lost else max(patience - time.monotonic(), 0.0))
             if thread.is_alive() or rank in lost:
                 self._replicas.pop(rank, None)
+
+
+def _start(followers: list[_Followers | FarFollowers]) -> None:
+    for some in followers:
+        some.start()
+
+
+def _gather(some: _Followers | FarFollowers, leading: Leading) -> None:
+    some.gather(_lost(leading))
 
 
 def _lost(leading: Leading) -> set[int]:

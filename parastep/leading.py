@@ -39,6 +39,7 @@ class Leading:
     """Hooks on the user's pipeline for one call.
 
     `begin` is called when the loop begins, before its first denoiser call: the time for followers.
+    `open_lane` is called after the first step, where steps ahead of the loop will be evaluated.
     """
 
     def __init__(
@@ -48,14 +49,16 @@ class Leading:
         generator: Any,
         options: dict[str, Any],
         begin: Callable[[], None],
+        open_lane: Callable[[], None],
     ) -> None:
         self.pipe, self.call, self.options = pipe, call, options
-        self.generator, self._begin = generator, begin
+        self.generator, self._begin, self._open_lane = generator, begin, open_lane
         self.leader: _core.Leader | None = None
-        self.active = call.ranks > 1  # the core is asked
+        self.active = call.ranks > 1 or call.lane  # the core is asked
         self.reason: str | None = None  # why it is not any more
         self.steps = 0  # calls of the scheduler's step so far
         self.evaluated = 0  # those whose denoisers ran
+        self.submitted = 0  # and whose output the core took
         self.opened = 0.0  # seconds from the call's beginning to the run's
         self.watch: Watch | None = None
         self._began = time.perf_counter()
@@ -329,14 +332,26 @@ class Leading:
         self._shown = []
         program = first.traced.program(noise_ahead=True)
         x = self._as_latent(x)
+        self.call.lane = lane = self.call.lane and program.strides
+        if self.call.ranks == 1 and not lane:
+            self.active = False
+            return
         self.leader = self._told(self.call.lead, program, x, self.options)
         if self.leader is None:
             return
+        if lane:
+            self._open_lane()
         self.opened = time.perf_counter() - self._began
         patience = self.options["deadline"] or max(60.0, 10 * self.opened)
         self.call.open(self.leader, result, patience)
         self._told(self.leader.ask, 0, x)
-        self._told(self.leader.submit, m.contiguous(), self._forward_ns)
+        self._submit(m)
+
+    def _submit(self, m: torch.Tensor) -> None:
+        leader = self.leader
+        assert leader is not None
+        self.submitted += 1
+        self._told(leader.submit, m.contiguous(), self._forward_ns)
 
     def _timesteps(self, scheduler: Any, first: Any) -> Any:
         """What the loop will hand to step, by the scheduler's list from the first one on."""
@@ -366,7 +381,7 @@ class Leading:
         if self._asked is None or not is_rounded(self._asked, x):
             self._correct(x)
         if self._answer is None and self.active and self.leader is not None:
-            self._told(self.leader.submit, m.detach().contiguous(), self._forward_ns)
+            self._submit(m.detach())
 
     def _correct(self, x: torch.Tensor) -> None:
         """The sample that the step is handed is not what the core was asked with: it measures and

@@ -112,23 +112,43 @@ static ps_status measure_gap(const ps_leader *leader, double *gap)
   return status;
 }
 
-ps_status ps__interpolate(ps_leader *leader, int step, double *gap)
+/* m at step by the polynomial through the support, and by the one of a degree less. */
+static ps_status combine(ps_leader *leader, const known *support, int count, int step, double *gap)
 {
-  known support[POINTS];
-  ps_term term[POINTS];
-  double weight[2 * POINTS];
-  int count = take_support(leader, step, support), outs = count > 1 ? 2 : 1;
+  ps_term term[POINTS] = {{NULL, PS_NONE}};
+  double weight[2 * POINTS] = {0};
+  int outs = count > 1 ? 2 : 1;
   *gap = 0.0;
   weigh(support, count, -1, step, weight);
   weigh(support, count, farthest(support, count, step), step, weight + count);
   for (int k = 0; k < count; ++k) {
     term[k] = (ps_term){support[k].m, leader->layout.m};
   }
-  ps_status status = ps__guess_between(leader, step, leader->between_x);
-  if (status == PS_OK) {
-    status =
-        leader->backend->lincomb(leader->backend, leader->layout.items * leader->layout.size, outs,
-                                 count, weight, term, leader->between_m, leader->layout.m);
-  }
+  ps_status status =
+      leader->backend->lincomb(leader->backend, leader->layout.items * leader->layout.size, outs,
+                               count, weight, term, leader->between_m, leader->layout.m);
   return status == PS_OK && outs == 2 ? measure_gap(leader, gap) : status;
+}
+
+ps_status ps__interpolate(ps_leader *leader, int step, double *gap)
+{
+  known support[POINTS];
+  int count = take_support(leader, step, support);
+  ps_status status = ps__guess_between(leader, step, leader->between_x);
+  return status == PS_OK ? combine(leader, support, count, step, gap) : status;
+}
+
+ps_status ps__leave_one_out(ps_leader *leader, int *step, double *gap)
+{
+  known support[POINTS];
+  int count = 0;
+  for (int back = POINTS + 1; back >= 1; --back) {
+    const ps__anchor *anchor = &leader->anchor[(leader->anchors - back) % leader->anchors_max];
+    if (back == 2) {
+      *step = anchor->step;
+    } else {
+      support[count++] = (known){anchor->step, anchor->m};
+    }
+  }
+  return combine(leader, support, count, *step, gap);
 }

@@ -92,7 +92,7 @@ typedef struct ps__anchor {
 } ps__anchor;
 
 enum {
-  PS__DEGREE = 2,               /* of the interpolation between nodes */
+  PS__DEGREE = 3,               /* of the interpolation between nodes */
   PS__ANCHORS = PS__DEGREE + 3, /* anchors that a round begins with at most */
   PS__SPAN_MAX = 1024,          /* steps from the first node of a round to its last */
 };
@@ -102,10 +102,13 @@ enum {
 typedef struct ps__pace {
   bool strided;         /* nodes may lie further apart than one step */
   double *clock;        /* (steps + 1), ascending */
+  double *drift_cost;   /* (steps) tolerance spent by a drift of 1, in units of s */
+  double *gap_cost;     /* (steps) tolerance spent by a gap of 1, see ps__afford */
   double stride;        /* of the round at hand, in the clock's units */
   int newest;           /* step of the newest anchor, -1 = none */
   int first;            /* frontier where the round at hand began */
-  double drifted, gaps; /* estimated error of x so far in this round: from drift, from gaps */
+  int between;          /* steps that it has answered between nodes */
+  double drifted, gaps; /* tolerance that it has spent on drift, on gaps */
   double missed;        /* gaps, with the step measured last whether it was accepted or not */
 } ps__pace;
 
@@ -191,15 +194,15 @@ static inline ps_status ps__sweep(const ps_leader *leader, const ps_sweep *sweep
 
 /* pace.c */
 void ps__pace_begin(ps_leader *leader); /* once, when the clock has its room */
-/* The stride of the round about to begin; whether the host has to evaluate its first step. */
-bool ps__pace_round(ps_leader *leader);
+/* The stride of the round about to begin; *exact: the host has to evaluate its first step. */
+ps_status ps__pace_round(ps_leader *leader, bool *exact);
 /* Whether the step at hand may be answered: drift in units of s, gap is the rms difference of two
  * interpolations of m, 0 at a node.  If so, it is charged to the round. */
 bool ps__afford(ps_leader *leader, double drift, double gap);
 
 /* plan.c: writes the nodes of a round that begins at the present step, and returns how many there
  * are: at most what the ranks alive can hold.  exact: the host evaluates the present step. */
-int ps__plan(const ps_leader *leader, bool exact, ps__node *nodes);
+int ps__plan(ps_leader *leader, bool exact, ps__node *nodes);
 
 /* guess.c: the points of nodes from the trajectory, the anchors, the carried nodes and the program,
  * all in one pass of the backend. */
@@ -213,6 +216,8 @@ bool ps__is_between(const ps_leader *leader, int step);
 /* m of a step between nodes, interpolated at its guess, both left in the leader's scratch; *gap is
  * how far one degree less would be off, as for ps__afford. */
 ps_status ps__interpolate(ps_leader *leader, int step, double *gap);
+/* The same for the newest anchor but one, from the anchors around it; leader has DEGREE + 2. */
+ps_status ps__leave_one_out(ps_leader *leader, int *step, double *gap);
 
 /* links.c: the leader's side of the wire. */
 

@@ -110,6 +110,7 @@ static ps_status take_answer(ps_leader *leader, const ps__node *node)
   count_step(leader);
   if (node == NULL) {
     ++leader->interpolated;
+    ++leader->pace.between;
     return PS_OK;
   }
   if (node->record >= 0) {
@@ -167,15 +168,18 @@ static int plan_first(ps_leader *leader)
   return count;
 }
 
-static int plan_round(ps_leader *leader, bool alone)
+static ps_status plan_round(ps_leader *leader, bool alone, int *count)
 {
   int step = leader->step, steps = leader->program->steps;
   bool warm = leader->options.policy == PS_PAPER && step < leader->options.warmup;
-  bool exact = ps__pace_round(leader);
+  bool exact;
+  ps_status status = ps__pace_round(leader, &exact);
   if (alone || leader->fallback[0] != '\0' || step >= steps || steps == 1 || (warm && step > 0)) {
-    return plan_alone(leader);
+    *count = plan_alone(leader);
+  } else {
+    *count = step > 0 ? ps__plan(leader, exact, leader->fresh) : plan_first(leader);
   }
-  return step > 0 ? ps__plan(leader, exact, leader->fresh) : plan_first(leader);
+  return status;
 }
 
 static ps_status write_points(ps_leader *leader, int count)
@@ -193,8 +197,11 @@ static ps_status write_points(ps_leader *leader, int count)
 
 static ps_status begin_round(ps_leader *leader, bool alone)
 {
-  int count = plan_round(leader, alone);
-  ps_status status = write_points(leader, count);
+  int count;
+  ps_status status = plan_round(leader, alone, &count);
+  if (status == PS_OK) {
+    status = write_points(leader, count);
+  }
   if (status != PS_OK) {
     return status;
   }

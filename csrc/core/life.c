@@ -10,8 +10,7 @@
 
 void ps_options_init(ps_options *options)
 {
-  *options = (ps_options){
-      .policy = PS_VERIFIED, .tolerance = 0.02, .order = 1, .warmup = 5, .max_stride = 1};
+  *options = (ps_options){.policy = PS_VERIFIED, .tolerance = 0.02, .order = 1, .warmup = 5};
 }
 
 static ps_status check_options(const ps_options *options)
@@ -125,6 +124,8 @@ static void carve_leader(ps_leader *leader, ps__arena *arena, ps_link *const *li
   leader->node = ps__carve(arena, window + 1, sizeof(ps__node));
   leader->fresh = ps__carve(arena, window + 1, sizeof(ps__node));
   leader->pace.clock = ps__carve(arena, (size_t)leader->program->steps + 1, sizeof(double));
+  leader->pace.drift_cost = ps__carve(arena, (size_t)leader->program->steps, sizeof(double));
+  leader->pace.gap_cost = ps__carve(arena, (size_t)leader->program->steps, sizeof(double));
   carve_anchors(leader, arena);
   leader->row_term = ps__carve(arena, row, sizeof(ps_term));
   leader->row_weight = ps__carve(arena, row, sizeof(double));

@@ -27,21 +27,20 @@ static int room_ahead(const ps_leader *leader)
 /* ---- steps ----------------------------------------------------------------------------------- */
 
 typedef struct ruler {
-  int base;      /* the step that strides are counted from */
-  double stride; /* in the clock's units */
-  int marks;     /* strides laid so far */
+  int base;  /* the step that strides are counted from */
+  int marks; /* strides laid so far */
 } ruler;
 
 /* Strides are counted from the last accepted node, or from the frontier where it is evaluated;
  * never so long that ranks idle near the end. */
-static ruler lay_ruler(const ps_leader *leader, bool exact)
+static ruler lay_ruler(ps_leader *leader, bool exact)
 {
   const double *clock = leader->pace.clock;
   int last = leader->program->steps - 1, room = room_ahead(leader) - (exact ? 1 : 0);
-  ruler along = {exact ? leader->step : leader->pace.newest, leader->pace.stride, 0};
+  ruler along = {exact ? leader->step : leader->pace.newest, 0};
   double left = (clock[last] - clock[along.base]) / (room > 0 ? room : 1);
-  if (along.base < last && left < along.stride) {
-    along.stride = left;
+  if (along.base < last && left < leader->pace.stride) {
+    leader->pace.stride = left;
   }
   return along;
 }
@@ -53,7 +52,7 @@ static int next_step(const ps_leader *leader, ruler *along, int before)
   enum { SPAN_MAX = PS__SPAN_MAX };
   const double *clock = leader->pace.clock;
   int steps = leader->program->steps, most = leader->options.max_stride;
-  double mark = clock[along->base] + ++along->marks * along->stride;
+  double mark = clock[along->base] + ++along->marks * leader->pace.stride;
   int from = before >= leader->step ? before + 1 : leader->step, step = from;
   while (step + 1 < steps && fabs(clock[step + 1] - mark) < fabs(clock[step] - mark)) {
     ++step;
@@ -102,7 +101,7 @@ static int hand_out(const ps_leader *leader, ruler *along, int step, int taken, 
   return count;
 }
 
-int ps__plan(const ps_leader *leader, bool exact, ps__node *nodes)
+int ps__plan(ps_leader *leader, bool exact, ps__node *nodes)
 {
   exact = exact || room_ahead(leader) == 0 || (leader->lane && leader->rank[0].link == NULL);
   ruler along = lay_ruler(leader, exact);

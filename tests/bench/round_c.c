@@ -154,6 +154,7 @@ int main(void)
   ps_program *program;
   ps_options options;
   ps_options_init(&options);
+  options.max_stride = 1;
   options.tolerance = INFINITY;
   for (int j = 0; j <= STEPS; ++j) {
     sigma[j] = 10.0 * (STEPS - j) / STEPS;

@@ -260,6 +260,7 @@ void stage_set(stage *on, ps_program *program, int ranks, size_t items, size_t s
   on->ranks = ranks;
   on->layout = (ps_layout){items, size, x, m};
   ps_options_init(&on->options);
+  on->options.max_stride = 1; /* test_strided.c has the others */
 }
 
 /* A carrier's context: the other end's inbox, which it releases in the end. */
@@ -350,7 +351,10 @@ void stage_open(stage *on)
     *self = (stage_rank){.on = on, .rank = rank};
     on->slots[rank] = on->slots[rank] > 0 ? on->slots[rank] : 1;
     links[rank] = NULL;
-    if (rank > 0) {
+    if (rank == 0 && on->lane) {
+      on->lane_rank = (stage_rank){.on = on};
+      links[0] = start_follower(on, &on->lane_rank);
+    } else if (rank > 0) {
       links[rank] = on->link != NULL ? on->link(on, rank) : start_follower(on, self);
     }
   }
@@ -364,7 +368,18 @@ void stage_end(stage *on)
   for (int rank = 1; rank < on->ranks && on->link == NULL && !on->ended; ++rank) {
     CHECK_EQ(pthread_join(on->rank[rank].thread, NULL), 0);
   }
+  if (on->lane && !on->ended) {
+    CHECK_EQ(pthread_join(on->lane_rank.thread, NULL), 0);
+  }
   on->ended = true;
+}
+
+static void forget_points(stage_rank *self)
+{
+  for (int k = 0; k < self->seen; ++k) {
+    free(self->point[k]);
+  }
+  self->seen = 0;
 }
 
 void stage_close(stage *on)
@@ -372,11 +387,9 @@ void stage_close(stage *on)
   ps_leader_destroy(on->leader);
   on->leader = NULL;
   for (int rank = 0; rank < on->ranks; ++rank) {
-    for (int k = 0; k < on->rank[rank].seen; ++k) {
-      free(on->rank[rank].point[k]);
-    }
-    on->rank[rank].seen = 0;
+    forget_points(&on->rank[rank]);
   }
+  forget_points(&on->lane_rank);
 }
 
 ps_report stage_report(const stage *on)
@@ -437,11 +450,14 @@ static ps_status tell_noise(const stage *on, int *told)
   return status;
 }
 
+/* m is NULL where all that is to be evaluated lies ahead. */
 static ps_status evaluate_own(stage *on, int step, const void *x, void *m)
 {
   ps_work work;
   ps_status status = ps_leader_work(on->leader, &work);
-  stage_evaluate(&on->rank[0], step, x, m);
+  if (m != NULL) {
+    stage_evaluate(&on->rank[0], step, x, m);
+  }
   for (int k = 0; status == PS_OK && k < work.count; ++k) {
     stage_evaluate(&on->rank[0], work.step[k], work.point[k], work.output[k]);
   }
@@ -453,13 +469,8 @@ static ps_status evaluate_ahead(stage *on, int step, const void *x, void *m, ps_
 {
   ps_status status = PS_OK;
   while (status == PS_OK && *verdict == PS_AHEAD) {
-    ps_work work;
-    status = ps_leader_work(on->leader, &work);
-    for (int k = 0; status == PS_OK && k < work.count; ++k) {
-      stage_evaluate(&on->rank[0], work.step[k], work.point[k], work.output[k]);
-    }
     ++on->verdicts[PS_AHEAD];
-    status = status == PS_OK ? ps_leader_submit(on->leader, NULL, output_dtype(on), 0) : status;
+    status = evaluate_own(on, step, x, NULL);
     status = status == PS_OK ? ps_leader_ask(on->leader, step, x, m, verdict) : status;
   }
   return status;

@@ -38,6 +38,7 @@ struct stage {
   ps_options options;
   int ranks;
   int slots[STAGE_RANKS];   /* 0 = 1 */
+  bool lane;                /* rank 0 has a follower too */
   const void *noise;        /* (steps, items, size) of layout.x, or NULL */
   bool keeps_noise_to_self; /* the host draws noise that it tells the library nothing of */
   /* m at element i of x, at a step; NULL = stage_f. */
@@ -58,7 +59,8 @@ struct stage {
   /* The run. */
   ps_leader *leader;
   stage_rank rank[STAGE_RANKS];
-  ps_status failure; /* the leader's first status other than PS_OK; the host stops there */
+  stage_rank lane_rank; /* rank 0's follower */
+  ps_status failure;    /* the leader's first status other than PS_OK; the host stops there */
   bool ended;
   int verdicts[3]; /* how often it was told to evaluate, answered, and told to evaluate ahead */
 };

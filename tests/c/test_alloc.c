@@ -105,6 +105,7 @@ static ps_status live(void *ctx)
   ps_leader *leader = NULL;
   ps_options options;
   ps_options_init(&options);
+  options.max_stride = 1;
   ps_status status = make_followers(links, followers);
   status = status ? status : ps_program_create(6, 1, a, b, b, NULL, NULL, NULL, &program);
   ps_link *ends[RANKS] = {NULL, links[0], links[1], links[2]};

@@ -369,6 +369,7 @@ TEST(follower_calls_out_of_order)
   float x[4] = {1, 2, 3, 4}, m[4] = {0};
   ps_wait soon = {0, NULL, NULL};
   ps_options_init(&options);
+  options.max_stride = 1;
   CHECK_OK(ps_threads_open(&layout, 1, &here, &there));
   CHECK_OK(ps_follower_create(&layout, there, &follower));
   CHECK_OK(ps_leader_create(program, &layout, &options, ps_backend_find("cpu"),

@@ -37,9 +37,7 @@ PARALLEL = [name for name in tiny.CASES if name not in SERIAL]
 VARYING = ("sd3_slg",)  # more denoiser calls in some iterations than in others
 
 
-def call(
-    name: str, ranks: int, tolerance: float, **kwargs: Any
-) -> tuple[torch.Tensor, Any, Any]:
+def call(name: str, ranks: int, tolerance: float, **kwargs: Any) -> tuple[torch.Tensor, Any, Any]:
     """The result of a parallel call, its report, and the generator it drew from."""
     case, pipe = tiny.CASES[name], parallel(host(name), ranks, tolerance)
     given = case.kwargs(**kwargs)

@@ -239,9 +239,9 @@ CASES = [
     case("VQDiffusion", NONE, num_vec_classes=10),
 ]  # fmt: skip
 
+
 def present(cases: list[Case]) -> list[Case]:
-    """Those that this version of diffusers has: `test_no_scheduler_is_left_out` looks at the rest.
-    """
+    """Those that this version of diffusers has: `test_no_scheduler_is_left_out` looks at the rest."""
     return [c for c in cases if hasattr(library, c.name)]
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import gc
 import inspect
 import math
@@ -47,6 +48,9 @@ except ImportError:
 
 needs_torch = pytest.mark.skipif(torch is None, reason="no torch")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+
+# Every step is evaluated by some rank; test_strided.py has the others.
+Leader = functools.partial(_core.Leader, max_stride=1)
 
 
 def serve(follower, denoiser=smooth):
@@ -209,7 +213,7 @@ def test_the_clock_is_monotonic():
 
 def test_a_leader_alone():
     program, x = euler(5), latents()
-    leader = _core.Leader(program, x)
+    leader = Leader(program, x)
     given = x
     for step in range(5):
         x = one_step(leader, step, x)
@@ -220,7 +224,7 @@ def test_a_leader_alone():
 
 def test_an_answer_needs_no_model_run():
     program, x = euler(7), latents()
-    leader = _core.Leader(program, x, ranks=3, tolerance=math.inf)
+    leader = Leader(program, x, ranks=3, tolerance=math.inf)
     said = []
     with serving(leader, 3):
         for step in range(7):
@@ -233,13 +237,14 @@ def test_an_answer_needs_no_model_run():
                 leader.submit(smooth(x, step, 0))
             x = leader.advance()
     assert said == [False, False, True, True, False, True, True]
-    wanted, _ = parastep.sample(program, smooth, latents(), ranks=3, tolerance=math.inf)
+    options = {"ranks": 3, "tolerance": math.inf, "max_stride": 1}
+    wanted, _ = parastep.sample(program, smooth, latents(), **options)
     assert same(x, wanted)
 
 
 def test_without_room_for_an_answer_the_host_evaluates():
     program, x = euler(6), latents()
-    leader = _core.Leader(program, x, ranks=3, tolerance=math.inf)
+    leader = Leader(program, x, ranks=3, tolerance=math.inf)
     with serving(leader, 3):
         for step in range(6):
             assert leader.ask(step, x, None) is False
@@ -251,7 +256,7 @@ def test_without_room_for_an_answer_the_host_evaluates():
 
 def test_beyond_the_program_the_host_evaluates():
     x = latents()
-    leader = _core.Leader(euler(2), x, ranks=2, tolerance=math.inf)
+    leader = Leader(euler(2), x, ranks=2, tolerance=math.inf)
     with serving(leader, 2):
         for step in range(5):
             asked = leader.ask(step, x, leader.output())
@@ -266,7 +271,7 @@ def test_an_answer_is_amended():
     """The host edited the latent after the ask: m = f(x^) + g (x - x^) at the new x."""
     program, x = euler(4), latents(dtype="float64")
     points = {}
-    leader = _core.Leader(program, x, ranks=2, tolerance=math.inf)
+    leader = Leader(program, x, ranks=2, tolerance=math.inf)
 
     def keeping(x, step, rank):
         points[step] = x
@@ -302,7 +307,7 @@ def test_a_latent_is_amended_before_its_output():
 def test_ranks_with_several_slots(slots):
     """All steps of a rank come as one batch; the leader's own beside the exact one."""
     program, x, batches = euler(17), latents(), []
-    leader = _core.Leader(program, x, ranks=2, slots=slots, tolerance=math.inf)
+    leader = Leader(program, x, ranks=2, slots=slots, tolerance=math.inf)
 
     def own(follower):
         while (work := follower.next()) is not None:
@@ -357,7 +362,7 @@ def test_moved_points_are_measured():
 
 def test_speculation_stops_when_told():
     program, x = euler(8), latents()
-    leader = _core.Leader(program, x, ranks=3, tolerance=math.inf)
+    leader = Leader(program, x, ranks=3, tolerance=math.inf)
     with serving(leader, 3):
         for step in range(8):
             if step == 5:
@@ -1016,20 +1021,25 @@ FORK = """
 
 @needs_fork
 def test_a_child_may_sample():
-    script = FORK + """
+    script = (
+        FORK
+        + """
     in_child(check_sample)       # after import alone
     check_sample()
     in_child(check_sample)       # after a run
     in_child(lambda: in_child(check_sample))
     check_sample()
     """
+    )
     done = run_script(script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @needs_fork
 def test_a_run_carried_into_a_child_is_refused():
-    script = FORK + """
+    script = (
+        FORK
+        + """
     import gc
     x = latents()
     leader = _core.Leader(euler(6), x, ranks=3, tolerance=0)
@@ -1093,6 +1103,7 @@ def test_a_run_carried_into_a_child_is_refused():
     assert same(latest, exact(euler(6), smooth, x))
     assert leader.report()["failures"] == []
     """
+    )
     done = run_script(script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -1100,7 +1111,9 @@ def test_a_run_carried_into_a_child_is_refused():
 @needs_fork
 def test_a_child_of_a_denoiser():
     """Forked in the middle of a run, in the leader's thread."""
-    script = FORK + """
+    script = (
+        FORK
+        + """
     def forking(x, step, rank):
         if rank == 0 and step == 2:
             in_child(check_sample)
@@ -1110,6 +1123,7 @@ def test_a_child_of_a_denoiser():
     found, report = parastep.sample(euler(6), forking, x, ranks=4, tolerance=0)
     assert same(found, exact(euler(6), smooth, x)) and not report.failures
     """
+    )
     done = run_script(script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -41,6 +41,9 @@ except ImportError:
 
 needs_torch = pytest.mark.skipif(torch is None, reason="no torch")
 
+# Every step is evaluated by some rank; test_strided.py has the others.
+sample = functools.partial(parastep.sample, max_stride=1)
+
 DTYPES = [
     "float32",
     "float16",
@@ -71,7 +74,7 @@ def test_tolerance_0_is_exact(dtype, ranks):
     steps = 6
     program, x = multistep(steps), latents(dtype=dtype)
     before = bits(x)
-    found, report = parastep.sample(program, smooth, x, ranks=ranks, tolerance=0)
+    found, report = sample(program, smooth, x, ranks=ranks, tolerance=0)
     assert same(found, exact(program, smooth, x))
     assert bits(x) == before
     assert (report.steps, report.ranks, report.rounds) == (steps, ranks, steps)
@@ -115,14 +118,14 @@ def test_any_program(name):
     program, x = dict(builders())[name], latents(dtype="float64") / 10
     wanted = exact(program, smooth, x)
     for ranks in (2, 4, 8):
-        found, report = parastep.sample(program, smooth, x, ranks=ranks, tolerance=0)
+        found, report = sample(program, smooth, x, ranks=ranks, tolerance=0)
         assert same(found, wanted) and report.accepted == [1] * 13
         for policy, warm in (("verified", 1), ("paper", 3)):
             options = {"ranks": ranks, "policy": policy, "warmup": warm, "tolerance": math.inf}
-            _, report = parastep.sample(program, smooth, x, **options)
+            _, report = sample(program, smooth, x, **options)
             assert report.rounds == warm + math.ceil((13 - warm) / ranks)
             assert report.failures == []
-        found, report = parastep.sample(program, smooth, x, ranks=ranks, tolerance=1e-3)
+        found, report = sample(program, smooth, x, ranks=ranks, tolerance=1e-3)
         assert np.abs(found - wanted).max() < 0.03 * np.abs(wanted).max()
 
 
@@ -130,7 +133,7 @@ def test_tolerance_0_accepts_not_even_a_perfect_guess():
     def nothing(x, step, rank):
         return np.zeros_like(x)
 
-    _, report = parastep.sample(euler(5), nothing, latents() * 0, ranks=3, tolerance=0)
+    _, report = sample(euler(5), nothing, latents() * 0, ranks=3, tolerance=0)
     assert report.accepted == [1] * 5
     assert report.drift[2:] == [0.0] * 3
 
@@ -138,7 +141,7 @@ def test_tolerance_0_accepts_not_even_a_perfect_guess():
 @pytest.mark.parametrize("ranks", RANKS)
 def test_noise_leaves_the_result_exact(ranks):
     program, x, z = drawing(7), latents(), noise_of(7)
-    found, report = parastep.sample(program, smooth, x, ranks=ranks, tolerance=0, noise=z)
+    found, report = sample(program, smooth, x, ranks=ranks, tolerance=0, noise=z)
     assert same(found, exact(program, smooth, x, noise=z))
     assert not same(found, exact(program, smooth, x, noise=0 * z))
     assert report.evaluations == evaluations_at_0(7, ranks)
@@ -150,7 +153,7 @@ def test_noise_leaves_the_result_exact(ranks):
 def test_more_ranks_than_steps(steps, order, policy):
     program, x = multistep(steps), latents()
     options = {"ranks": 8, "order": order, "policy": policy, "warmup": steps, "tolerance": 0}
-    found, report = parastep.sample(program, smooth, x, **options)
+    found, report = sample(program, smooth, x, **options)
     assert same(found, exact(program, smooth, x))
     assert report.rounds == steps
     assert sum(report.accepted) == steps
@@ -162,7 +165,7 @@ def test_shapes():
     program = euler(5)
     for shape in [(), (1,), (5,), (1, 1), (3, 1), (1, 5), (2, 3, 4, 5), (1,) * 8, (2,) * 8]:
         x = latents(shape)
-        found, report = parastep.sample(program, smooth, x, ranks=3, tolerance=0)
+        found, report = sample(program, smooth, x, ranks=3, tolerance=0)
         assert same(found, exact(program, smooth, x)), shape
         assert report.failures == [], shape
 
@@ -176,12 +179,13 @@ def test_shapes():
 def test_rounds_without_a_limit(steps, ranks, dtype):
     denoiser = Gaussian(steps)
     program, x = euler(steps), latents(dtype=dtype)
-    found, report = parastep.sample(program, denoiser, x, ranks=ranks, tolerance=math.inf)
+    found, report = sample(program, denoiser, x, ranks=ranks, tolerance=math.inf)
     windows = math.ceil((steps - 1) / ranks)
     assert report.rounds == 1 + windows
-    assert report.accepted == [1, *([ranks] * (windows - 1)), steps - 1 - ranks * (windows - 1)][
-        : 1 + windows
-    ]
+    assert (
+        report.accepted
+        == [1, *([ranks] * (windows - 1)), steps - 1 - ranks * (windows - 1)][: 1 + windows]
+    )
     assert report.evaluations[0] == report.rounds
     assert report.answered == steps - report.rounds
     assert type(found) is type(x)
@@ -193,7 +197,7 @@ def test_rounds_without_a_limit(steps, ranks, dtype):
 def test_rounds_of_the_published_rule(warmup, ranks):
     steps = 20
     options = {"ranks": ranks, "policy": "paper", "warmup": warmup, "tolerance": 0}
-    _, report = parastep.sample(euler(steps), Gaussian(steps), latents(), **options)
+    _, report = sample(euler(steps), Gaussian(steps), latents(), **options)
     warm = min(warmup, steps)
     windows = math.ceil((steps - warm) / ranks)
     last = steps - warm - ranks * (windows - 1)
@@ -221,7 +225,7 @@ def published_rule(program, denoiser, x, ranks, warmup):
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_the_published_rule_is_followed(warmup, ranks):
     program, denoiser, x = euler(21), Gaussian(21), latents(dtype="float64")
-    found, _ = parastep.sample(program, denoiser, x, ranks=ranks, policy="paper", warmup=warmup)
+    found, _ = sample(program, denoiser, x, ranks=ranks, policy="paper", warmup=warmup)
     wanted = published_rule(program, denoiser, x, ranks, warmup)
     np.testing.assert_allclose(found, wanted, rtol=1e-10)
     assert np.abs(found - exact(program, denoiser, x)).max() > 1e-3
@@ -238,7 +242,7 @@ def run_recorded(denoiser, *args, **kwargs):
         points[step, rank] = x.copy()
         return denoiser(x, step, rank)
 
-    return (*parastep.sample(args[0], recorded, *args[1:], **kwargs), points)
+    return (*sample(args[0], recorded, *args[1:], **kwargs), points)
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -272,7 +276,7 @@ def test_tolerance_trades_rounds_for_distance(ranks, tolerance):
     steps = 40
     program, denoiser, x = euler(steps), Gaussian(steps), latents((4, 64))
     wanted = exact(program, denoiser, x)
-    found, report = parastep.sample(program, denoiser, x, ranks=ranks, tolerance=tolerance)
+    found, report = sample(program, denoiser, x, ranks=ranks, tolerance=tolerance)
     assert 1 + math.ceil((steps - 1) / ranks) <= report.rounds < steps
     assert sum(report.accepted) == steps
     assert report.answered == steps - report.rounds
@@ -288,7 +292,7 @@ def test_tolerance_trades_rounds_for_distance(ranks, tolerance):
 def test_a_larger_tolerance_takes_no_more_rounds():
     program, denoiser, x = euler(40), Gaussian(40), latents((4, 64))
     rounds = [
-        parastep.sample(program, denoiser, x, ranks=4, tolerance=tolerance)[1].rounds
+        sample(program, denoiser, x, ranks=4, tolerance=tolerance)[1].rounds
         for tolerance in (0, 0.005, 0.05, 0.5, math.inf)
     ]
     assert rounds == sorted(rounds, reverse=True)
@@ -300,7 +304,7 @@ def test_drift_is_the_largest_of_the_batch():
     program, denoiser = euler(10), Gaussian(10)
     x = latents((3, 50), "float64") * np.array([[1.0], [5.0], [0.1]])
     drifts = [
-        parastep.sample(program, denoiser, part, ranks=4, tolerance=0)[1].drift
+        sample(program, denoiser, part, ranks=4, tolerance=0)[1].drift
         for part in (x, *(x[k : k + 1] for k in range(3)))
     ]
     together, alone = np.array(drifts[0]), np.array(drifts[1:])
@@ -316,7 +320,7 @@ def test_guesses_use_the_noise_to_come():
     def constant(x, step, rank):
         return x * 0 + 0.25
 
-    found, report = parastep.sample(program, constant, x, ranks=4, tolerance=1e-9, noise=z)
+    found, report = sample(program, constant, x, ranks=4, tolerance=1e-9, noise=z)
     assert report.rounds == 1 + math.ceil(11 / 4)
     assert np.nanmax(report.drift) < 1e-9
     np.testing.assert_allclose(found, exact(program, constant, x, noise=z), rtol=1e-12)
@@ -325,14 +329,14 @@ def test_guesses_use_the_noise_to_come():
 @pytest.mark.parametrize("convert", [list, tuple, lambda z: np.asfortranarray(z)])
 def test_kinds_of_noise(convert):
     program, x, z = drawing(6), latents(), noise_of(6)
-    found, _ = parastep.sample(program, smooth, x, ranks=3, tolerance=0, noise=convert(z))
+    found, _ = sample(program, smooth, x, ranks=3, tolerance=0, noise=convert(z))
     assert same(found, exact(program, smooth, x, noise=z))
 
 
 def test_noise_of_a_program_that_draws_none_changes_nothing():
     x, z = latents(), noise_of(6)
     z[:] = np.nan
-    found, report = parastep.sample(euler(6), smooth, x, ranks=3, tolerance=0, noise=z)
+    found, report = sample(euler(6), smooth, x, ranks=3, tolerance=0, noise=z)
     assert same(found, exact(euler(6), smooth, x))
     assert report.failures == []
 
@@ -340,7 +344,7 @@ def test_noise_of_a_program_that_draws_none_changes_nothing():
 def test_the_same_seed_gives_the_same_result():
     """Timing never decides a value."""
     program, denoiser, x = euler(30), Gaussian(30), latents()
-    runs = [parastep.sample(program, denoiser, x, ranks=5) for _ in range(5)]
+    runs = [sample(program, denoiser, x, ranks=5) for _ in range(5)]
     for found, report in runs:
         assert same(found, runs[0][0])
         assert report.accepted == runs[0][1].accepted
@@ -374,7 +378,7 @@ def check_timeline(report):
 )
 def test_report(options):
     x = latents((2, 100))
-    _, report = parastep.sample(euler(15), Gaussian(15), x, **options)
+    _, report = sample(euler(15), Gaussian(15), x, **options)
     assert type(report) is Report
     assert (report.steps, report.ranks, report.interpolated) == (15, options["ranks"], 0)
     assert len(report.evaluations) == options["ranks"]
@@ -390,7 +394,7 @@ def test_report(options):
 
 
 def test_a_report_as_a_dict():
-    _, report = parastep.sample(euler(9), Gaussian(9), latents(), ranks=4)
+    _, report = sample(euler(9), Gaussian(9), latents(), ranks=4)
     plain = report.to_dict()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert plain["drift"][0] is None
@@ -415,7 +419,7 @@ def test_outputs_that_are_not_finite_are_counted():
     def broken(x, step, rank):
         return np.full_like(x, -math.inf if step == 3 else 0.0)
 
-    found, report = parastep.sample(euler(5), broken, latents(), ranks=1)
+    found, report = sample(euler(5), broken, latents(), ranks=1)
     assert report.not_finite == 1
     assert not np.isfinite(found).any()
 
@@ -435,13 +439,17 @@ def test_tensors_are_private(dtype):
             kept.extend((tensor, bits(tensor)) for tensor in (x, output))
         return output
 
-    found, _ = parastep.sample(program, keeping, x, ranks=4, tolerance=0)
+    found, _ = sample(program, keeping, x, ranks=4, tolerance=0)
     kept.append((found, bits(found)))
-    parastep.sample(program, smooth, latents(dtype=dtype, seed=5), ranks=4)
+    sample(program, smooth, latents(dtype=dtype, seed=5), ranks=4)
     for tensor, before in kept:
         assert bits(tensor) == before
-    places = [np.asarray(t).__array_interface__["data"][0] if torch is None or
-              not isinstance(t, torch.Tensor) else t.data_ptr() for t, _ in kept]
+    places = [
+        np.asarray(t).__array_interface__["data"][0]
+        if torch is None or not isinstance(t, torch.Tensor)
+        else t.data_ptr()
+        for t, _ in kept
+    ]
     assert len(set(places)) == len(places)
 
 
@@ -457,7 +465,7 @@ def test_a_denoiser_may_edit_its_input(dtype, ranks):
         x += 1e3
         return output
 
-    found, _ = parastep.sample(program, editing, x, ranks=ranks, tolerance=0)
+    found, _ = sample(program, editing, x, ranks=ranks, tolerance=0)
     assert same(found, exact(program, smooth, x))
     assert bits(x) == before
 
@@ -472,7 +480,7 @@ def in_place(x, step, rank):
 def test_a_denoiser_may_return_its_input(dtype, denoiser):
     program, x = multistep(7), latents(dtype=dtype)
     plain = (lambda x, step, rank: x * 0.125) if denoiser is in_place else lambda x, s, r: x * 1
-    found, report = parastep.sample(program, denoiser, x, ranks=4, tolerance=0)
+    found, report = sample(program, denoiser, x, ranks=4, tolerance=0)
     assert same(found, exact(program, plain, x))
     assert report.failures == []
 
@@ -486,7 +494,7 @@ def test_a_denoiser_may_return_one_buffer_every_time(dtype):
         buffers[rank][...] = smooth(x, step, rank)
         return buffers[rank]
 
-    found, _ = parastep.sample(program, reusing, x, ranks=4, tolerance=0)
+    found, _ = sample(program, reusing, x, ranks=4, tolerance=0)
     assert same(found, exact(program, smooth, x))
 
 
@@ -497,8 +505,8 @@ LAYOUTS = {
     "transposed": lambda x: x.transpose(2, 0, 1).copy().transpose(1, 2, 0),
     "swapped": lambda x: x.astype(x.dtype.newbyteorder()),
     "read-only": lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
-    "unaligned": lambda x: np.frombuffer(b"." + x.tobytes(), "u1")[1:].view(x.dtype).reshape(
-        x.shape
+    "unaligned": lambda x: (
+        np.frombuffer(b"." + x.tobytes(), "u1")[1:].view(x.dtype).reshape(x.shape)
     ),
 }
 
@@ -514,7 +522,7 @@ def test_layouts(layout):
         return lay(smooth(x, step, rank))
 
     options = {"ranks": 3, "tolerance": 0, "noise": [lay(step) for step in z]}
-    found, report = parastep.sample(program, laid_out, lay(x), **options)
+    found, report = sample(program, laid_out, lay(x), **options)
     assert same(found, exact(program, smooth, x, noise=z))
     assert report.failures == []
 
@@ -543,7 +551,7 @@ def test_layouts_of_torch(lay):
     def contiguous(x, step, rank):
         return lay(smooth(x, step, rank)).detach().contiguous()
 
-    found, report = parastep.sample(multistep(6), laid_out, lay(x), ranks=3, tolerance=0)
+    found, report = sample(multistep(6), laid_out, lay(x), ranks=3, tolerance=0)
     assert same(found, exact(multistep(6), contiguous, plain))
     assert report.failures == []
 
@@ -558,7 +566,7 @@ def test_outputs_with_a_graph():
         assert output.requires_grad
         return output
 
-    found, report = parastep.sample(euler(6), denoiser, x, ranks=3, tolerance=0)
+    found, report = sample(euler(6), denoiser, x, ranks=3, tolerance=0)
     assert same(found, exact(euler(6), denoiser, x))
     assert not found.requires_grad and report.failures == []
 
@@ -573,10 +581,10 @@ def test_outputs_of_another_dtype(x, m):
     def denoiser(x, step, rank):
         return smooth(x, step, rank).to(getattr(torch, m))
 
-    found, report = parastep.sample(program, denoiser, start, ranks=4, tolerance=0)
+    found, report = sample(program, denoiser, start, ranks=4, tolerance=0)
     assert same(found, exact(program, denoiser, start))
     assert report.failures == []
-    _, report = parastep.sample(program, denoiser, start, ranks=4, tolerance=math.inf)
+    _, report = sample(program, denoiser, start, ranks=4, tolerance=math.inf)
     assert report.rounds == 3 and report.failures == []
 
 
@@ -597,7 +605,7 @@ def test_other_kinds_of_tensors(kind):
         types.add(type(x))
         return smooth(np.asarray(x), step, rank)
 
-    found, report = parastep.sample(euler(6), denoiser, given, ranks=3, tolerance=0)
+    found, report = sample(euler(6), denoiser, given, ranks=3, tolerance=0)
     assert types == {wanted} and type(found) is wanted
     assert bits(found) == bits(exact(euler(6), smooth, latents((12,))))
     assert report.failures == []
@@ -605,7 +613,7 @@ def test_other_kinds_of_tensors(kind):
 
 def test_large_latents():
     x = latents((3, 5, 1001))
-    found, _ = parastep.sample(multistep(5), smooth, x, ranks=4, tolerance=0)
+    found, _ = sample(multistep(5), smooth, x, ranks=4, tolerance=0)
     assert same(found, exact(multistep(5), smooth, x))
 
 
@@ -622,7 +630,7 @@ def seen_by_ranks(look, ranks=4, steps=6, x=None):
         return x * 0.5
 
     x = latents() if x is None else x
-    _, report = parastep.sample(euler(steps), denoiser, x, ranks=ranks, tolerance=0)
+    _, report = sample(euler(steps), denoiser, x, ranks=ranks, tolerance=0)
     assert report.failures == [] and sorted(seen) == list(range(ranks))
     return [seen[rank] for rank in range(ranks)]
 
@@ -725,13 +733,13 @@ def test_a_number_of_threads_for_followers_alone():
 def test_threads_may_sample_at_once(threads):
     program, denoiser = euler(12), Gaussian(12)
     starts = [latents(seed=k) for k in range(threads)]
-    wanted = [parastep.sample(program, denoiser, x, ranks=3)[0] for x in starts]
+    wanted = [sample(program, denoiser, x, ranks=3)[0] for x in starts]
     found, barrier = {}, threading.Barrier(threads)
 
     def work(k):
         barrier.wait()
         for _ in range(5):
-            found[k] = parastep.sample(program, denoiser, starts[k], ranks=3)[0]
+            found[k] = sample(program, denoiser, starts[k], ranks=3)[0]
 
     workers = [threading.Thread(target=work, args=(k,)) for k in range(threads)]
     for worker in workers:
@@ -746,12 +754,12 @@ def test_a_denoiser_may_sample():
     inner = euler(4)
 
     def nested(x, step, rank):
-        refined, report = parastep.sample(inner, smooth, x, ranks=2, tolerance=0)
+        refined, report = sample(inner, smooth, x, ranks=2, tolerance=0)
         assert report.failures == []
         return smooth(refined, step, rank)
 
     x = latents()
-    found, report = parastep.sample(euler(5), nested, x, ranks=3, tolerance=0)
+    found, report = sample(euler(5), nested, x, ranks=3, tolerance=0)
     assert same(found, exact(euler(5), nested, x))
     assert report.failures == []
 
@@ -781,7 +789,7 @@ def test_denoisers_of_all_kinds():
         lambda x, step, rank: generators[rank].send((x, step, rank)),
         lambda *args: smooth(*args),
     ]:
-        found, report = parastep.sample(euler(5), denoiser, x, ranks=3, tolerance=0)
+        found, report = sample(euler(5), denoiser, x, ranks=3, tolerance=0)
         assert same(found, wanted)
         assert report.failures == []
 
@@ -797,7 +805,7 @@ def test_references_are_given_back():
         for ranks in (1, 4):
             for tolerance in (0, 0.02, math.inf):
                 options = {"ranks": ranks, "tolerance": tolerance, "noise": z}
-                parastep.sample(program, denoiser, x, **options)
+                sample(program, denoiser, x, **options)
 
     work()
     gc.collect()
@@ -815,7 +823,7 @@ def test_memory_does_not_grow():
 
     def work(times):
         for _ in range(times):
-            parastep.sample(program, denoiser, x, ranks=3)
+            sample(program, denoiser, x, ranks=3)
         gc.collect()
 
     tracemalloc.start()
@@ -836,7 +844,7 @@ def test_memory_of_the_core_does_not_grow():
 
     def work(times):
         for _ in range(times):
-            parastep.sample(program, denoiser, x, ranks=3)
+            sample(program, denoiser, x, ranks=3)
         gc.collect()
 
     work(20)
@@ -850,7 +858,7 @@ def test_memory_of_the_core_does_not_grow():
 
 def test_noise_is_needed_where_the_program_draws():
     with pytest.raises(InvalidError, match=r"noise: .*give it, \(N, \*x.shape\)"):
-        parastep.sample(drawing(5), smooth, latents())
+        sample(drawing(5), smooth, latents())
 
 
 @pytest.mark.parametrize(
@@ -872,25 +880,23 @@ def test_noise_is_needed_where_the_program_draws():
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_noise_that_does_not_fit(noise, error, words, ranks):
     with pytest.raises(error, match=words):
-        parastep.sample(drawing(5), smooth, latents(), noise=noise, ranks=ranks)
-    parastep.sample(drawing(5), smooth, latents(), noise=noise_of(5), ranks=ranks)
+        sample(drawing(5), smooth, latents(), noise=noise, ranks=ranks)
+    sample(drawing(5), smooth, latents(), noise=noise_of(5), ranks=ranks)
 
 
 def test_only_ranks_that_are_asked_for():
     for ranks in (np.int64(3), True):
-        _, report = parastep.sample(euler(4), smooth, latents(), ranks=ranks)
+        _, report = sample(euler(4), smooth, latents(), ranks=ranks)
         assert report.ranks == int(ranks)
 
 
 def test_many_ranks():
-    found, report = parastep.sample(euler(3), smooth, latents(), ranks=256, tolerance=0)
+    found, report = sample(euler(3), smooth, latents(), ranks=256, tolerance=0)
     assert same(found, exact(euler(3), smooth, latents()))
     assert report.evaluations == evaluations_at_0(3, 256)
     assert report.failures == []
 
 
 def test_a_deadline_without_end():
-    found, report = parastep.sample(
-        euler(4), smooth, latents(), ranks=3, tolerance=0, deadline=math.inf
-    )
+    found, report = sample(euler(4), smooth, latents(), ranks=3, tolerance=0, deadline=math.inf)
     assert same(found, exact(euler(4), smooth, latents())) and report.failures == []

@@ -108,9 +108,7 @@ class Handmade:
         self.deleted = 0
         self.callback = Deleter(self.delete) if deleter else Deleter()
         if versioned:
-            self.managed = Versioned(
-                major=major, minor=minor, deleter=self.callback, flags=flags
-            )
+            self.managed = Versioned(major=major, minor=minor, deleter=self.callback, flags=flags)
         else:
             self.managed = Managed(deleter=self.callback)
         self.describe(self.managed.tensor, **fields)

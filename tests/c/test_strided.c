@@ -1,0 +1,278 @@
+/* test_strided.c - rounds whose nodes lie apart: answers between them, lanes, budgets, limits. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "runner.h"
+#include "stage.h"
+
+enum { STEPS = 60, SIZE = 9 };
+
+/* Smooth along the trajectory, as a denoiser's output is: the clean sample moves a little. */
+static double smooth_f(const stage_rank *self, int step, double x, size_t i)
+{
+  double s = ps_program_table(self->on->program, 's')[step];
+  double clean = tanh(x / (1.0 + s)) + 0.1 * (double)(i % 3);
+  return (x - clean) / s;
+}
+
+/* As unlike from step to step as can be. */
+static double rough_f(const stage_rank *self, int step, double x, size_t i)
+{
+  (void)self;
+  return sin(12.9898 * step + 78.233 * (double)i) + 0.1 * x;
+}
+
+static void fill(double *x)
+{
+  for (int i = 0; i < SIZE; ++i) {
+    x[i] = 10.0 * cos(1.7 * i + 0.3);
+  }
+}
+
+static void open_run(stage *on, ps_program *program, int ranks, bool lane, double tolerance)
+{
+  stage_set(on, program, ranks, 1, SIZE, PS_F64, PS_F64);
+  on->options.max_stride = 0;
+  on->options.tolerance = tolerance;
+  on->lane = lane;
+  on->f = smooth_f;
+}
+
+/* Runs to the end; the largest difference to the host alone. */
+static double run_to_end(stage *on, ps_report *report)
+{
+  double x[SIZE], wanted[SIZE], worst = 0.0;
+  stage alone = *on;
+  fill(x);
+  fill(wanted);
+  stage_plain(&alone, wanted);
+  stage_open(on);
+  stage_run(on, x);
+  CHECK_OK(on->failure);
+  stage_end(on);
+  *report = stage_report(on);
+  for (int i = 0; i < SIZE; ++i) {
+    worst = fmax(worst, fabs(x[i] - wanted[i]));
+  }
+  return worst;
+}
+
+TEST(fewer_rounds_than_steps_over_ranks)
+{
+  ps_program *program = stage_euler(STEPS);
+  for (int ranks = 1; ranks <= 8; ranks *= 2) {
+    for (int lane = 0; lane <= 1; ++lane) {
+      stage on;
+      ps_report report;
+      open_run(&on, program, ranks, lane != 0, 0.02);
+      double worst = run_to_end(&on, &report);
+      CHECK_LT(worst, 0.1);
+      CHECK_LT(report.rounds, STEPS / 2);
+      CHECK(report.interpolated > STEPS / 4);
+      CHECK_EQ(report.answered + on.verdicts[PS_EVALUATE], STEPS);
+      CHECK(lane ? on.verdicts[PS_AHEAD] == 0 : on.verdicts[PS_AHEAD] > 0);
+      int taken = 0;
+      for (int k = 0; k < report.counted; ++k) {
+        taken += report.accepted[k];
+      }
+      CHECK_EQ(taken, STEPS);
+      stage_close(&on);
+    }
+  }
+  ps_program_release(program);
+}
+
+/* Where the nodes are evaluated decides no value. */
+TEST(a_lane_does_what_the_host_would)
+{
+  ps_program *program = stage_multistep(STEPS);
+  double last[2][SIZE];
+  int rounds[2];
+  for (int lane = 0; lane <= 1; ++lane) {
+    stage on;
+    open_run(&on, program, 3, lane != 0, 0.02);
+    fill(last[lane]);
+    stage_open(&on);
+    stage_run(&on, last[lane]);
+    CHECK_OK(on.failure);
+    stage_end(&on);
+    rounds[lane] = stage_report(&on).rounds - lane; /* its check at step 0 counts as one */
+    stage_close(&on);
+  }
+  CHECK_EQ(rounds[0], rounds[1]);
+  CHECK(memcmp(last[0], last[1], sizeof last[0]) == 0);
+  ps_program_release(program);
+}
+
+TEST(tolerance_0_is_exact_without_a_limit_on_strides)
+{
+  ps_program *program = stage_euler(STEPS);
+  for (int lane = 0; lane <= 1; ++lane) {
+    stage on;
+    ps_report report;
+    open_run(&on, program, 3, lane != 0, 0.0);
+    CHECK_EQ(run_to_end(&on, &report), 0.0);
+    CHECK_EQ(report.interpolated, 0);
+    CHECK_EQ(report.answered, 0);
+    stage_close(&on);
+  }
+  ps_program_release(program);
+}
+
+TEST(max_stride_limits_the_distance_of_nodes)
+{
+  ps_program *program = stage_euler(STEPS);
+  for (int most = 1; most <= 4; ++most) {
+    stage on;
+    ps_report report;
+    open_run(&on, program, 3, false, 0.3);
+    on.options.max_stride = most;
+    run_to_end(&on, &report);
+    for (int k = 1; k < report.records; ++k) {
+      const ps_record *a = &report.timeline[k - 1], *b = &report.timeline[k];
+      CHECK(a->round != b->round || b->step - a->step <= most);
+    }
+    CHECK((report.interpolated == 0) == (most == 1));
+    stage_close(&on);
+  }
+  ps_program_release(program);
+}
+
+TEST(rounds_do_not_add_up_beyond_the_steps)
+{
+  ps_program *program = stage_euler(STEPS);
+  for (int ranks = 1; ranks <= 4; ++ranks) {
+    stage on;
+    ps_report report;
+    open_run(&on, program, ranks, false, 1e-12);
+    on.f = rough_f;
+    CHECK_LT(run_to_end(&on, &report), 1e-9);
+    CHECK(report.rounds <= STEPS + STEPS / 16 + 2);
+    stage_close(&on);
+  }
+  ps_program_release(program);
+}
+
+/* What lies ahead may be left alone: the host evaluates its own step, and goes on. */
+TEST(a_host_that_never_looks_ahead)
+{
+  ps_program *program = stage_euler(STEPS);
+  double x[SIZE], wanted[SIZE];
+  stage on, alone;
+  open_run(&on, program, 1, false, 0.02);
+  fill(x);
+  fill(wanted);
+  alone = on;
+  stage_plain(&alone, wanted);
+  stage_open(&on);
+  for (int j = 0; j < STEPS; ++j) {
+    double m[SIZE];
+    ps_verdict verdict;
+    CHECK_OK(ps_leader_ask(on.leader, j, x, m, &verdict));
+    if (verdict != PS_ANSWER) {
+      stage_evaluate(&on.rank[0], j, x, m);
+      CHECK_OK(ps_leader_submit(on.leader, m, PS_F64, 0));
+    }
+    CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  }
+  stage_end(&on);
+  CHECK_EQ(stage_report(&on).answered, 0);
+  for (int i = 0; i < SIZE; ++i) {
+    CHECK_NEAR(x[i], wanted[i], 1e-9);
+  }
+  stage_close(&on);
+  ps_program_release(program);
+}
+
+TEST(submits_that_do_not_fit)
+{
+  ps_program *program = stage_euler(STEPS);
+  double x[SIZE], m[SIZE];
+  ps_verdict verdict;
+  stage on;
+  open_run(&on, program, 1, false, 0.02);
+  fill(x);
+  stage_open(&on);
+  CHECK_OK(ps_leader_ask(on.leader, 0, x, m, &verdict));
+  CHECK_EQ(verdict, PS_EVALUATE);
+  CHECK_STATUS(ps_leader_submit(on.leader, NULL, PS_F64, 0), PS_STATE);
+  stage_evaluate(&on.rank[0], 0, x, m);
+  CHECK_OK(ps_leader_submit(on.leader, m, PS_F64, 0));
+  stage_end(&on);
+  stage_close(&on);
+  ps_program_release(program);
+}
+
+static ps_status serve_a_few(stage_rank *self)
+{
+  ps_work work;
+  ps_status status = PS_OK;
+  for (int k = 0; k < 4 && status == PS_OK; ++k) {
+    status = ps_follower_next(self->follower, NULL, &work);
+    if (status == PS_OK && work.count > 0) {
+      stage_evaluate(self, work.step[0], work.point[0], work.output[0]);
+      status = ps_follower_submit(self->follower, PS_F64, 0, 0);
+    }
+  }
+  return status;
+}
+
+/* One after another they leave; the host goes on by itself in the end. */
+TEST(lanes_and_followers_that_leave)
+{
+  ps_program *program = stage_euler(STEPS);
+  for (int ranks = 1; ranks <= 3; ++ranks) {
+    stage on;
+    ps_report report;
+    open_run(&on, program, ranks, true, 0.02);
+    on.serve = serve_a_few;
+    CHECK_LT(run_to_end(&on, &report), 0.1);
+    CHECK_EQ(report.failed, ranks);
+    stage_close(&on);
+  }
+  ps_program_release(program);
+}
+
+/* An edit after the answer is measured again, between nodes too. */
+TEST(amended_answers_between_nodes)
+{
+  ps_program *program = stage_euler(STEPS);
+  const double *g = ps_program_table(program, 'g');
+  double x[SIZE], m[SIZE], again[SIZE], edited[SIZE], drift;
+  int amended = 0;
+  ps_verdict verdict;
+  stage on;
+  open_run(&on, program, 1, false, 0.05);
+  fill(x);
+  stage_open(&on);
+  for (int j = 0; j < STEPS; ++j) {
+    CHECK_OK(ps_leader_ask(on.leader, j, x, m, &verdict));
+    while (verdict == PS_AHEAD) {
+      ps_work work;
+      CHECK_OK(ps_leader_work(on.leader, &work));
+      stage_evaluate(&on.rank[0], work.step[0], work.point[0], work.output[0]);
+      CHECK_OK(ps_leader_submit(on.leader, NULL, PS_F64, 0));
+      CHECK_OK(ps_leader_ask(on.leader, j, x, m, &verdict));
+    }
+    if (verdict == PS_EVALUATE) {
+      stage_evaluate(&on.rank[0], j, x, m);
+      CHECK_OK(ps_leader_submit(on.leader, m, PS_F64, 0));
+    } else {
+      for (int i = 0; i < SIZE; ++i) {
+        edited[i] = x[i] + 0.01;
+      }
+      CHECK_OK(ps_leader_amend(on.leader, edited, again, &drift));
+      for (int i = 0; i < SIZE; ++i) {
+        CHECK_NEAR(again[i], m[i] + 0.01 * g[j], 1e-9);
+      }
+      CHECK_OK(ps_leader_amend(on.leader, x, m, &drift));
+      ++amended;
+    }
+    CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  }
+  stage_end(&on);
+  CHECK(amended > STEPS / 2 && stage_report(&on).interpolated > STEPS / 4);
+  stage_close(&on);
+  ps_program_release(program);
+}
