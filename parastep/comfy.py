@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from . import _core
-from .api import check_stride, describe
+from .api import describe
 from .comfy_lanes import Lane, make_lanes, without_host_split
 from .comfy_replicas import add_replicas, patcher_on, refresh_replicas
 from .comfy_serial import reason_against
@@ -42,7 +42,7 @@ def patch(
     *,
     tolerance: float = 0.02,
     policy: str = "verified",
-    max_stride: int | None = None,
+    max_stride: int = 1,
     warmup: int = 5,
     order: int = 1,
     deadline: float | None = None,
@@ -57,12 +57,12 @@ def patch(
     Raises InvalidError, DeviceError, UnsupportedError: subclasses of parastep.Error; the text says
     what to do.
     """
-    check_stride(max_stride)
     if not all(hasattr(model, name) for name in ("add_wrapper_with_key", "load_device", "clone")):
         raise _core.InvalidError(f"model: {type(model).__name__} is not a ComfyUI MODEL")
     options: dict[str, Any] = {
         "tolerance": tolerance,
         "policy": policy,
+        "max_stride": max_stride,
         "warmup": warmup,
         "order": order,
         "deadline": deadline,

@@ -65,16 +65,16 @@ ps_status ps__measure(const ps_leader *leader, int step, const void *point, cons
 }
 
 /* The distance of a point from itself is 0, or NaN where it holds NaN or Inf. */
-bool ps__finite(const ps_leader *leader, const ps__node *node)
+bool ps__finite(const ps_leader *leader, const void *point, const void *m)
 {
   ps_sweep sweep = {
       .items = leader->layout.items,
       .size = leader->layout.size,
       .x_dtype = leader->layout.x,
       .m_dtype = leader->layout.m,
-      .x = node->point,
-      .guess = node->point,
-      .m = node->output,
+      .x = point,
+      .guess = point,
+      .m = m,
   };
   ps_swept swept;
   return ps__sweep(leader, &sweep, &swept) == PS_OK && swept.not_finite == 0 &&

@@ -152,7 +152,7 @@ static void take_carried(const ps_leader *leader, ps__guesser *guesser, int i)
   for (int k = 0; leader->options.policy == PS_VERIFIED && k < leader->nodes; ++k) {
     const ps__node *node = &leader->node[k];
     if (node->state == PS__READY && node->step >= i && node->step <= guesser->last &&
-        ps__finite(leader, node)) {
+        ps__finite(leader, node->point, node->output)) {
       int m = add_basis(guesser, node->output, leader->layout.m);
       int point = add_basis(guesser, node->point, leader->layout.x);
       guesser->known[guesser->knowns++] = (known){node->step, m, point};

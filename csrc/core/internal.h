@@ -248,7 +248,7 @@ ps_status ps__measure(const ps_leader *leader, int step, const void *point, cons
 double ps__rounding(ps_dtype dtype);
 /* Whether the follower's latent and output at step 0 are the leader's, up to rounding. */
 ps_status ps__canary(const ps_leader *leader, const ps__node *node, char *why, size_t room);
-/* Whether a carried node's point and output are finite. */
-bool ps__finite(const ps_leader *leader, const ps__node *node);
+/* Whether a point, and the output m evaluated there (NULL: whatever it is), are finite. */
+bool ps__finite(const ps_leader *leader, const void *point, const void *m);
 
 #endif

@@ -82,18 +82,28 @@ static ps_status measure(ps_leader *leader, const ps__node *node, const void *x,
   return status;
 }
 
-/* An output with NaN or Inf costs its rank the place. */
+/* An output with NaN or Inf costs its rank the place; where the guess itself was not finite, no
+ * follower could have done better. */
 static ps_status reject_output(ps_leader *leader, ps__node *node)
 {
-  if (node == NULL) {
-    return PS_OK; /* one of the nodes around it is to blame, which its own step will show */
-  }
   node->state = PS__VOID;
-  /* Where the guess itself was not finite, no follower could have done better. */
-  if (leader->rank[node->rank].link == NULL || !isfinite(leader->drift[leader->step])) {
+  if (leader->rank[node->rank].link == NULL || !ps__finite(leader, node->point, NULL)) {
     return PS_OK;
   }
   return ps__leave_out(leader, node->rank, PS_NOT_FINITE, "its output holds NaN or Inf");
+}
+
+/* An answer between nodes is what one of them makes of it. */
+static ps_status reject_outputs(ps_leader *leader)
+{
+  ps_status status = PS_OK;
+  for (int k = 0; k < leader->nodes && status == PS_OK; ++k) {
+    ps__node *node = &leader->node[k];
+    if (node->state == PS__READY && !ps__finite(leader, node->point, node->output)) {
+      status = reject_output(leader, node);
+    }
+  }
+  return status;
 }
 
 /* One more step that the round at hand has taken; those beyond N are not the program's. */
@@ -136,7 +146,7 @@ static ps_status try_answer(ps_leader *leader, const void *x, void *m_out, bool 
   }
   ps_status status = measure(leader, node, x, m_out, &gap, &found);
   if (status == PS_OK && !found.finite) {
-    status = reject_output(leader, node);
+    status = node != NULL ? reject_output(leader, node) : reject_outputs(leader);
   } else if (status == PS_OK && m_out != NULL && ps__afford(leader, found.drift, gap)) {
     *answered = true;
     status = take_answer(leader, node);

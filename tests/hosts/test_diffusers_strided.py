@@ -26,8 +26,8 @@ def call(name: str, ranks: int, steps: int, **options: Any) -> tuple[torch.Tenso
 def test_fewer_rounds_than_every_step_takes(name: str, ranks: int) -> None:
     steps = 40
     with no_warnings():
-        found, report = call(name, ranks, steps, tolerance=0.2)
-        _, stepwise = call(name, ranks, steps, tolerance=0.2, max_stride=1)
+        found, report = call(name, ranks, steps, tolerance=2.0)
+        _, stepwise = call(name, ranks, steps, tolerance=2.0, max_stride=1)
     wanted = own(name, steps).result
     assert report.interpolated > 0 and report.fallback is None and not report.failures
     assert sum(report.accepted) == report.steps == own(name, steps).steps
@@ -73,11 +73,11 @@ def test_a_trained_model_on_one_device(steps: int) -> None:
 def test_the_lane_fails() -> None:
     """Speed is lost, not the picture; the leader goes on with the rest, or alone."""
     pipe = image.load()
-    wanted = torch.as_tensor(pipe(**image.arguments([7], 5, 30)).images)
+    wanted = torch.as_tensor(pipe(**image.arguments([7], 5, 100)).images)
     for ranks in (1, 3):
         with parastep.parallelize(pipe, devices(ranks)) as parallel, caught() as texts:
             fail_after(parallel, 3)
-            found = torch.as_tensor(parallel(**image.arguments([7], 5, 30)).images)
+            found = torch.as_tensor(parallel(**image.arguments([7], 5, 100)).images)
         assert [line.rank for line in parallel.report.failures] == [0]
         assert any("out of order" in text for text in texts)
         assert (found - wanted).pow(2).mean() < 4 * 10**-3.8
