@@ -70,6 +70,8 @@ class Call:
     def lead(self, program: _core.Program, x: torch.Tensor, options: dict[str, Any]) -> Any:
         """The leader of the run."""
         self._x = x
+        if not self.lane:
+            options = options | {"max_stride": 1}  # nobody evaluates ahead on the leader's device
         carriers = {rank: far.carrier for rank, far in self.far.items()}
         places = [d.index if d.type == "cuda" else -1 for d in self._devices[: self.ranks]]
         devices = places if x.is_cuda and len(places) == self.ranks else None

@@ -24,6 +24,7 @@ from .seam import Hooks, Outputs, inputs_in, is_rounded, latent_in, named_argume
 from .tracing import Traced, trace_rows
 from .watch import Watch
 
+_FEWEST = 8  # steps that a lane is worth its own check at step 0 for
 _STEP_TENSORS = ("model_output", "sample", "timestep", "old_pred_original_sample", "timestep_back")
 
 
@@ -332,7 +333,7 @@ class Leading:
         self._shown = []
         program = first.traced.program(noise_ahead=True)
         x = self._as_latent(x)
-        self.call.lane = lane = self.call.lane and program.strides
+        self.call.lane = lane = self.call.lane and program.strides and len(program) >= _FEWEST
         if self.call.ranks == 1 and not lane:
             self.active = False
             return

@@ -40,7 +40,9 @@ def handed_out(slots, steps):
     """Evaluations of each rank in each round of the core, everything accepted."""
     x = np.ones((1, 4))
     program = parastep.Program.euler(np.linspace(1, 0, steps + 1))
-    leader = _core.Leader(program, x, ranks=len(slots), slots=slots, tolerance=math.inf)
+    leader = _core.Leader(
+        program, x, ranks=len(slots), slots=slots, tolerance=math.inf, max_stride=1
+    )
 
     def serve(follower):
         while (work := follower.next()) is not None:
