@@ -113,6 +113,8 @@ def parallelize(
         found.open(home)
         return ParallelPipeline(pipe, [home] * found.size, options, found)
     places = _devices_of(pipe, devices)
+    if mode == "processes" and places[0].type != "cpu":
+        raise _core.UnsupportedError("mode='processes': only CPU devices so far; leave out mode")
     workers = Workers(places) if mode == "processes" else None
     return ParallelPipeline(pipe, places, options, workers)
 

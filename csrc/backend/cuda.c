@@ -12,6 +12,9 @@
 #include "backend/check.h"
 #include "backend/cuda.h"
 
+_Static_assert(sizeof(ps__lincomb_args) <= 4096 && sizeof(ps__sweep_args) <= 4096,
+               "arguments of a kernel have 4096 bytes");
+
 static size_t smaller(size_t a, size_t b)
 {
   return a < b ? a : b;
