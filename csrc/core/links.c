@@ -168,12 +168,23 @@ static ps_status check_reply(const ps_leader *leader, int rank, ps_header *reply
   return PS_OK;
 }
 
-/* A clock that is not ours gives durations alone. */
+/* When the evaluation was, on the leader's clock: one that is not ours gives durations alone.  What
+ * the other end says may be anything; nothing has happened before the clock began, or after now. */
+static void take_times(const ps__rank *from, const ps_header *reply, int64_t *begin, int64_t *end)
+{
+  int64_t now = ps_now_ns();
+  bool sound = reply->began_ns >= 0 && reply->ended_ns >= reply->began_ns;
+  int64_t took = sound ? reply->ended_ns - reply->began_ns : 0;
+  bool ours = from->link->same_clock && sound && reply->began_ns <= now;
+  *begin = ours ? reply->began_ns : from->posted_ns;
+  *end = took < now - *begin ? *begin + took : now;
+}
+
 static void take_outputs(ps_leader *leader, int rank, const ps_header *reply)
 {
   ps__rank *from = &leader->rank[rank];
-  int64_t begin = from->link->same_clock ? reply->began_ns : from->posted_ns;
-  int64_t end = begin + (reply->ended_ns - reply->began_ns);
+  int64_t begin, end;
+  take_times(from, reply, &begin, &end);
   for (int k = 0; k < leader->nodes; ++k) {
     ps__node *node = &leader->node[k];
     if (is_sent(node, rank)) {

@@ -43,7 +43,8 @@ typedef struct message {
 } message;
 
 static const uint64_t odd_values[] = {
-    0, 1, 2, 3, 4, 0x7f, 0x80, 0xff, 0x7fffffff, 0x80000000, 0xffffffff, UINT64_MAX, INT64_MAX};
+    0,    1,          2,          3,          4,          0x7f,      0x80,
+    0xff, 0x7fffffff, 0x80000000, 0xffffffff, UINT64_MAX, INT64_MAX, UINT64_C(1) << 63};
 
 static uint64_t odd_value(void)
 {
@@ -54,7 +55,7 @@ static uint64_t odd_value(void)
 /* One field of the header, by offset and width: what a byte-wise change would rarely hit. */
 static void change_field(ps_header *header)
 {
-  switch (draw(9)) {
+  switch (draw(11)) {
   case 0: header->magic = (uint32_t)odd_value(); break;
   case 1: header->version = (uint32_t)odd_value(); break;
   case 2: header->run = odd_value(); break;
@@ -63,6 +64,8 @@ static void change_field(ps_header *header)
   case 5: header->round = (int32_t)odd_value(); break;
   case 6: header->count = (int32_t)odd_value(); break;
   case 7: header->dtype = draw(7); break;
+  case 8: header->began_ns = (int64_t)odd_value(); break;
+  case 9: header->ended_ns = (int64_t)odd_value(); break;
   default: header->bytes = odd_value(); break;
   }
 }
@@ -176,7 +179,7 @@ static void try_leader(ps_program *program)
   peer other = {NULL};
   ps_carrier carrier = {answer, NULL, &other};
   ps_link *link;
-  if (ps_host_open(&layout, SLOTS, PS_LEADS, 0, ps_backend_find("cpu"), &carrier, &link,
+  if (ps_host_open(&layout, SLOTS, PS_LEADS, (int)draw(2), ps_backend_find("cpu"), &carrier, &link,
                    &other.inbox) != PS_OK) {
     fail("no link");
   }
