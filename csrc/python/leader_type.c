@@ -559,7 +559,7 @@ PyDoc_STRVAR(
     leader_doc,
     "Leader(program, x, *, ranks=1, slots=None, tolerance=0.02, policy='verified', "
     "order=1, max_stride=None, warmup=5, deadline=None, on_failure='continue', "
-    "lane=False, carriers=None)\n--\n\n"
+    "lane=False, carriers=None, devices=None)\n--\n\n"
     "The leader of a run; x is a latent of the run, its shape and dtype are kept.  With a\n"
     "lane rank 0 has a follower too, which evaluates what lies ahead of the host's loop.\n"
     "carriers: {rank: (send, same_clock)} of ranks in other processes.");
