@@ -89,9 +89,10 @@ def main() -> None:
     torch.set_num_threads(1)
     import inprocess
 
-    from parastep.demo import image
+    from parastep import demo
 
-    image.load()  # before stand-ins for missing packages, of which transformers would take notice
+    # Before there are stand-ins for missing packages, of which transformers would take notice.
+    demo.load("image").load()
     inprocess.load_host()
     logging.disable(logging.INFO)
     print(f"ComfyUI {inprocess.version()}, tolerance {given.tolerance}")

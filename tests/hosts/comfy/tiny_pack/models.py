@@ -149,10 +149,10 @@ class DemoNet(torch.nn.Module):
 
     def __init__(self, dtype: Any = None, device: Any = None, operations: Any = None) -> None:
         super().__init__()
-        from parastep.demo import image
+        from parastep import demo
 
         self.dtype = dtype
-        self.unet = image.load().unet
+        self.unet = demo.load("image").load().unet
 
     def forward(
         self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, **more: Any
@@ -334,9 +334,11 @@ def fill(module: torch.nn.Module, seed: int) -> None:
 def conditioning(kind: str, seed: int, tokens: int = 4) -> list[Any]:
     """Random text; of the demo model that of digit `seed`, and no digit for a seed of -1."""
     if kind == "demo":
-        from parastep.demo import image
+        from parastep import demo
 
-        prompt, none = image.embed([max(seed, 0)])
+        image = demo.load("image")
+        (table,) = image.prompts
+        prompt, none = image.rows(table, [max(seed, 0)])
         return [[prompt if seed >= 0 else none, {"pooled_output": None}]]
     generator = torch.Generator().manual_seed(1000 + seed)
     text = torch.randn(1, tokens, KINDS[kind].width, generator=generator)
