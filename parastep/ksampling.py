@@ -152,9 +152,8 @@ class Sampling:
                 program,
                 x,
                 ranks=len(devices),
-                max_stride=1,
                 devices=places if x.is_cuda else None,
-                **self._options,
+                **{"max_stride": 1, **self._options},
             )
         except (NotTraceableError, _core.Error) as error:
             self._give_up(str(error))
