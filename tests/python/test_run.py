@@ -446,7 +446,7 @@ def test_outputs_have_the_dtype_of_the_first():
 )
 def test_where_answers_cannot_be_written(m_out, error, words):
     x = latents()
-    leader = _core.Leader(euler(4), x)
+    leader = Leader(euler(4), x)
     leader.ask(0, x)
     leader.submit(x)
     with pytest.raises(error, match=words):
