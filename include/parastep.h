@@ -173,7 +173,8 @@ typedef enum ps_policy {
 
 typedef struct ps_options {
   ps_policy policy;
-  double tolerance; /* drift below it is accepted; 0 = exact, INFINITY = no limit */
+  double tolerance; /* drift below it is accepted, in strided rounds what their estimated errors add
+                       up to; 0 = exact, INFINITY = no limit */
   int order;        /* extrapolation of outputs in guesses: 0 reuse, 1 slope damped by 1/2 */
   int warmup;       /* PS_PAPER: steps evaluated one by one first, at least 1 */
   int max_stride;   /* steps from node to node at most: 1 = some rank evaluates every step; 0 = as

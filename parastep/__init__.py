@@ -2,8 +2,9 @@
 verified).
 
 `parallelize(pipe, devices=[...])` for diffusers, `sample(program, denoiser, x)` for anything else;
-`trace(scheduler, n)` writes a scheduler down as a `Program`; `plan(...)` predicts a run.  Needs
-NumPy alone; torch and diffusers are imported when first used.
+`trace(scheduler, n)` writes a scheduler down as a `Program`; `plan(...)` predicts a run;
+`calibrate(...)` finds the tolerance for a model of one's own.  Needs NumPy alone; torch and
+diffusers are imported when first used.
 """
 
 from __future__ import annotations

@@ -136,12 +136,17 @@ def sample(
     the kind of x (torch, NumPy, anything that speaks DLPack) and private to the call.  The first
     dimension of x is the batch where it has others: drift is taken per item.
 
-    `tolerance` is the drift, in units of the noise scale of a step, below which a guess counts: 0
-    is the exact sequential result, `math.inf` accepts everything.  `policy="paper"` is the
-    published rule (arXiv 2505.14741) with `warmup` steps one by one.  `order` 0 reuses outputs in
-    guesses, 1 goes on along their slope.  `noise`, (N, *x.shape), is needed where the program
-    draws.  `deadline` seconds for a follower's reply; a lost one is a FollowerWarning and a line in
-    the report, or LostError with `on_failure="raise"`.  `progress` shows a bar that counts steps.
+    `tolerance` is a number, or a name for one: "exact" (0), "high" (.005), "balanced" (.02), "fast"
+    (.05).  0 is the exact sequential result, `math.inf` accepts everything.  With `max_stride` 1
+    every step is evaluated by some rank, and the tolerance is the drift, in units of the step's
+    noise scale, below which a guess counts.  None lets evaluations lie further apart, where the
+    program draws no noise and has one evaluation a noise level: steps between them are
+    interpolated, and the tolerance is what their estimated errors may add up to in a round.  Such
+    answers are estimated, not verified.  `policy="paper"` is the published rule (arXiv 2505.14741)
+    with `warmup` steps one by one.  `order` 0 reuses outputs in guesses, 1 goes on along their
+    slope.  `noise`, (N, *x.shape), is needed where the program draws.  `deadline` seconds for a
+    follower's reply; a lost one is a FollowerWarning and a line in the report, or LostError with
+    `on_failure="raise"`.  `progress` shows a bar that counts steps.
 
     Raises ShapeError, DtypeError, DeviceError, InvalidError (subclasses of parastep.Error and of
     the fitting built-in) for arguments that do not fit, and whatever the denoiser raises on rank 0.

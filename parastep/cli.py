@@ -38,7 +38,7 @@ def _add_plan(commands: Any) -> None:
     command.add_argument("--ranks", default="2,4,8", help="as 8,16,32")
     command.add_argument("--link", default="pcie", help=f"{', '.join(LINKS)}, or as 3GB/s")
     command.add_argument("--tolerance", type=float, default=0.02)
-    command.add_argument("--profile", help="JSON of report.to_dict() of one run (stride 1)")
+    command.add_argument("--profile", help="JSON of report.to_dict() of one run")
     command.add_argument("--paper", type=int, metavar="W", help="the published rule, warm-up W")
     command.add_argument("--speeds", help="of each rank relative to the first, as 1,1,0.5")
     command.add_argument("--weights", default="0", help="bytes of the denoiser, as 10GB")

@@ -52,7 +52,8 @@ def patch(
 
     `devices`: the first is the model's own, repeats allowed; also as one string, "cuda:0, cuda:1",
     or "auto", all that the host sees. A device without room for a replica is left out, with a
-    warning. The other arguments are those of `parastep.sample`.
+    warning. The other arguments are those of `parastep.sample`; at a `max_stride` of 1 every step
+    is evaluated, and one device gains nothing.
 
     Raises InvalidError, DeviceError, UnsupportedError: subclasses of parastep.Error; the text says
     what to do.

@@ -62,10 +62,10 @@ def parallelize(
         devices: torch devices, the first the leader's, where the pipe is; repeats allowed
             (`["cpu"] * 4`). None: the pipe's own device and all others of its kind.
         tolerance, policy, warmup, order, deadline, on_failure: as for `parastep.sample`; tolerance
-        0
-            gives the pipeline's own result bit for bit.
+            0, or "exact", gives the pipeline's own result bit for bit.
         max_stride: steps from one evaluation to the next at most: 1, every step is evaluated by
-            some rank; None, as far apart as the tolerance allows.
+            some rank; None, as far apart as the tolerance allows, so that one device gains too.
+            Answers between evaluations are estimated, not verified.
         mode: "threads", "processes" (workers that are spawned by us, with the first call) or "auto"
             (threads).
         group: ranks are the processes of this group, which all call parallelize and then the

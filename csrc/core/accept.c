@@ -1,7 +1,8 @@
 /* accept.c - what becomes of an output: drift, rounding floor, the canary.
  *
- * Called by leader.c at every ask (is the guess near enough to the true latent?) and once at the
- * end of the first round (does the follower compute the same function?).
+ * Called by leader.c at every ask (how far is the guess from the true latent?) and by links.c at
+ * the end of the first round (does the follower compute the same function?); whether that is near
+ * enough, pace.c says.
  */
 #include <math.h>
 #include <stdio.h>

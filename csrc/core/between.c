@@ -1,8 +1,9 @@
 /* between.c - answers between nodes: a denoiser's output, interpolated along the trajectory.
  *
- * Called by leader.c where the host asks for a step that no rank evaluated.  The nodes around it
- * were evaluated on the round's guessed path, so m is interpolated there, at the guess of this
- * step, and then measured and rebased to the true latent like any other output.
+ * Called by leader.c where the host asks for a step that no rank evaluated, and by pace.c, which
+ * tries the interpolation where the output is known.  The nodes around the step were evaluated on
+ * the round's guessed path, so m is interpolated there, at the guess of this step, and then
+ * measured and rebased to the true latent like any other output.
  */
 #include <math.h>
 #include <stdlib.h>

@@ -4,7 +4,7 @@
  * combination of vectors on hand, the basis: true latents and outputs, anchors, carried points and
  * outputs, noise.  So the roll-out is scalar algebra on coefficients, and the points are written by
  * one pass of the backend over memory.  Guesses of steps between nodes are formed when the host
- * gets there (between.c); what they read is kept until the round is over.
+ * gets there, for between.c; what they read is kept until the round is over.
  */
 #include <string.h>
 

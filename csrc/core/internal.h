@@ -1,8 +1,9 @@
 /* internal.h - what the core's files share and nobody else sees.
  *
- * A leader is one struct with one arena; plan.c, guess.c and accept.c are its parts, each a room of
- * its own: who evaluates which step, at which guess, and what becomes of the output.  leader.c
- * drives them in the order ask, guess, post, submit, gather, verify.
+ * A leader is one struct with one arena, and its parts are files: pace.c how far apart a round's
+ * steps lie, plan.c who evaluates which, guess.c at which latent, links.c the wire, between.c the
+ * answers between them, accept.c how far off each is.  leader.c drives them: ask measures and
+ * answers, or begins a round (pace, plan, guess, post); submit gathers.
  */
 #ifndef PS_INTERNAL_H
 #define PS_INTERNAL_H

@@ -2,8 +2,10 @@
  *
  * The host's loop calls ask at every step and submit where it was told to evaluate; ps_sample in
  * loop.c and the hosts' hooks are such loops.  One turn: ask measures the guess for this step
- * (accept.c) and answers, or begins a round: plan.c says who evaluates what, guess.c writes the
- * points, links.c sends them; submit takes the leader's own output and gathers the others'.
+ * (accept.c; between.c makes the output of a step that nobody evaluated), answers where pace.c
+ * affords it, or begins a round: pace.c sets the stride, plan.c says who evaluates what, guess.c
+ * writes the points, links.c sends them; submit takes the leader's own output and gathers the
+ * others'.
  */
 #include <math.h>
 #include <stdio.h>

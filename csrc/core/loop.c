@@ -1,6 +1,7 @@
 /* loop.c - the loop of a host that has none: the program is the sampler, the denoiser a C callback.
  *
- * Ten lines on top of leader and follower each; what a hook in a host's own loop does is the same.
+ * Called by C programs (workflows/c, the tests).  Ten lines on top of leader and follower each;
+ * what a hook in a host's own loop does is the same.
  */
 #include "core/internal.h"
 

@@ -3,7 +3,7 @@
  * A strided round answers several steps from each evaluation, so that errors add up: the estimated
  * error of the latent is summed over the round and held under the tolerance.  The stride follows
  * the interpolation error alone; drift ends the round, and never changes the stride.  Called by
- * leader.c when a round begins and at every guess that was measured.
+ * life.c once, by leader.c when a round begins and at every guess that was measured.
  */
 #include <math.h>
 

@@ -1,4 +1,4 @@
-"""What all benches share: a table on the terminal, JSON in a file, targets that are never hidden."""
+"""What all benches share: a table on the terminal, JSON in a file, targets never hidden."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def show(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 
 
 def verdict(measured: float, target: float, least: bool = False) -> str:
-    """'met', or by how much it was missed; `least`: the measured figure should be the larger one."""
+    """'met', or by how much it was missed; `least`: the measured figure should be the larger."""
     met = measured >= target if least else measured <= target
     return "met" if met else f"MISSED by {abs(measured - target) / target:.0%}"
 

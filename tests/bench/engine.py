@@ -55,7 +55,7 @@ def sampled(ranks: int) -> tuple[float, int]:
         return point
 
     began = time.perf_counter()
-    _, report = parastep.sample(program, denoiser, x, ranks=ranks, tolerance=math.inf)
+    _, report = parastep.sample(program, denoiser, x, ranks=ranks, tolerance=math.inf, max_stride=1)
     return time.perf_counter() - began, report.rounds
 
 
@@ -107,7 +107,8 @@ def host_alone(pipe: Any) -> float:
 
 def piped(pipe: Any, ranks: int) -> tuple[float, int]:
     """Seconds and rounds of a call through `parallelize`."""
-    with parastep.parallelize(pipe, devices=["cpu"] * ranks, tolerance=math.inf) as parallel:
+    devices = ["cpu"] * ranks
+    with parastep.parallelize(pipe, devices, tolerance=math.inf, max_stride=1) as parallel:
         call(parallel)  # replicas are made once, at the first call
         began = time.perf_counter()
         call(parallel)
