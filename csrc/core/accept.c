@@ -1,8 +1,8 @@
 /* accept.c - what becomes of an output: drift, rounding floor, the canary.
  *
- * Called by leader.c at every ask (how far is the guess from the true latent?) and by links.c at
- * the end of the first round (does the follower compute the same function?); whether that is near
- * enough, pace.c says.
+ * Called by leader.c at every ask (how far is the guess from the true latent?  Whether that is near
+ * enough, pace.c says) and by links.c at the end of the first round (does the follower compute the
+ * same function?).
  */
 #include <math.h>
 #include <stdio.h>

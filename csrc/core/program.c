@@ -1,9 +1,9 @@
 /* program.c - the sampling program: a sampler written down as numbers.
  *
- * Callers make one from arrays (traced from a host's scheduler) or by a builder; guess.c
- * reads its rows, leader.c for ps_leader_advance too, pace.c its levels.  The builders are the
- * usual solvers in closed form, so that the core is useful without Python and traces have something
- * to be checked against.
+ * Callers make one from arrays (traced from a host's scheduler) or by a builder; guess.c and
+ * leader.c read its rows, accept.c and pace.c its levels.  The builders are the usual solvers in
+ * closed form, so that the core is useful without Python and traces have something to be checked
+ * against.
  */
 #include <math.h>
 #include <string.h>

@@ -241,7 +241,7 @@ CASES = [
 
 
 def present(cases: list[Case]) -> list[Case]:
-    """Those that this version of diffusers has: `test_no_scheduler_is_left_out` looks at the rest."""
+    """Those that this diffusers has: `test_no_scheduler_is_left_out` looks at the rest."""
     return [c for c in cases if hasattr(library, c.name)]
 
 
