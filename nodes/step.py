@@ -6,7 +6,7 @@ from typing import Any
 
 from .package import NOTE, host
 
-_QUALITIES = {"exact": 0.0, "high": 0.005, "balanced": 0.02, "fast": 0.05}  # tolerances
+_QUALITIES = ("exact", "high", "balanced", "fast")  # the names that parastep.tolerance has
 _OWN = "own tolerance"
 
 
@@ -79,5 +79,5 @@ class ParaStep:
     def run(
         model: Any, devices: str, quality: str, tolerance: float, policy: str, order: int
     ) -> tuple[Any]:
-        limit = _QUALITIES.get(quality, tolerance)
+        limit = tolerance if quality == _OWN else quality
         return (host().patch(model, devices, tolerance=limit, policy=policy, order=order),)

@@ -25,9 +25,10 @@ from .api import describe
 from .comfy_lanes import Lane, make_lanes, without_host_split
 from .comfy_replicas import add_replicas, patcher_on, refresh_replicas
 from .comfy_serial import reason_against
-from .ksampling import Host, Sampling
+from .ksampling import Host, Sampling, may_stride
 from .ktracing import Traced, trace
 from .report import Report
+from .tolerance import Tolerance, number_of
 
 KEY = "parastep"  # of the wrappers on a patched model
 
@@ -40,15 +41,16 @@ def patch(
     model: Any,
     devices: str | Sequence[str | torch.device] = "auto",
     *,
-    tolerance: float = 0.02,
+    tolerance: Tolerance = 0.02,
     policy: str = "verified",
-    max_stride: int = 1,
+    max_stride: int | None = None,
     warmup: int = 5,
     order: int = 1,
     deadline: float | None = None,
     on_failure: str = "continue",
 ) -> Any:
-    """A clone of the ModelPatcher under which samplers evaluate several steps at once.
+    """A clone of the ModelPatcher under which samplers evaluate several steps at once, and take
+    those between from the outputs around them where the tolerance allows: one device gains too.
 
     `devices`: the first is the model's own, repeats allowed; also as one string, "cuda:0, cuda:1",
     or "auto", all that the host sees. A device without room for a replica is left out, with a
@@ -61,7 +63,7 @@ def patch(
     if not all(hasattr(model, name) for name in ("add_wrapper_with_key", "load_device", "clone")):
         raise _core.InvalidError(f"model: {type(model).__name__} is not a ComfyUI MODEL")
     options: dict[str, Any] = {
-        "tolerance": tolerance,
+        "tolerance": number_of(tolerance),
         "policy": policy,
         "max_stride": max_stride,
         "warmup": warmup,
@@ -208,7 +210,9 @@ class ParaStep:
         """In place of the stock sampler function, which runs in here."""
         reason: str | None = None
         lanes: list[Lane] = []
-        if len(self.devices) > 1:
+        host = _Comfy(model, extra_args)
+        core = {**self.options, "tolerance": self.options["tolerance"] * host.share}
+        if len(self.devices) > 1 or may_stride(core):
             reason = reason_against(guider, extra_args)
         if len(self.devices) > 1 and reason is None:
             patcher = functools.partial(
@@ -217,8 +221,6 @@ class ParaStep:
             lanes, missing = make_lanes(model, extra_args, self.devices[1:], patcher)
             for line in missing:
                 _log.warning("ParaStep: %s", line)
-        host = _Comfy(model, extra_args)
-        core = {**self.options, "tolerance": self.options["tolerance"] * host.share}
         run = Sampling(model, lanes, core, host, reason)
         rows = functools.partial(_rows, stock, model, sigmas, extra_args, options)
         arguments = host.alone(extra_args, bool(lanes))

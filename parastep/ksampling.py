@@ -3,8 +3,9 @@
 The function gets a `Sampling` where it expects its model. A tensor's way through a call of it: the
 latents x at noise level sigma go to the core (`ask`), which answers from a follower's verified
 output, d, turned into denoised latents; or else sends guesses of the coming latents to the
-followers, each a thread with a `Lane` of its own, while the model itself runs here; then takes in
-what all of them made (`submit`). Called by `comfy`; knows no host.
+followers, each a thread with a `Lane` of its own, while the model itself runs here, at x or, where
+rounds are strided, at a guess further ahead; then takes in what all of them made (`submit`). Called
+by `comfy`; knows no host.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ Lane = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, sigma (B,)) -
 Function = Callable[..., torch.Tensor]
 
 _PATIENCE = 10.0  # seconds for followers that are at work when the leader's loop is left
+
+
+def may_stride(options: dict[str, Any]) -> bool:
+    """Whether the options of `_core.Leader` allow strided rounds, from which one device gains."""
+    verified = options.get("policy", "verified") == "verified"
+    return verified and options["tolerance"] > 0 and options.get("max_stride") != 1
 
 
 class Host:
@@ -64,7 +71,8 @@ class Sampling:
         host: Host | None = None,
         reason: str | None = None,
     ) -> None:
-        """`lanes` are the followers', ranks 1 and on; `options` are those of `_core.Leader`.
+        """`lanes` are the followers', ranks 1 and on; `options` are those of `_core.Leader`, with
+        the tolerance among them.
 
         `reason`, where there is one, is why the model is to be asked alone from the start.
         """
@@ -72,7 +80,7 @@ class Sampling:
         self._host = host or Host()
         self.reason = reason
         self.calls = 0  # of the model, by the sampler
-        self.evaluated = 0  # those in which it ran
+        self.evaluated = 0  # times that it ran
         self.leader: _core.Leader | None = None
         self._interrupted: BaseException | None = None  # in a follower's thread
         self._threads: dict[int, threading.Thread] = {}
@@ -101,7 +109,7 @@ class Sampling:
         """
         began = time.perf_counter()
         try:
-            if self._lanes and self.reason is None:
+            if (self._lanes or may_stride(self._options)) and self.reason is None:
                 self._open(function, x, sigmas, extra_args, options, traced)
             return function(self, x, sigmas, extra_args=extra_args, **rest, **options)
         except self._host.interrupt as error:
@@ -121,7 +129,8 @@ class Sampling:
             paper = self._options.get("policy") == "paper"
             tolerance = None if paper else self._options.get("tolerance")
             report = Report.from_core(self.leader.report(), tolerance)
-        alone = self.evaluated - report.rounds
+        # An evaluation ahead whose outcome the core did not take answers no step.
+        alone = min(self.evaluated - report.rounds, self.calls - sum(report.accepted))
         report.accepted = report.accepted + [1] * max(alone, 0)
         report.steps = self.calls
         report.rounds = report.evaluations[0] = self.evaluated
@@ -146,6 +155,8 @@ class Sampling:
                 given = (self._model, x, sigmas, extra_args, options)
                 self._noise = noise_ahead(rows, function, *given)
             program = rows.program(noise=self._noise is not None)
+            if not self._lanes and not program.strides:
+                return
             devices = [x.device, *(getattr(lane, "device", x.device) for lane in self._lanes)]
             places = [d.index if d.type == "cuda" else -1 for d in devices]
             self.leader = _core.Leader(
@@ -153,7 +164,7 @@ class Sampling:
                 x,
                 ranks=len(devices),
                 devices=places if x.is_cuda else None,
-                **{"max_stride": 1, **self._options},
+                **self._options,
             )
         except (NotTraceableError, _core.Error) as error:
             self._give_up(str(error))
@@ -209,13 +220,16 @@ class Sampling:
 
     def _follow(self, lane: Lane, point: torch.Tensor, step: int, rank: int) -> torch.Tensor:
         """In a follower's thread: d at a guess of the latents of this call."""
-        sigma = self._sigma(step, point)
         try:
-            return to_d(point, sigma, lane(point, sigma))
+            return self._d(lane, step, point)
         except self._host.interrupt as error:
             self._interrupted = error
             self._host.cancel(True)  # whoever sees it first clears it, and the leader is to see it
             raise
+
+    def _d(self, model: Lane, step: int, point: torch.Tensor) -> torch.Tensor:
+        sigma = self._sigma(step, point)
+        return to_d(point, sigma, model(point, sigma))
 
     def _sigma(self, step: int, x: torch.Tensor) -> torch.Tensor:
         return self._levels[step].to(x.device).repeat(len(x))
@@ -227,7 +241,7 @@ class Sampling:
         if self.leader is None or self.reason is not None:
             return self._evaluate(x, sigma, arguments)
         self._watch(step, x, sigma, arguments)
-        if self.reason is None and (answer := self._ask(step, x)) is not None:
+        if self.reason is None and (answer := self._ask(step, x, arguments)) is not None:
             return self._host.settle(to_denoised(x, sigma, answer), sigma, arguments)
         began = _core.now_ns()
         denoised = self._evaluate(x, sigma, arguments)
@@ -242,14 +256,28 @@ class Sampling:
         self.evaluated += 1
         return self._model(x, sigma, **arguments)
 
-    def _ask(self, step: int, x: torch.Tensor) -> torch.Tensor | None:
-        """d of this call by a follower's verified output; None: to be evaluated."""
+    def _ask(self, step: int, x: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor | None:
+        """d of this call by a verified output, or interpolated; None: to be evaluated."""
         assert self.leader is not None
         self._give_noise(step)
         answer = torch.empty_like(x, memory_format=torch.contiguous_format)
-        answered = self._told(self.leader.ask, step, x.contiguous(), answer)
+        while True:
+            answered = self._told(self.leader.ask, step, x.contiguous(), answer)
+            self._check_interrupt()
+            if answered is not None or self.reason is not None:
+                return answer if answered else None
+            self._evaluate_ahead(arguments)
+
+    def _evaluate_ahead(self, arguments: dict[str, Any]) -> None:
+        """A round in which the model runs at guesses ahead of this call, as in a follower."""
+        assert self.leader is not None
+        model = partial(self._evaluate, arguments=arguments)
+        work = self._told(self.leader.work) or []
+        outputs = [self._d(model, step, point) for step, point in work]
+        for take, given in ((self.leader.fill, outputs), (self.leader.submit, None)):
+            if self.reason is None:
+                self._told(take, given)
         self._check_interrupt()
-        return answer if answered else None
 
     def _give_noise(self, step: int) -> None:
         """Noise of the rows that the next guesses may pass."""

@@ -18,10 +18,11 @@ SLICE = (
     "dpmpp_3m_sde_gpu lcm ipndm_v deis res_multistep er_sde seeds_3 sa_solver_pece ddim uni_pc "
     "dpm_fast dpm_adaptive euler_cfg_pp"
 ).split()
-SERIAL = {
-    "dpm_adaptive": "chooses its noise levels",
-    "euler_cfg_pp": "CFG++",
-}
+UNGUIDED = (
+    "euler_cfg_pp euler_ancestral_cfg_pp dpmpp_2s_ancestral_cfg_pp dpmpp_2m_cfg_pp "
+    "res_multistep_cfg_pp res_multistep_ancestral_cfg_pp gradient_estimation_cfg_pp"
+).split()
+SERIAL = {"dpm_adaptive": "chooses its noise levels", **dict.fromkeys(UNGUIDED, "CFG++")}
 SCHEDULES = ["normal", "karras", "simple", "sgm_uniform", "beta"]
 
 
@@ -37,7 +38,9 @@ def report_of(model):
     return of_model(model).report
 
 
-def compare(kind, sampler, scheduler="normal", steps=8, ranks=4, tolerance=0.0, **options):
+def compare(
+    kind, sampler, scheduler="normal", steps=8, ranks=4, tolerance=0.0, max_stride=None, **options
+):
     """(own result, ours, report); the patch is made anew."""
     from inprocess import sample
     from tiny_pack import models
@@ -45,7 +48,7 @@ def compare(kind, sampler, scheduler="normal", steps=8, ranks=4, tolerance=0.0, 
     model = models.build(kind)
     given = {"sampler": sampler, "scheduler": scheduler, "steps": steps, **options}
     own = sample(model, kind, **given)
-    ours = patched(model, ranks, tolerance=tolerance)
+    ours = patched(model, ranks, tolerance=tolerance, max_stride=max_stride)
     found = sample(ours, kind, **given)
     return own, found, report_of(ours)
 
@@ -70,6 +73,19 @@ def test_fewer_rounds_at_the_default_tolerance(sampler):
     assert report.fallback is None and not report.failures
     assert report.rounds < report.steps
     assert (found - own).norm() < 0.05 * own.norm()
+
+
+@pytest.mark.parametrize("kind", ["demo", "flow"])
+def test_strides_on_one_device_and_on_three(kind):
+    rounds = []
+    for ranks, max_stride in ((1, None), (3, None), (3, 1)):
+        given = {"ranks": ranks, "max_stride": max_stride, "tolerance": 0.02}
+        own, found, report = compare(kind, "euler", "simple", steps=30, **given)
+        assert report.fallback is None and not report.failures and report.steps == 30
+        assert (found - own).norm() < 0.05 * own.norm()
+        rounds.append(report.rounds)
+    print(f"\n{kind}: 30 steps in {rounds} rounds")
+    assert rounds[0] < 30 and rounds[1] < rounds[2] < 30
 
 
 @pytest.mark.sweep
@@ -100,7 +116,7 @@ def test_model_classes(kind):
     assert torch.equal(own, found) and own.isfinite().all() and own.std() > 0
     assert report.fallback is None and not report.failures
     assert report.evaluations[1:] == [report.rounds] * 3 or sum(report.evaluations[1:]) > 6
-    *_, report = compare(kind, "euler", "simple", steps=12, tolerance=math.inf)
+    *_, report = compare(kind, "euler", "simple", steps=12, tolerance=math.inf, max_stride=1)
     assert report.rounds == 1 + math.ceil(11 / 4)
 
 

@@ -12,10 +12,16 @@ import numpy as np
 import pytest
 import torch
 
+import parastep
 from parastep.ksampling import Host, Sampling
 from parastep.ktracing import NotTraceableError, noise_ahead, to_d, to_denoised, trace
 
-SIGMAS = torch.cat([torch.linspace(2.6, -3.5, 16).exp(), torch.zeros(1)])
+
+def levels(steps):
+    return torch.cat([torch.linspace(2.6, -3.5, steps).exp(), torch.zeros(1)])
+
+
+SIGMAS = levels(16)
 CENTRE = torch.linspace(-1, 1, 64).reshape(1, 4, 4, 4)
 ARGUMENTS = {"model_options": {}, "seed": 3}
 
@@ -51,22 +57,24 @@ def latents(batch=2):
     return torch.randn(batch, 4, 4, 4, generator=torch.Generator().manual_seed(1)) * SIGMAS[0]
 
 
-def run(function, ranks=4, lane=denoise, host=None, model=None, lanes=None, **options):
+def run(
+    function, ranks=4, lane=denoise, host=None, model=None, lanes=None, sigmas=SIGMAS, **options
+):
     """(result, Sampling) of a run with `ranks`."""
     model = model or Model()
     lanes = [lane] * (ranks - 1) if lanes is None else lanes
     given = {"tolerance": 0.0, "policy": "verified", **options}
     sampling = Sampling(model, lanes, given, host)
-    sigmas, arguments = SIGMAS.clone(), dict(ARGUMENTS)
+    sigmas, arguments = sigmas.clone(), dict(ARGUMENTS)
     rows = functools.partial(trace, function, model, sigmas, arguments, {})
     result = sampling.run(function, latents(), sigmas, arguments, {}, rows, disable=True)
     return result, sampling
 
 
 @functools.cache
-def own(name):
+def own(name, sigmas=SIGMAS):
     with torch.inference_mode():
-        return ksamplers.SAMPLERS[name](Model(), latents(), SIGMAS.clone(), dict(ARGUMENTS))
+        return ksamplers.SAMPLERS[name](Model(), latents(), sigmas.clone(), dict(ARGUMENTS))
 
 
 # ---- tracing -------------------------------------------------------------------------------------
@@ -197,7 +205,7 @@ def test_fewer_rounds(name):
 
 def test_no_limit_takes_as_few_rounds_as_there_can_be():
     for name, steps in (("euler", 16), ("dpmpp_2m", 16), ("heun", 31)):
-        _, sampling = run(ksamplers.SAMPLERS[name], tolerance=math.inf)
+        _, sampling = run(ksamplers.SAMPLERS[name], tolerance=math.inf, max_stride=1)
         assert sampling.report.rounds == 1 + math.ceil((steps - 1) / 4)
 
 
@@ -233,6 +241,115 @@ def test_levels_that_change_after_the_trace_end_speculation():
     assert "noise levels" in sampling.report.fallback
 
 
+# ---- strided rounds ------------------------------------------------------------------------------
+
+MANY = levels(30)
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+def test_one_device_makes_fewer_model_calls_than_steps(name):
+    model = Model()
+    result, sampling = run(ksamplers.SAMPLERS[name], 1, model=model, sigmas=MANY, tolerance=0.02)
+    report = sampling.report
+    assert report.fallback is None and report.ranks == 1 and report.steps == 30
+    assert model.calls == report.rounds == report.evaluations[0] < 0.8 * report.steps
+    assert report.interpolated > 0 and sum(report.accepted) == report.steps
+    assert (result - own(name, MANY)).norm() < 0.02 * own(name, MANY).norm()
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+def test_strides_save_rounds_on_several_devices(name):
+    model = Model()
+    given = {"ranks": 4, "sigmas": MANY, "tolerance": 0.02}
+    result, strided = run(ksamplers.SAMPLERS[name], model=model, **given)
+    _, dense = run(ksamplers.SAMPLERS[name], max_stride=1, **given)
+    assert model.calls == strided.report.rounds < dense.report.rounds
+    assert sum(strided.report.accepted) == strided.report.steps == 30
+    assert dense.report.interpolated == 0 and not strided.report.failures
+    assert (result - own(name, MANY)).norm() < 0.02 * own(name, MANY).norm()
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 0.0}, {"tolerance": 0.02, "max_stride": 1}])
+def test_without_strides_one_device_is_the_sampler_alone(options):
+    for name in ksamplers.SAMPLERS:
+        result, sampling = run(ksamplers.SAMPLERS[name], 1, **options)
+        assert torch.equal(result, own(name)) and sampling.leader is None
+        assert sampling.report.rounds == sampling.report.steps
+        assert sampling.report.fallback is None
+
+
+@pytest.mark.parametrize("name", ["euler_ancestral", "heun"])
+def test_samplers_that_draw_or_return_to_a_level_stay_at_stride_1(name):
+    result, sampling = run(ksamplers.SAMPLERS[name], 1, tolerance=0.1)
+    assert torch.equal(result, own(name)) and sampling.leader is None
+    assert sampling.report.fallback is None
+    strided, dense = (
+        run(ksamplers.SAMPLERS[name], tolerance=0.1, **o) for o in ({}, {"max_stride": 1})
+    )
+    assert torch.equal(strided[0], dense[0]) and strided[1].report.interpolated == 0
+
+
+class Asked(Sampling):
+    """Tells when the model runs ahead of the sampler's own calls, and may do something then."""
+
+    ahead = 0
+    meanwhile = staticmethod(lambda: None)
+
+    def _evaluate_ahead(self, arguments):
+        self.ahead += 1
+        self.meanwhile()
+        super()._evaluate_ahead(arguments)
+
+
+def ahead(model, lanes, meanwhile=lambda: None, host=None):
+    """An Asked and its run, as a function of no arguments."""
+    sampling = Asked(model, lanes, {"tolerance": 0.02}, host)
+    sampling.meanwhile = meanwhile
+    sigmas, function = MANY.clone(), ksamplers.sample_euler
+    rows = functools.partial(trace, function, model, sigmas, ARGUMENTS, {})
+    go = functools.partial(sampling.run, function, latents(), sigmas, ARGUMENTS, {}, rows)
+    return sampling, go
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_cancelling_in_the_middle_of_an_evaluation_ahead(others):
+    host = Cancelling()
+    slow = type("Slow", (Model,), {"__call__": lambda self, x, s, **m: host.model(x, s)})()
+    begin = functools.partial(host.cancel, True)
+    sampling, go = ahead(slow, [host.model] * others, begin, host)
+    with pytest.raises(Cancelled):
+        go()
+    assert sampling.ahead == 1 and not host.flag
+    assert not [t for t in threading.enumerate() if t.name.startswith("parastep-")]
+    assert sampling.report.rounds == sampling.evaluated
+
+
+def test_an_error_of_the_core_ahead_ends_speculation_only():
+    def refuses(outputs):
+        raise parastep.ShapeError("refused")
+
+    class Refusing:
+        def __init__(self, leader):
+            self.leader = leader
+
+        def __getattr__(self, name):
+            return refuses if name == "fill" else getattr(self.leader, name)
+
+    sampling, go = ahead(Model(), [denoise])
+    sampling.meanwhile = lambda: setattr(sampling, "leader", Refusing(sampling.leader))
+    result, report = go(), sampling.report
+    assert sampling.ahead == 1 and report.fallback == "refused"
+    assert (result - own("euler", MANY)).norm() < 0.02 * own("euler", MANY).norm()
+    assert sum(report.accepted) == report.steps == 30
+
+
+def test_callbacks_come_in_order_with_strides():
+    seen = []
+    sampling, go = ahead(Model(), [])
+    go(callback=seen.append)
+    assert sampling.ahead > 0 and [told["i"] for told in seen] == list(range(30))
+
+
 # ---- faults --------------------------------------------------------------------------------------
 
 
@@ -250,7 +367,10 @@ def test_a_lane_that_raises_costs_speed_only():
 
 def test_a_lane_with_another_function_is_left_out():
     result, sampling = run(
-        ksamplers.sample_euler, lanes=[lambda x, s: 0.9 * denoise(x, s)], tolerance=0.5
+        ksamplers.sample_euler,
+        lanes=[lambda x, s: 0.9 * denoise(x, s)],
+        tolerance=0.5,
+        max_stride=1,
     )
     assert torch.equal(result, own("euler"))
     assert sampling.report.failures[0].status == "DIFFERS"
