@@ -1,6 +1,7 @@
 """ComfyUI's samplers on the trained demo model: rounds and distance, and what one rank costs.
 
     COMFYUI_PATH=... python tests/bench/comfyui.py [--seeds 2] [--steps 20 30 50] [--ranks 2 4 8]
+        [--max-stride 1]
 
 Distance is the relative L2 distance of the final latents to the untouched sampler's, guidance 3,
 karras schedule. Runs in the host's own code in this process, on the CPU.
@@ -20,7 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "hosts" / "
 SAMPLERS = ("euler", "dpmpp_2m", "dpmpp_2m_sde", "heun", "uni_pc", "euler_ancestral")
 
 
-def compare(steps: int, ranks: int, seeds: int, tolerance: float) -> None:
+def compare(steps: int, ranks: int, seeds: int, tolerance: float, max_stride: int | None) -> None:
     import inprocess
     from tiny_pack import models
 
@@ -39,7 +40,7 @@ def compare(steps: int, ranks: int, seeds: int, tolerance: float) -> None:
                 "negative": models.conditioning("demo", -1),
             }
             own = inprocess.sample(model, "demo", **given)
-            ours = patch(model, ["cpu"] * ranks, tolerance=tolerance)
+            ours = patch(model, ["cpu"] * ranks, tolerance=tolerance, max_stride=max_stride)
             found = inprocess.sample(ours, "demo", **given)
             report = of_model(ours).report
             calls = report.steps
@@ -61,7 +62,7 @@ def cost_of_one_rank(repeats: int = 5) -> None:
     from parastep.comfy import patch
 
     model = models.build("eps", slow_ms=20.0)
-    with_node, ratios = patch(model, ["cpu"]), []
+    with_node, ratios = patch(model, ["cpu"], max_stride=1), []
     for _ in range(repeats):
         seconds = []
         for each in (model, with_node):
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 30, 50])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--max-stride", type=int, help="1: every step is evaluated by some rank")
     given = parser.parse_args()
 
     import comfy_server
@@ -102,7 +104,7 @@ def main() -> None:
     )
     for steps in given.steps:
         for ranks in given.ranks:
-            compare(steps, ranks, given.seeds, given.tolerance)
+            compare(steps, ranks, given.seeds, given.tolerance, given.max_stride)
 
 
 if __name__ == "__main__":
