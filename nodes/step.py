@@ -17,9 +17,10 @@ class ParaStep:
     aliases = ("multi GPU", "parallel sampling", "speed up", "several steps at once", "parastep")
     cached = True
     description = NOTE + (
-        "Evaluates several sampling steps at once, one on each device, and checks every one of "
-        "them before it is used. Goes between the model loader and any sampler; nothing else in "
-        "the graph changes."
+        "Evaluates several sampling steps at once, one on each device, and checks each before it "
+        "is used; steps between them are estimated where the quality allows, so that one device "
+        "gains too. Goes between the model loader and any sampler; nothing else in the graph "
+        "changes."
     )
     inputs: dict[str, Any] = {
         "model": ("MODEL", {"tooltip": "With its LoRAs and patches, or before them."}),
@@ -35,9 +36,9 @@ class ParaStep:
             [*_QUALITIES, _OWN],
             {
                 "default": "balanced",
-                "tooltip": "How far a guessed latent may be off, in units of the noise level. "
-                "exact: the same picture bit for bit, no faster. high: .005. balanced: .02. "
-                "fast: .05. own tolerance: the number below.",
+                "tooltip": "How far off guesses and estimates may be, in units of the noise "
+                "level. exact: the same picture bit for bit, no faster. high: .005. "
+                "balanced: .02. fast: .05. own tolerance: the number below.",
             },
         ),
         "tolerance": (

@@ -1,8 +1,8 @@
 """A k-diffusion sampler function run as it is, its model calls answered by the core.
 
 The function gets a `Sampling` where it expects its model. A tensor's way through a call of it: the
-latents x at noise level sigma go to the core (`ask`), which answers from a follower's verified
-output, d, turned into denoised latents; or else sends guesses of the coming latents to the
+latents x at noise level sigma go to the core (`ask`), which answers with an output d, verified or
+between two others, turned into denoised latents; or else sends guesses of the coming latents to the
 followers, each a thread with a `Lane` of its own, while the model itself runs here, at x or, where
 rounds are strided, at a guess further ahead; then takes in what all of them made (`submit`). Called
 by `comfy`; knows no host.
