@@ -9,6 +9,8 @@ import comfy_graphs as graphs
 import pytest
 from comfy_server import PromptError
 
+from parastep.tolerance import NAMES
+
 EXACT = {"quality": "exact"}
 
 
@@ -28,6 +30,9 @@ def test_nodes_are_declared(server):
     inputs = step["input"]["required"]
     assert list(inputs) == ["model", "devices", "quality", "tolerance", "policy", "order"]
     assert all(options.get("tooltip") for _, options in inputs.values())
+    kind, options = inputs["quality"]
+    words = kind if isinstance(kind, list) else options["options"]
+    assert words == [*NAMES, "own tolerance"]
     assert "CANNOT RUN" not in step["description"]
 
 
@@ -59,6 +64,23 @@ def test_fewer_rounds(server):
     assert steps == 20 and rounds < 14, words
     pairs = list(zip(own.outputs["end"]["latent"], ours.outputs["end"]["latent"]))
     assert sum((a - b) ** 2 for a, b in pairs) < 1e-3 * sum(a * a for a, _ in pairs)
+
+
+def test_one_device_and_three(server):
+    """Euler in 30 steps: fewer model calls than steps, near the stock latent, each step shown."""
+    given = {"scheduler": "simple", "steps": 30}
+    own, rounds = server.run(graphs.basic("flow", **given)).outputs["end"]["latent"], []
+    for devices in ("cpu", "cpu cpu cpu"):
+        node = {"quality": "balanced", "devices": devices}
+        run = server.watch(graphs.basic("flow", **given, with_node=node))
+        words = run.outputs["words"]["text"][0]
+        assert "serially" not in words, words
+        rounds.append(int(words.split()[3]))
+        shown = [event["value"] for event in run.of("progress") if event["node"] == "sampler"]
+        assert shown == sorted(shown) and set(range(1, 31)) <= set(shown)
+        pairs = list(zip(own, run.outputs["end"]["latent"]))
+        assert sum((a - b) ** 2 for a, b in pairs) < 1e-3 * sum(a * a for a, _ in pairs)
+    assert rounds[1] < rounds[0] < 30
 
 
 def test_progress_and_previews_are_the_hosts_own(server):
