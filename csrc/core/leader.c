@@ -312,7 +312,7 @@ ps_status ps_leader_amend(ps_leader *leader, const void *x, void *m_out, double 
   }
   if (status == PS_OK) {
     double gap;
-    ps__measured found;
+    ps__measured found = {.drift = NAN};
     status = measure(leader, node, x, m_out, &gap, &found);
     *drift = found.drift;
   }

@@ -40,14 +40,14 @@ void psb__place_close(psb_place *place)
 /* torch before it had an exchange table. */
 static int ask_torch(int device, void **stream)
 {
-  PyObject *name = PyUnicode_FromString("torch"), *module = NULL, *cuda = NULL, *found = NULL;
-  PyObject *handle = NULL;
+  PyObject *name = PyUnicode_FromString("torch");
+  PyObject *module = name ? PyImport_GetModule(name) : NULL;
+  PyObject *cuda = module ? PyObject_GetAttrString(module, "cuda") : NULL;
+  PyObject *found = cuda ? PyObject_CallMethod(cuda, "current_stream", "i", device) : NULL;
+  PyObject *handle = found ? PyObject_GetAttrString(found, "cuda_stream") : NULL;
   int rc = -1;
 
-  if (name && (module = PyImport_GetModule(name)) &&
-      (cuda = PyObject_GetAttrString(module, "cuda")) &&
-      (found = PyObject_CallMethod(cuda, "current_stream", "i", device)) &&
-      (handle = PyObject_GetAttrString(found, "cuda_stream"))) {
+  if (handle) {
     *stream = PyLong_AsVoidPtr(handle);
     rc = PyErr_Occurred() ? -1 : 0;
   }

@@ -136,6 +136,18 @@ void runner_check_str(const char *file, int line, const char *text, const char *
   }
 }
 
+void runner_check_bytes(const char *file, int line, const char *text, const void *got,
+                        const void *expected, size_t bytes)
+{
+  const unsigned char *a = got, *b = expected;
+  for (size_t k = 0; k < bytes; ++k) {
+    if (a[k] != b[k]) {
+      runner_fail(file, line, "%s differs in byte %zu of %zu: 0x%02x, not 0x%02x", text, k, bytes,
+                  a[k], b[k]);
+    }
+  }
+}
+
 /* ---- memory ---------------------------------------------------------------------------------- */
 
 static atomic_uint_fast64_t allocations;

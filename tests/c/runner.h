@@ -55,6 +55,8 @@ void runner_check_near(const char *file, int line, const char *text, double got,
                        double tolerance);
 void runner_check_str(const char *file, int line, const char *text, const char *got,
                       const char *expected);
+void runner_check_bytes(const char *file, int line, const char *text, const void *got,
+                        const void *expected, size_t bytes);
 
 #define CHECK(condition)                                                                           \
   do {                                                                                             \
@@ -86,6 +88,10 @@ void runner_check_str(const char *file, int line, const char *text, const char *
   runner_check_near(__FILE__, __LINE__, #got, (got), (expected), (tolerance))
 
 #define CHECK_STR(got, expected) runner_check_str(__FILE__, __LINE__, #got, (got), (expected))
+
+/* To the bit, so that a zero differs from its negative and a NaN equals itself. */
+#define CHECK_BYTES(got, expected, bytes)                                                          \
+  runner_check_bytes(__FILE__, __LINE__, #got, (got), (expected), (bytes))
 
 /* Prints the status by name, and the library's last error. */
 #define CHECK_STATUS(call, expected)                                                               \

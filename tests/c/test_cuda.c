@@ -564,8 +564,10 @@ static ps_status use_everything(const fake_api *fake)
     void *out = mirror->memory[PS_NEAR];
     status = here->lincomb(here, 16, 1, 2, weight, in, &out, PS_F32);
   }
-  ps_sweep sweep = {1, 16, PS_F32, PS_F32, .m = block, .keep_m = block + 512};
-  status = status == PS_OK ? here->sweep(here, &sweep, NULL, &swept) : status;
+  if (status == PS_OK) {
+    ps_sweep sweep = {1, 16, PS_F32, PS_F32, .m = block, .keep_m = block + 512};
+    status = here->sweep(here, &sweep, NULL, &swept);
+  }
   status = status == PS_OK ? mirror->ops->send(mirror, PS_NEAR, 0, 1024) : status;
   status = status == PS_OK ? mirror->ops->receive(mirror, PS_FAR) : status;
   status = status == PS_OK ? mirror->ops->send(mirror, PS_FAR, 0, 64) : status;

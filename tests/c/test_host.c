@@ -362,7 +362,7 @@ TEST(a_run_is_that_of_threads)
     double tolerance = k == 0 ? 0.0 : 0.3;
     float *expected = run(program, false, tolerance, &by_threads);
     float *x = run(program, true, tolerance, &by_host);
-    CHECK(memcmp(x, expected, ELEMENTS * sizeof *x) == 0);
+    CHECK_BYTES(x, expected, ELEMENTS * sizeof *x);
     CHECK_EQ(by_host.rounds, by_threads.rounds);
     CHECK_EQ(by_host.bytes_sent, by_threads.bytes_sent);
     free(x);

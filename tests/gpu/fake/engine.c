@@ -234,7 +234,11 @@ static void note(block *b, access made)
   }
   if (b->count == b->room) {
     b->room = b->room > 0 ? 2 * b->room : 16;
-    b->accesses = realloc(b->accesses, (size_t)b->room * sizeof *b->accesses);
+    access *grown = realloc(b->accesses, (size_t)b->room * sizeof *grown);
+    if (grown == NULL) {
+      abort(); /* a race that went unnoticed would be worse */
+    }
+    b->accesses = grown;
   }
   b->accesses[b->count++] = made;
 }
@@ -424,9 +428,10 @@ static void do_first(fake_stream_state *stream)
   stream->last = stream->first != NULL ? stream->last : &stream->first;
   if (work->kind == TASK && work->task != NULL && fake_broken[stream->device] == 0) {
     work->task(work->data);
-    if (break_after > 0 && --break_after == 0) {
+    if (break_after == 1) {
       fake_broken[stream->device] = break_error;
     }
+    break_after -= break_after > 0;
   } else if (work->kind == RECORD && work->version > work->event->reached) {
     work->event->reached = work->version;
   } else if (work->kind == FREE) {

@@ -50,10 +50,12 @@ typedef struct fake_counts { /* what is there now */
   X(void *, fake_stream, (int device))                                                             \
   X(void, fake_drain, (void))
 
+/* A field that points to the function; no part of a declaration can stand in parentheses. */
+#define FAKE_POINTER(result, name, arguments)                                                      \
+  result(*name) arguments; // NOLINT(bugprone-macro-parentheses)
+
 typedef struct fake_api {
-#define X(result, name, arguments) result(*name) arguments; // NOLINT(bugprone-macro-parentheses)
-  FAKE_MAP(X)
-#undef X
+  FAKE_MAP(FAKE_POINTER)
 } fake_api;
 
 /* Functions of the stand-in for NCCL, libnccl.so.2, whose ranks are threads of one process. */
@@ -63,9 +65,7 @@ typedef struct fake_api {
   X(int, fake_nccl_live, (void)) /* communicators that were not aborted */
 
 typedef struct fake_nccl_api {
-#define X(result, name, arguments) result(*name) arguments;
-  FAKE_NCCL_MAP(X)
-#undef X
+  FAKE_NCCL_MAP(FAKE_POINTER)
 } fake_nccl_api;
 
 #endif

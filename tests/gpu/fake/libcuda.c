@@ -52,8 +52,11 @@ static int current(void)
 static int enter(const char *function)
 {
   fake_lock();
-  if (fail_at > 0 && strcmp(failing, function) == 0 && --fail_at == 0) {
-    return fail_error;
+  if (fail_at > 0 && strcmp(failing, function) == 0) {
+    --fail_at;
+    if (fail_at == 0) {
+      return fail_error;
+    }
   }
   if (!initialized && strcmp(function, "cuInit") != 0) {
     return fake_complain(3, "%s before cuInit", function);

@@ -65,8 +65,11 @@ int fake_nccl_live(void)
 static int enter(const char *function)
 {
   fake_lock();
-  if (fail_at > 0 && strcmp(failing, function) == 0 && --fail_at == 0) {
-    return fail_result;
+  if (fail_at > 0 && strcmp(failing, function) == 0) {
+    --fail_at;
+    if (fail_at == 0) {
+      return fail_result;
+    }
   }
   return PS__NCCL_OK;
 }
@@ -83,12 +86,17 @@ API int ncclGetVersion(int *version)
   return PS__NCCL_OK;
 }
 
+static void name_pair(ncclUniqueId *id, int number)
+{
+  snprintf(id->internal, sizeof id->internal, "pair %d", number);
+}
+
 API int ncclGetUniqueId(ncclUniqueId *id)
 {
   int result = enter("ncclGetUniqueId");
   memset(id, 0, sizeof *id);
   if (result == PS__NCCL_OK && made < PAIRS) {
-    snprintf(id->internal, sizeof id->internal, "pair %d", made++);
+    name_pair(id, made++);
   }
   return leave(result);
 }
@@ -100,10 +108,23 @@ API int ncclGroupEnd(void)
 
 /* ---- communicators --------------------------------------------------------------------------- */
 
+static int find_pair(const ncclUniqueId *id)
+{
+  for (int k = 0; k < made; ++k) {
+    ncclUniqueId its;
+    name_pair(&its, k);
+    if (strcmp(id->internal, its.internal) == 0) {
+      return k;
+    }
+  }
+  return -1;
+}
+
 static int check_init(int ranks, const ncclUniqueId *id, int rank, const ncclConfig_t *config,
                       int *number)
 {
-  if (sscanf(id->internal, "pair %d", number) != 1 || *number >= made) {
+  *number = find_pair(id);
+  if (*number < 0) {
     return fake_complain(INVALID_ARGUMENT, "an id that nobody made");
   }
   if (ranks != 2 || rank < 0 || rank > 1 || config->blocking != 0 ||
