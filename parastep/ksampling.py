@@ -129,8 +129,7 @@ class Sampling:
             paper = self._options.get("policy") == "paper"
             tolerance = None if paper else self._options.get("tolerance")
             report = Report.from_core(self.leader.report(), tolerance)
-        # An evaluation ahead whose outcome the core did not take answers no step.
-        alone = min(self.evaluated - report.rounds, self.calls - sum(report.accepted))
+        alone = self.evaluated - report.rounds
         report.accepted = report.accepted + [1] * max(alone, 0)
         report.steps = self.calls
         report.rounds = report.evaluations[0] = self.evaluated
@@ -277,7 +276,6 @@ class Sampling:
         for take, given in ((self.leader.fill, outputs), (self.leader.submit, None)):
             if self.reason is None:
                 self._told(take, given)
-        self._check_interrupt()
 
     def _give_noise(self, step: int) -> None:
         """Noise of the rows that the next guesses may pass."""
