@@ -11,7 +11,7 @@
 
 /* Chosen on trained models of three modalities by tests/bench/fidelity.py; README has the figures.
  */
-static const double SCALE = 0.5;         /* error of x a round may add, at tolerance 1 */
+static const double SCALE = 0.25;        /* error of x a round may add, at tolerance 1 */
 static const double EARLY = 10.0;        /* an error counts 1 + EARLY times as much at pure noise */
 static const double SLOPE = 4.0;         /* of the clean sample left after the rebase, at most, */
 static const double SPREAD = 100.0;      /* and the signal's variance at which that levels off */
