@@ -26,8 +26,8 @@ def call(name: str, ranks: int, steps: int, **options: Any) -> tuple[torch.Tenso
 def test_fewer_rounds_than_every_step_takes(name: str, ranks: int) -> None:
     steps = 40
     with no_warnings():
-        found, report = call(name, ranks, steps, tolerance=2.0)
-        _, stepwise = call(name, ranks, steps, tolerance=2.0, max_stride=1)
+        found, report = call(name, ranks, steps, tolerance=8.0)
+        _, stepwise = call(name, ranks, steps, tolerance=8.0, max_stride=1)
     wanted = own(name, steps).result
     assert report.interpolated > 0 and report.fallback is None and not report.failures
     assert sum(report.accepted) == report.steps == own(name, steps).steps
@@ -49,21 +49,21 @@ def test_one_device_at_stride_1_is_the_pipeline_itself() -> None:
 
 
 def test_solvers_that_draw_have_no_lane() -> None:
-    pipe = image.load(scheduler="euler_a")
+    pipe = image.MODEL.load(scheduler="euler_a")
     arguments = {"classes": [3], "seed": 1, "steps": 12}
     with parastep.parallelize(pipe, devices(1), tolerance=0.05) as parallel:
-        found = parallel(**image.arguments(**arguments)).images
-    wanted = pipe(**image.arguments(**arguments)).images
+        found = parallel(**image.MODEL.arguments(**arguments)).images
+    wanted = pipe(**image.MODEL.arguments(**arguments)).images
     assert torch.equal(torch.as_tensor(found), torch.as_tensor(wanted))
     assert parallel.report.evaluations == [12] and parallel.report.fallback is None
 
 
 @pytest.mark.parametrize("steps", [50, 200])
 def test_a_trained_model_on_one_device(steps: int) -> None:
-    pipe = image.load()
-    wanted = torch.as_tensor(pipe(**image.arguments([7], 5, steps)).images)
+    pipe = image.MODEL.load()
+    wanted = torch.as_tensor(pipe(**image.MODEL.arguments([7], 5, steps)).images)
     with parastep.parallelize(pipe, devices(1)) as parallel, no_warnings():
-        found = torch.as_tensor(parallel(**image.arguments([7], 5, steps)).images)
+        found = torch.as_tensor(parallel(**image.MODEL.arguments([7], 5, steps)).images)
     report = parallel.report
     assert report.rounds < 32 and report.evaluations == [report.rounds]
     assert report.interpolated > steps - 32
@@ -72,12 +72,12 @@ def test_a_trained_model_on_one_device(steps: int) -> None:
 
 def test_the_lane_fails() -> None:
     """Speed is lost, not the picture; the leader goes on with the rest, or alone."""
-    pipe = image.load()
-    wanted = torch.as_tensor(pipe(**image.arguments([7], 5, 100)).images)
+    pipe = image.MODEL.load()
+    wanted = torch.as_tensor(pipe(**image.MODEL.arguments([7], 5, 100)).images)
     for ranks in (1, 3):
         with parastep.parallelize(pipe, devices(ranks)) as parallel, caught() as texts:
             fail_after(parallel, 3)
-            found = torch.as_tensor(parallel(**image.arguments([7], 5, 100)).images)
+            found = torch.as_tensor(parallel(**image.MODEL.arguments([7], 5, 100)).images)
         assert [line.rank for line in parallel.report.failures] == [0]
         assert any("out of order" in text for text in texts)
         assert (found - wanted).pow(2).mean() < 4 * 10**-3.8
