@@ -24,7 +24,7 @@ from .seam import Hooks, Outputs, inputs_in, is_rounded, latent_in, named_argume
 from .tracing import Traced, trace_rows
 from .watch import Watch
 
-_FEWEST = 8  # steps that a lane is worth its own check at step 0 for
+_FEWEST = 16  # steps that a lane is worth its own check at step 0 for
 _STEP_TENSORS = ("model_output", "sample", "timestep", "old_pred_original_sample", "timestep_back")
 
 

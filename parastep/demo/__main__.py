@@ -31,7 +31,7 @@ def main() -> None:
     if chosen.tolerance is not None:
         options["tolerance"] = chosen.tolerance
     found = {}
-    with tqdm(total=8 * len(chosen.models), desc="demo", unit="run") as bar:
+    with tqdm(total=9 * len(chosen.models), desc="demo", unit="run") as bar:
         for name in chosen.models:
             job = runs.Job(load(name), CLASSES[name], steps=chosen.steps)
             found[name] = runs.compare(job, bar, **options)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 Trained = TypeVar("Trained", bound=torch.nn.Module)
 REFRESH = 200  # steps between two fresh sets of examples: none is seen often
@@ -37,6 +37,8 @@ def fit(
     replaced by the empty prompt, at noise levels (B) that are even in 0 to 1. The model's `prompts`
     has a row for each class and a last one that is empty.
     """
+    if options.start is not None:
+        restore(model, options.start)
     average = copy.deepcopy(model).requires_grad_(False)
     print(f"{sum(p.numel() for p in model.parameters())} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, weight_decay=0.01)
@@ -82,6 +84,16 @@ def save(model: torch.nn.Module, out: pathlib.Path) -> None:
     save_file({name: tensor.detach().half() for name, tensor in tensors.items()}, out)
 
 
+def restore(model: torch.nn.Module, weights: pathlib.Path) -> None:
+    """The inverse of `save`."""
+    stored = load_file(weights)
+    for name, network in model.named_children():
+        torch.nn.utils.vector_to_parameters(stored[name].float(), network.parameters())
+    with torch.no_grad():
+        for name, table in model.named_parameters(recurse=False):
+            table.copy_(stored[name])
+
+
 def command_line(
     what: str, steps: int, rate: float, out: pathlib.Path, batch: int = 32
 ) -> argparse.ArgumentParser:
@@ -93,6 +105,7 @@ def command_line(
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=pathlib.Path, default=out)
+    parser.add_argument("--start", type=pathlib.Path, help="weights to go on from")
     return parser
 
 

@@ -114,6 +114,10 @@ def test_what_is_trained_is_what_is_loaded(model, tmp_path):
 
     trained = training.fit(common.Conditioned(model), examples, loss_of, options)
     training.save(trained, options.out)
+    restored = common.Conditioned(model)
+    training.restore(restored, options.out)
+    for kept, was in zip(restored.parameters(), trained.parameters(), strict=True):
+        assert torch.equal(kept, was.half().float())
     again = dataclasses.replace(model, weights=options.out)
     x, times = model.noise(1), torch.tensor([500.0])
     prompts = [again.rows(table, [3])[0] for table in model.prompts]

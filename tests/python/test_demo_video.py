@@ -29,11 +29,36 @@ def middles(ink: np.ndarray) -> np.ndarray:
     return np.stack([down, right], -1)
 
 
+def centred(ink: np.ndarray) -> np.ndarray:
+    """Each clip's frames laid over each other by their middles: (B, 256)."""
+    found = np.zeros((len(ink), 16, 16))
+    for clip, frames in enumerate(np.pad(ink, [(0, 0), (0, 0), (8, 8), (8, 8)])):
+        for frame, middle in zip(frames, np.rint(middles(ink[clip : clip + 1])[0]).astype(int)):
+            down, right = middle.clip(0, 23)
+            found[clip] += frame[down : down + 16, right : right + 16]
+    return found.reshape(len(ink), -1) / 8
+
+
 @pytest.fixture(scope="module")
 def clips():
     classes = list(range(10)) * 2
     pipe = video.MODEL.load(scheduler="dpmpp2m")
     return classes, pipe(**video.MODEL.arguments(classes, seed=3, steps=16))[0]
+
+
+def test_clips_show_their_class(clips):
+    pytest.importorskip("sklearn")
+    from sklearn.neighbors import KNeighborsClassifier
+
+    from parastep.demo import train_video
+
+    latents, target = train_video.examples(1200, seed=7)
+    known = centred(ink_of(latents))
+    judge = KNeighborsClassifier(5).fit(known[:1000], target[:1000])
+    assert judge.score(known[1000:], target[1000:]) > 0.85  # the judge itself, on clips held out
+    classes, made = clips
+    agreement = np.mean(judge.predict(centred(ink_of(made))) == classes)
+    assert agreement >= 0.7, f"{agreement:.0%} of the clips look like their class"
 
 
 def test_digits_move_in_several_directions(clips):
