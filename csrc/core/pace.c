@@ -173,7 +173,7 @@ ps_status ps__pace_round(ps_leader *leader, bool *exact)
   }
   /* A round that answers nothing is one too many: where they add up, the host evaluates. */
   *exact = (pace->strided && pace->first == leader->step) ||
-           leader->round > leader->step + leader->program->steps / 32;
+           leader->round > leader->step + 1 + leader->program->steps / 32;
   pace->first = leader->step;
   pace->drifted = pace->gaps = pace->missed = 0.0;
   pace->between = 0;

@@ -147,7 +147,7 @@ TEST(rounds_do_not_add_up_beyond_the_steps)
     open_run(&on, program, ranks, false, 1e-12);
     on.f = rough_f;
     CHECK_LT(run_to_end(&on, &report), 1e-9);
-    CHECK(report.rounds <= STEPS + STEPS / 32 + 2);
+    CHECK(report.rounds <= STEPS + STEPS / 32 + 3);
     stage_close(&on);
   }
   ps_program_release(program);
