@@ -113,6 +113,19 @@ static ps_status measure_gap(const ps_leader *leader, double *gap)
   return status;
 }
 
+/* Outputs are rough: from step to step they scatter about a smooth curve.  The difference of two
+ * interpolations shows as much of that as its weights let through; the output interpolated misses
+ * its own share and all of what the step itself would have had. */
+static double roughness_missed(const double *weight, const double *less, int count)
+{
+  double shown = 0.0, missed = 1.0;
+  for (int k = 0; k < count; ++k) {
+    shown += (weight[k] - less[k]) * (weight[k] - less[k]);
+    missed += weight[k] * weight[k];
+  }
+  return sqrt(missed / shown);
+}
+
 /* m at step by the polynomial through the support, and by the one of a degree less. */
 static ps_status combine(ps_leader *leader, const known *support, int count, int step, double *gap)
 {
@@ -128,7 +141,12 @@ static ps_status combine(ps_leader *leader, const known *support, int count, int
   ps_status status =
       leader->backend->lincomb(leader->backend, leader->layout.items * leader->layout.size, outs,
                                count, weight, term, leader->between_m, leader->layout.m);
-  return status == PS_OK && outs == 2 ? measure_gap(leader, gap) : status;
+  if (status == PS_OK && outs == 2) {
+    double share = roughness_missed(weight, weight + count, count);
+    status = measure_gap(leader, gap);
+    *gap *= share;
+  }
+  return status;
 }
 
 ps_status ps__interpolate(ps_leader *leader, int step, double *gap)
@@ -139,7 +157,7 @@ ps_status ps__interpolate(ps_leader *leader, int step, double *gap)
   return status == PS_OK ? combine(leader, support, count, step, gap) : status;
 }
 
-ps_status ps__leave_one_out(ps_leader *leader, int *step, double *gap)
+ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, double *gap)
 {
   known support[POINTS];
   int count = 0;
@@ -151,5 +169,6 @@ ps_status ps__leave_one_out(ps_leader *leader, int *step, double *gap)
       support[count++] = (known){anchor->step, anchor->m};
     }
   }
+  *oldest = support[0].step;
   return combine(leader, support, count, *step, gap);
 }

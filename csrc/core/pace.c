@@ -1,24 +1,28 @@
 /* pace.c - how far apart the nodes of a round lie, and what an answer may cost.
  *
- * A strided round answers several steps from each evaluation, so that errors add up: the estimated
- * error of the latent is summed over the round and held under the tolerance.  The stride follows
- * the interpolation error alone; drift ends the round, and never changes the stride.  Called by
- * life.c once, by leader.c when a round begins and at every guess that was measured.
+ * A strided round answers several steps from each evaluation, so that errors add up: what they come
+ * to in the latent that the run ends with is estimated, and held under the tolerance round by
+ * round.  Errors from drift point the same way from step to step and are summed; those from
+ * interpolation, which the roughness of the outputs makes, do not and are summed in squares.  The
+ * stride follows the interpolation error alone; drift ends the round, and never changes the stride.
+ * Called by life.c once, by leader.c when a round begins and at every guess that was measured.
  */
 #include <math.h>
 
 #include "core/internal.h"
 
-/* Chosen on trained models of three modalities by tests/bench/fidelity.py; README has the figures.
- */
-static const double SCALE = 0.25;        /* error of x a round may add, at tolerance 1 */
-static const double EARLY = 10.0;        /* an error counts 1 + EARLY times as much at pure noise */
-static const double SLOPE = 4.0;         /* of the clean sample left after the rebase, at most, */
-static const double SPREAD = 100.0;      /* and the signal's variance at which that levels off */
+/* Chosen on trained models of three modalities; README has the figures and what they were held
+ * against.  Signal and noise are parts of the latent's own scale, signal^2 + noise^2 = 1. */
+static const double SCALE = 0.2;   /* error of the last latent a round may add, at tolerance 1 */
+static const double CARE = 0.05;   /* an error at a step has grown by 1 / (CARE + signal) */
+static const double SLOPE = 2.0;   /* of the clean sample, left after the rebase: */
+static const double SPREAD = 0.04; /* SLOPE / (SPREAD + signal^2) */
+static const double GAP = 0.8;     /* of a gap, as roughness would make it */
 static const double CLOCK_OFFSET = 0.1;  /* of log s: the clock slows down where noise ends */
-static const double FIRST_STRIDE = 0.02; /* of all steps */
+static const double FIRST_STRIDE = 0.01; /* of all steps, one at least */
 static const double SAFETY = 0.6, GROW = 2.0, SHRINK = 0.5;
 static const double REACH = 2.0; /* windows beyond what the last one came to, where it was cut */
+static const int PATIENCE = 4;   /* rounds of one step until the next try, for every one in vain */
 
 /* ---- levels ---------------------------------------------------------------------------------- */
 
@@ -67,21 +71,19 @@ static double reach_of(const ps_program *program, int step)
   return fabs(sum) / level_of(program, step + 1).scale;
 }
 
-/* The same of a drift: what is left of it after the rebase moves the predicted clean sample, and
- * the next latent takes its part of that. */
+/* The same of a drift in units of s: what is left of it after the rebase moves the predicted clean
+ * sample, and the next latent takes its part of that. */
 static double pull_of(const ps_program *program, int step)
 {
   level at = level_of(program, step), to = level_of(program, step + 1);
   double taken = fabs(to.signal - to.noise * at.signal / at.noise);
-  double left = SLOPE * SPREAD * at.signal / (at.noise * at.noise + SPREAD * at.signal * at.signal);
-  return taken * left / at.scale;
+  return taken * at.noise * SLOPE / (SPREAD + at.signal * at.signal);
 }
 
-/* Errors made early grow, where a sample's content is still to be decided. */
-static double care_of(const ps_program *program, int step)
+/* How much an error grows until the end: most where a sample's content is still to be decided. */
+static double growth_of(const ps_program *program, int step)
 {
-  double noise = level_of(program, step).noise;
-  return 1.0 + EARLY * noise * noise * noise * noise;
+  return 1.0 / (CARE + level_of(program, step).signal);
 }
 
 void ps__pace_begin(ps_leader *leader)
@@ -90,15 +92,12 @@ void ps__pace_begin(ps_leader *leader)
   ps__pace *pace = &leader->pace;
   set_clock(leader);
   for (int j = 0; j < program->steps; ++j) {
-    /* Drift comes in units of s. */
-    pace->drift_cost[j] = care_of(program, j) * pull_of(program, j) * program->s[j] / SCALE;
-    pace->gap_cost[j] = care_of(program, j) * reach_of(program, j) / SCALE;
+    pace->drift_cost[j] = growth_of(program, j) * pull_of(program, j) / SCALE;
+    pace->gap_cost[j] = growth_of(program, j) * reach_of(program, j) * GAP / SCALE;
   }
-  pace->newest = -1;
-  pace->stride = 1.0;
-  if (pace->strided && FIRST_STRIDE * program->steps > 1.0) {
-    pace->stride = FIRST_STRIDE * program->steps;
-  }
+  pace->newest = pace->first = -1;
+  pace->stride =
+      pace->strided ? fmax(pace->clock[1] - pace->clock[0], FIRST_STRIDE * program->steps) : 1.0;
 }
 
 /* ---- budget ---------------------------------------------------------------------------------- */
@@ -114,8 +113,8 @@ bool ps__afford(ps_leader *leader, double drift, double gap)
     return drift < leader->options.tolerance;
   }
   double drifted = pace->drifted + pace->drift_cost[step] * drift;
-  pace->missed = pace->gaps + pace->gap_cost[step] * gap;
-  if (!(drifted + pace->missed < leader->options.tolerance)) {
+  pace->missed = hypot(pace->gaps, pace->gap_cost[step] * gap);
+  if (!(hypot(drifted, pace->missed) < leader->options.tolerance)) {
     return false;
   }
   pace->drifted = drifted;
@@ -125,34 +124,39 @@ bool ps__afford(ps_leader *leader, double drift, double gap)
 
 /* ---- stride ---------------------------------------------------------------------------------- */
 
-/* How large the gaps of the round that has ended were, or would have been: where no step lay
- * between its nodes, the newest anchor but one is interpolated from those around it. */
-static ps_status estimate_gaps(ps_leader *leader, double *gaps, double *safety)
+/* The gaps that the round which has ended had, or would have had: where no step lay between its
+ * nodes, the newest anchor but one is interpolated from those around it, and *stride becomes how
+ * far apart these lie; before there are enough anchors *gaps is NaN. */
+static ps_status estimate_gaps(ps_leader *leader, double *gaps, double *stride)
 {
   ps__pace *pace = &leader->pace;
-  double gap;
   ps_status status = PS_OK;
-  *safety = SAFETY;
   *gaps = pace->newest >= pace->first ? pace->gaps : pace->missed;
   if (pace->between == 0 && leader->anchors >= PS__DEGREE + 2) {
-    int step;
-    status = ps__leave_one_out(leader, &step, &gap);
-    *gaps = leader->nodes * pace->gap_cost[step] * gap;
-    *safety = 2.0 * SAFETY;
+    double gap;
+    int step, oldest;
+    status = ps__leave_one_out(leader, &step, &oldest, &gap);
+    /* Leaving a node out makes a hole of two strides. */
+    *gaps = sqrt(leader->nodes) * pace->gap_cost[step] * gap / 4.0;
+    *stride = (pace->clock[pace->newest] - pace->clock[oldest]) / (PS__DEGREE + 1);
+  } else if (pace->between == 0 && *gaps == 0.0) {
+    *gaps = NAN;
   }
   return status;
 }
 
-/* A gap grows with the power DEGREE + 1 of the stride, their sum with one more. */
+/* The gaps of rough outputs grow with the square root of the stride, those of smooth ones with a
+ * high power of it.  The square lies between the two. */
 static ps_status choose_stride(ps_leader *leader)
 {
   ps__pace *pace = &leader->pace;
   const ps__node *last = &leader->node[leader->nodes - 1];
-  double gaps, safety, least = 1.0;
-  ps_status status = estimate_gaps(leader, &gaps, &safety);
-  double factor =
-      safety * pow(fmax(gaps, 1e-9) / leader->options.tolerance, -1.0 / (PS__DEGREE + 2));
-  double stride = pace->stride * fmin(GROW, fmax(SHRINK, factor));
+  double gaps, stride = pace->stride, least = 1.0;
+  ps_status status = estimate_gaps(leader, &gaps, &stride);
+  if (!isnan(gaps)) {
+    double factor = SAFETY * sqrt(leader->options.tolerance / fmax(gaps, 1e-9));
+    stride *= fmin(GROW, fmax(SHRINK, factor));
+  }
   if (leader->step <= last->step) {
     double taken = pace->clock[leader->step] - pace->clock[pace->first];
     stride = fmin(stride, REACH * taken / leader->nodes);
@@ -164,6 +168,19 @@ static ps_status choose_stride(ps_leader *leader)
   return status;
 }
 
+/* A round that answered nothing is one too many: the host evaluates the next ones, each time
+ * longer, so that a run has only a few rounds more than steps whatever the model does. */
+static bool must_evaluate(ps_leader *leader)
+{
+  ps__pace *pace = &leader->pace;
+  if (pace->first == leader->step) {
+    pace->patience = pace->waits = pace->patience > 0 ? PATIENCE * pace->patience : 1;
+  } else if (leader->step - pace->first > 1) {
+    pace->patience = pace->waits = 0;
+  }
+  return pace->waits > 0 && pace->waits-- > 0;
+}
+
 ps_status ps__pace_round(ps_leader *leader, bool *exact)
 {
   ps__pace *pace = &leader->pace;
@@ -171,9 +188,7 @@ ps_status ps__pace_round(ps_leader *leader, bool *exact)
   if (pace->strided && leader->round > 1 && leader->step < leader->program->steps) {
     status = choose_stride(leader);
   }
-  /* A round that answers nothing is one too many: where they add up, the host evaluates. */
-  *exact = (pace->strided && pace->first == leader->step) ||
-           leader->round > leader->step + 1 + leader->program->steps / 32;
+  *exact = pace->strided && must_evaluate(leader);
   pace->first = leader->step;
   pace->drifted = pace->gaps = pace->missed = 0.0;
   pace->between = 0;

@@ -6,11 +6,11 @@
 
 #include "core/internal.h"
 
-/* Each round has one record a node; pace.c keeps rounds from adding up beyond N and a few. */
+/* Each round has one record a node; pace.c keeps rounds from going far beyond N. */
 size_t ps__report_carve(ps_leader *leader, ps__arena *arena)
 {
   size_t steps = (size_t)leader->program->steps, ranks = (size_t)leader->ranks;
-  size_t rounds = steps + steps / 16 + 4; /* more only for hosts that ask beyond N */
+  size_t rounds = steps + 16; /* more only for hosts that ask beyond N */
   size_t records = rounds * (size_t)leader->window_max + ranks;
   leader->evaluations = ps__carve(arena, ranks, sizeof(int));
   leader->accepted = ps__carve(arena, rounds, sizeof(int));
