@@ -175,7 +175,7 @@ typedef struct ps_options {
   ps_policy policy;
   double tolerance; /* drift below it is accepted, in strided rounds what their estimated errors add
                        up to; 0 = exact, INFINITY = no limit */
-  int order;        /* extrapolation of outputs in guesses: 0 reuse, 1 slope damped by 1/2 */
+  int order;        /* extrapolation of outputs in guesses: 0 reuse, 1 slope, damped */
   int warmup;       /* PS_PAPER: steps evaluated one by one first, at least 1 */
   int max_stride;   /* steps from node to node at most: 1 = some rank evaluates every step; 0 = as
                        many as the tolerance allows.  Where rounds cannot be strided it is 1 */

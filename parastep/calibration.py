@@ -27,8 +27,9 @@ WORST_BELOW = 7.0  # dB that a single run may lie below the target
 
 
 class Cost(NamedTuple):
-    """What a tolerance costs: dB of the mean squared error over runs and of the worst run, and the
-    mean number of rounds.
+    """What a tolerance costs: dB of the mean squared error over runs, with one standard error of
+    that mean added, since other runs are to hold it too; of the worst run; and the mean number of
+    rounds.
     """
 
     tolerance: float
@@ -83,8 +84,12 @@ class Calibration:
 
 
 def psnr_of(squared: Sequence[float], peak: float) -> float:
-    """dB of the mean squared error against peak to peak `peak`; infinite where it is 0."""
+    """dB of the mean squared error and its standard error against peak to peak `peak`; infinite
+    where they are 0.
+    """
     mean = float(np.mean(squared))
+    if len(squared) > 1:
+        mean += float(np.std(squared, ddof=1)) / math.sqrt(len(squared))
     return 10 * math.log10(peak**2 / mean) if mean > 0 else math.inf
 
 
@@ -109,7 +114,8 @@ def calibrate(
             arguments are read once: a function makes new ones for every run, which is what is
             needed.
         denoiser: as for `sample`, where a program is given.
-        target: dB to hold over all runs together; a single run may lie 7 dB lower.
+        target: dB to hold over all runs together, of their mean squared error and one standard
+            error of it; a single run may lie 7 dB lower.
         peak: peak to peak of what is compared: 2 for latents or pictures in -1 to 1.
         decode: makes an array of a result, where comparing the result itself is not what is wanted;
             by default a pipeline's first output, or the latents.

@@ -207,7 +207,7 @@ static void join_outputs(const ps_leader *leader, ps__guesser *guesser, const kn
 static void extrapolate_output(const ps_leader *leader, ps__guesser *guesser, const known *newest,
                                int j)
 {
-  const double damping = leader->pace.strided ? 1.0 : 0.5;
+  const double damping = 0.75;
   const double *clock = leader->pace.clock;
   const known *before = newest;
   double factor = 0.0;

@@ -84,7 +84,7 @@ static double *carried(const model *is, int j, const double *x)
   return m;
 }
 
-/* A guess of m_j: along the slope, damped by half, of the two newest outputs that are known. */
+/* A guess of m_j: along the slope, damped, of the two newest outputs that are known. */
 static double *extrapolated(const model *is, int j, double *const *m, const bool *known)
 {
   double *guess = new_vector(is);
@@ -97,7 +97,7 @@ static double *extrapolated(const model *is, int j, double *const *m, const bool
     --before;
   }
   double ahead = is->on->options.order > 0 && before >= 0
-                     ? 0.5 * (j - newest) / (double)(newest - before)
+                     ? 0.75 * (j - newest) / (double)(newest - before)
                      : 0.0;
   for (size_t i = 0; i < is->n; ++i) {
     guess[i] = m[newest][i] + (ahead != 0.0 ? ahead * (m[newest][i] - m[before][i]) : 0.0);

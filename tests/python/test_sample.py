@@ -261,7 +261,7 @@ def test_guesses_go_on_from_known_outputs(order):
         else:
             reused = outputs[j - 2]
             if order == 1 and j > 2:
-                reused = reused + 0.5 * (outputs[j - 2] - outputs[j - 3])
+                reused = reused + 0.75 * (outputs[j - 2] - outputs[j - 3])
             guess = x[j - 1] + program.b[j - 1, 0] * reused
             np.testing.assert_allclose(points[j, 1], guess, rtol=1e-12)
             outputs[j] = denoiser(guess, j, 1) + program.g[j] * (x[j] - guess)
