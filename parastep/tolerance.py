@@ -10,7 +10,7 @@ Name = Literal["exact", "high", "balanced", "fast"]
 Tolerance: TypeAlias = float | Name
 
 # Points of the curve that tests/bench/fidelity.py measures.
-NAMES: dict[str, float] = {"exact": 0.0, "high": 0.005, "balanced": 0.02, "fast": 0.08}
+NAMES: dict[str, float] = {"exact": 0.0, "high": 0.005, "balanced": 0.02, "fast": 0.05}
 
 
 def number_of(tolerance: Tolerance) -> float:

@@ -183,6 +183,19 @@ def test_rounds_do_not_add_up_beyond_the_steps(ranks, steps):
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
+def test_a_rough_beginning_does_not_cost_the_rest_its_strides():
+    program, smooth, x = setting(60)
+
+    def denoiser(x, step, rank):
+        rough = Rough()(x, step, rank) if step < 15 else 0
+        return smooth(x, step, rank) + rough
+
+    wanted = exact(program, denoiser, x)
+    found, report = parastep.sample(program, denoiser, x, ranks=1, tolerance=0.02)
+    assert 15 <= report.rounds < 45 and report.interpolated >= 15
+    assert distance(found, wanted) < 0.02
+
+
 # ---- faults --------------------------------------------------------------------------------------
 
 
