@@ -13,9 +13,9 @@
 
 /* Chosen on trained models of three modalities; README has the figures and what they were held
  * against.  Signal and noise are parts of the latent's own scale, signal^2 + noise^2 = 1. */
-static const double SCALE = 0.2;   /* error of the last latent a round may add, at tolerance 1 */
+static const double SCALE = 0.19;  /* error of the last latent a round may add, at tolerance 1 */
 static const double CARE = 0.05;   /* an error at a step has grown by 1 / (CARE + signal) */
-static const double SLOPE = 2.0;   /* of the clean sample, left after the rebase: */
+static const double SLOPE = 6.0;   /* of the clean sample, that counts for a drift: */
 static const double SPREAD = 0.04; /* SLOPE / (SPREAD + signal^2) */
 static const double GAP = 0.8;     /* of a gap, as roughness would make it */
 static const double CLOCK_OFFSET = 0.1;  /* of log s: the clock slows down where noise ends */
@@ -72,7 +72,8 @@ static double reach_of(const ps_program *program, int step)
 }
 
 /* The same of a drift in units of s: what is left of it after the rebase moves the predicted clean
- * sample, and the next latent takes its part of that. */
+ * sample, and the next latent takes its part of that.  On all models that was .4 / (SPREAD +
+ * signal^2) for a step; the rest of SLOPE is for rounds, whose drifts point the same way. */
 static double pull_of(const ps_program *program, int step)
 {
   level at = level_of(program, step), to = level_of(program, step + 1);
