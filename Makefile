@@ -219,6 +219,24 @@ hosts-new: $(EDITABLE_STAMP)
 hosts-old: $(EDITABLE_STAMP)
 	$(call run_hosts,old,$(HOSTS_OLD))
 
+# The Python tests that need no torch, on a Python without a GIL, named by PYTHON, in a venv of its
+# own; importing must leave the GIL off.
+FREE := build/free
+FREE_TESTS ?= $(addprefix tests/python/test_,faults.py planning.py program.py report.py run.py \
+  sample.py strided.py tensors.py threads.py)
+
+.PHONY: test-freethreaded
+test-freethreaded: ## Run Python tests without torch on a free-threaded PYTHON
+	@$(PYTHON) -c 'import sys, sysconfig; sys.exit(None if sysconfig.get_config_var("Py_GIL_DISABLED") \
+	  else "PYTHON has a GIL: name a free-threaded one, as PYTHON=python3.14t")'
+	@$(PYTHON) -m venv $(FREE)/venv
+	@$(FREE)/venv/bin/python -m pip install --quiet setuptools numpy hypothesis pytest pytest-timeout
+	@$(FREE)/venv/bin/python setup.py --quiet build --build-base $(FREE) --build-lib $(FREE)/lib \
+	  > $(FREE)/build.log 2>&1 || { cat $(FREE)/build.log; exit 1; }
+	PYTHONPATH=$(CURDIR)/$(FREE)/lib PYTHONSAFEPATH=1 \
+	  $(FREE)/venv/bin/python -m pytest -p no:cacheprovider --timeout=300 --timeout-method=thread \
+	  $(PYTEST_ARGS) $(FREE_TESTS)
+
 # ---- demo and benches ----------------------------------------------------------------------------
 
 .PHONY: demo bench bench-c

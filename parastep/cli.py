@@ -38,7 +38,7 @@ def _add_plan(commands: Any) -> None:
     command.add_argument("--ranks", default="2,4,8", help="as 8,16,32")
     command.add_argument("--link", default="pcie", help=f"{', '.join(LINKS)}, or as 3GB/s")
     command.add_argument("--tolerance", type=float, default=0.02)
-    command.add_argument("--profile", help="JSON of report.to_dict() of one run")
+    command.add_argument("--profile", nargs="+", help="JSON of report.to_dict() of runs")
     command.add_argument("--paper", type=int, metavar="W", help="the published rule, warm-up W")
     command.add_argument("--speeds", help="of each rank relative to the first, as 1,1,0.5")
     command.add_argument("--weights", default="0", help="bytes of the denoiser, as 10GB")
@@ -54,9 +54,8 @@ def _plan(options: argparse.Namespace) -> int:
         if options.paper is not None:
             given |= {"policy": "paper", "warmup": options.paper}
         if options.profile is not None:
-            given["profile"] = Report.from_dict(
-                json.loads(pathlib.Path(options.profile).read_text())
-            )
+            texts = [pathlib.Path(name).read_text() for name in options.profile]
+            given["profile"] = [Report.from_dict(json.loads(text)) for text in texts]
         if options.speeds is not None:
             given["speeds"] = [float(speed) for speed in options.speeds.split(",")]
         ranks = [int(number) for number in options.ranks.split(",")]

@@ -1,8 +1,9 @@
 """A follower's side of a pipeline call: a replica's own loop, led from step to step by the core.
 
 The replica enters the pipeline's own `__call__`. It evaluates step 0 on its own first latent, which
-the leader verifies; after that its `step` hook hands the loop the point it is to evaluate and skips
-the iterations before it. Nothing is stepped, encoded or decoded here.
+the leader verifies; after that its `step` hook hands the loop the point it is to evaluate, and the
+iterations before that are passed, or walked through without their denoisers. Nothing is stepped,
+encoded or decoded here.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from . import _core
 from .api import describe
 from .call import Call, GoBack, Leave
 from .noise import Draws
+from .passing import Passing
 from .replicas import denoisers_of
 from .seam import (
     Hooks,
@@ -38,8 +40,10 @@ class Following:
         self.replica, self.rank, self.call, self.device = replica, rank, call, device
         self.evaluated = 0  # iterations whose denoisers ran
         self._outputs = Outputs()
+        self._passing = Passing(replica)
         self._target = 0  # the step to evaluate next
         self._point: torch.Tensor | None = None  # where; None at step 0, which has its own latent
+        self._skipped: Any = None  # what iterations on the way work with: its shape alone matters
         self._end: _core.Follower | None = None
         self._restart()
 
@@ -61,6 +65,7 @@ class Following:
 
     def _restart(self) -> None:
         self._step = 0
+        self._walk = self._target - 1  # the next iteration not to be passed: that before the target
         self._ordinals: dict[int, int] = defaultdict(int)
         self._encoded: dict[tuple[str, str], int] = defaultdict(int)
         self._began_ns = 0
@@ -71,6 +76,7 @@ class Following:
         self._private = _Private(random)
         try:
             self._place(hooks)
+            self._passing.watch(random, (*args, *kwargs.values()))
             with self._private:
                 self.replica(*args, **kwargs)
         except GoBack:
@@ -85,6 +91,9 @@ class Following:
         """
         if self._end is None:
             raise RuntimeError("the replica's call ended before the first step")
+        if self._passing.known:  # or iterations were passed that were none
+            self._passing.give_up()
+            return True
         while self._target >= self._step:
             self._end.submit([torch.full_like(self._m, torch.nan)])
             self._take_work()
@@ -95,6 +104,15 @@ class Following:
             hooks.wrap_call(module, self._forward_of(module))
         hooks.wrap_encoders(self.replica, self._replay_of)
         hooks.wrap_method(self.replica.scheduler, "step", self._step_hook)
+        self._passing.place(hooks, self.replica, self._passed)
+
+    def _passed(self) -> bool:
+        if self._step >= self._walk:
+            return False
+        scheduler = self.replica.scheduler
+        _count_step(scheduler, self._passing.first)
+        self._step += 1
+        return True
 
     def _replay_of(self, key: tuple[str, str]) -> Callable[..., Any]:
         def hook(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,17 +154,24 @@ class Following:
     def _step_hook(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         if scheduler is not self.replica.scheduler:
             return original(*args, **kwargs)
-        named = named_arguments(scheduler, args, kwargs) or {}
+        with self._private.lifted():
+            return self._stepped(scheduler, named_arguments(scheduler, args, kwargs) or {})
+
+    def _stepped(self, scheduler: Any, named: dict[str, Any]) -> Any:
+        """What the scheduler's step returns here, in whose iteration the target may lie."""
         if self._step == self._target:
-            self._submit(named["model_output"], named["sample"])
+            self._submit(**named)
             self._take_work()
         self._step += 1
         self._ordinals.clear()
         _count_step(scheduler, named["timestep"])
         if self._target < self._step:
             raise GoBack
-        if self._step < self._target:
+        if self._step < self._target and not self._passing.known:
+            if self._skipped is None:
+                self._skipped = map_tensors(self._as_returned, self.call.returned)
             return self._skipped
+        self._walk = self._target
         return map_tensors(self._as_returned, self.call.returned)
 
     def _as_returned(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -158,18 +183,23 @@ class Following:
             return tensor.to(self.device, copy=True)
         return self._point.to(tensor.dtype, copy=True)
 
-    def _submit(self, m: torch.Tensor, sample: torch.Tensor) -> None:
+    def _submit(
+        self, model_output: torch.Tensor, sample: torch.Tensor, timestep: Any, **_: Any
+    ) -> None:
         began_ns = self._began_ns
         if self._end is None:
             # The leader's message of step 0 tells its own first latent; ours was evaluated
             # meanwhile.
             self._end = self.call.follower(self.rank)
             self._take_work()
+            self._passing.begin(self.replica.scheduler, timestep)
         assert self._point is not None
         moved = None
         if not is_rounded(sample, self._point):
             moved = [sample.detach().to(self._point.dtype).contiguous()]
-        self._m = m.detach().contiguous()
+        if self._step > 0 and not self._passing.check(self._step, timestep, moved is not None):
+            raise GoBack  # the target lies elsewhere in this loop, which is to be walked through
+        self._m = model_output.detach().contiguous()
         self._end.submit([self._m], moved, began_ns)
 
     def _take_work(self) -> None:
@@ -180,9 +210,7 @@ class Following:
         self._target, point = work[0]
         self._point = point.to(self.device)
         self._began_ns = 0
-        if self._target != self._step + 1:
-            # What the iterations on the way work with: nobody reads it, its shape must be right.
-            self._skipped = map_tensors(self._as_returned, self.call.returned)
+        self._skipped = None
 
 
 def _count_step(scheduler: Any, timestep: Any) -> None:

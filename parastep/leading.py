@@ -20,7 +20,16 @@ from .api import describe
 from .call import Call
 from .noise import NoiseAhead
 from .replicas import denoisers_of
-from .seam import Hooks, Outputs, inputs_in, is_rounded, latent_in, named_arguments, sample_in
+from .seam import (
+    Hooks,
+    Outputs,
+    first_times,
+    inputs_in,
+    is_rounded,
+    latent_in,
+    named_arguments,
+    sample_in,
+)
 from .tracing import Traced, trace_rows
 from .watch import Watch
 
@@ -356,13 +365,8 @@ class Leading:
 
     def _timesteps(self, scheduler: Any, first: Any) -> Any:
         """What the loop will hand to step, by the scheduler's list from the first one on."""
-        timesteps = torch.as_tensor(scheduler.timesteps)
-        begin = getattr(scheduler, "_begin_index", None)
-        if begin is None:
-            matches = (timesteps == torch.as_tensor(first, device=timesteps.device)).nonzero()
-            begin = int(matches[0]) if len(matches) else 0
+        left = first_times(scheduler, first)
         count = getattr(self.pipe, "_num_timesteps", None)
-        left = timesteps[begin:]
         return left[:count] if isinstance(count, int) and 0 < count < len(left) else left
 
     def _turn(self, scheduler: Any, arguments: dict[str, Any]) -> None:

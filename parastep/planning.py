@@ -1,224 +1,22 @@
-"""`plan`: rounds, wall time and memory before anything is bought or booked; pure arithmetic.
-
-Rounds come from a model of drift.  In a round that begins at step i the output of a step l behind
-the newest known one is off by c_j l (the guess goes on along half the slope), that of a carried
-step by k_j times the drift of the point where it was evaluated; both add up to the drift of the
-steps after them, and the first that exceeds the tolerance begins the next round.  c and k are read
-off the report of one run at stride 1, or those of the demo's image model.  Rounds of strided runs
-hardly depend on the number of steps and follow an empirical law of ranks and tolerance.
-"""
+"""`plan`: rounds, wall time and memory before anything is bought or booked; pure arithmetic."""
 
 from __future__ import annotations
 
 import html
-import itertools
 import math
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from . import _core
+from .quantities import LINKS, bytes_in, link_in, seconds_in, shown_bytes
 from .report import Report
+from .rounds import Pace, Profile, Warmup, default_profile
 
-# Bytes a second in one direction and seconds until the first of them arrives; nominal figures.
-LINKS = {
-    "nvlink": (450e9, 10e-6),  # fourth generation, as on an H100
-    "pcie5": (63e9, 10e-6),  # 16 lanes
-    "pcie": (31.5e9, 10e-6),  # fourth generation, 16 lanes
-    "pcie3": (15.75e9, 10e-6),
-    "100GbE": (12.5e9, 30e-6),
-    "25GbE": (3.125e9, 30e-6),
-    "10GbE": (1.25e9, 30e-6),
-    "1GbE": (0.125e9, 50e-6),
-}
+__all__ = ["LINKS", "Plan", "Plans", "plan"]
+
 _SLOTS_MAX = 16
-
-# ---- how a run's drift goes ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Profile:
-    """c and k of each step, (N,) each, in units of its noise scale."""
-
-    bend: np.ndarray
-    carry: np.ndarray
-
-    @classmethod
-    def of(cls, report: Report) -> Profile:
-        """From the report of one run at a tolerance above 0, at stride 1.
-
-        Raises InvalidError where the run tells nothing of its drift.
-        """
-        if report.tolerance is None or report.steps < 4:
-            raise _core.InvalidError(
-                "profile: the report of a run with a tolerance is needed "
-                "(policy='verified', 4 steps or more)"
-            )
-        profile = default_profile().at(report.steps)
-        for _ in range(3):  # how far off carried points were is itself told by the profile
-            profile = _Seen(profile).fitted(report)
-        return profile
-
-    def at(self, steps: int) -> Profile:
-        """The same trajectory in another number of steps: an output changes from step to step as
-        1/N, and what it does to the latent goes with 1/N once more.
-        """
-        own = len(self.bend)
-        if steps == own:
-            return self
-        where = (np.arange(steps) + 0.5) * own / steps - 0.5
-        bend = np.exp(np.interp(where, np.arange(own), np.log(self.bend)))
-        carry = np.interp(where, np.arange(own), self.carry)
-        return Profile(bend * (own / steps) ** 2, carry * own / steps)
-
-    def windows(self, steps: int, slots: int, tolerance: float) -> list[int]:
-        """Evaluations in each round, full but in the first one and near the end."""
-        taken = rounds_of(self.at(steps), slots, tolerance)
-        begins = itertools.accumulate(taken, initial=0)
-        return [min(slots, steps - begin) if begin else 1 for begin in begins if begin < steps]
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Rounds of strided runs at a tolerance, if there were ranks without end.
-
-    With p ranks it takes (1 + 0.6 / p^2) times as many, whatever the number of steps, and a
-    tolerance r times as large r^-0.2 times as many: what small trained models showed.
-    """
-
-    rounds: float
-    tolerance: float
-
-    @classmethod
-    def of(cls, report: Report) -> Pace:
-        """From the report of a strided run. Raises InvalidError where it has no tolerance."""
-        if report.tolerance is None or not 0 < report.tolerance < math.inf:
-            raise _core.InvalidError("profile: a run with a tolerance above 0 is needed")
-        return cls(report.rounds / cls._share(report.ranks), report.tolerance)
-
-    @staticmethod
-    def _share(ranks: int) -> float:
-        return 1 + 0.6 / ranks**2
-
-    def windows(self, steps: int, slots: int, tolerance: float) -> list[int]:
-        """Evaluations in each round; never more rounds than steps."""
-        if tolerance == 0:
-            return default_profile().windows(steps, slots, 0)
-        rounds = self.rounds * self._share(slots) * (self.tolerance / tolerance) ** 0.2
-        return [1] + [slots] * (max(1, min(round(rounds), steps)) - 1)
-
-
-@dataclass(frozen=True)
-class Warmup:
-    """The published rule."""
-
-    steps: int
-
-    def windows(self, steps: int, slots: int, tolerance: float) -> list[int]:
-        """One step a round first, then full windows, all of it taken."""
-        alone = min(self.steps, steps)
-        full, rest = divmod(steps - alone, slots)
-        return [1] * alone + [slots] * full + [rest] * (rest > 0)
-
-
-class _Seen:
-    """c and k of the steps where a report tells them, with a first idea of the others."""
-
-    def __init__(self, profile: Profile) -> None:
-        self.profile = profile
-        self.bend: dict[int, float] = {}
-        self.carry: dict[int, float] = {}
-
-    def fitted(self, report: Report) -> Profile:
-        last = {record.round: 0 for record in report.timeline}
-        for record in report.timeline:
-            last[record.round] = max(record.step, last[record.round])
-        first = 0
-        carried: dict[int, float] = {}
-        for number, taken in enumerate(report.accepted):
-            if first > 0 and number in last:
-                drift = self._round(report.drift, first, taken, last[number], carried)
-                carried = {first + k: v for k, v in enumerate(drift) if k >= taken}
-            first += taken
-        if len(self.bend) < 2:
-            raise _core.InvalidError(
-                "profile: hardly any guess of the run was accepted; record one at a higher "
-                "tolerance, or on more ranks"
-            )
-        unknown = {0: _CARRY / report.steps}
-        return Profile(
-            _between(self.bend, report.steps), _between(self.carry or unknown, report.steps)
-        )
-
-    def _round(
-        self, drift: list[float], first: int, taken: int, last: int, carried: dict[int, float]
-    ) -> list[float]:
-        """Drift of steps first to last: measured up to the rejected one, then by the model."""
-        found, newest = [0.0], first - 1
-        told = _drift(self.profile, first, last - first + 1, carried)
-        for j in range(first, last):
-            k = j + 1 - first
-            known = k <= taken and math.isfinite(drift[j + 1])
-            found.append(drift[j + 1] if known else found[-1] + told[k] - told[k - 1])
-            off = found[-1] - found[-2]
-            if j in carried:
-                newest = j
-                if known and off > 0 < carried[j]:
-                    self.carry[j] = off / carried[j]
-            elif known:
-                off -= self.profile.carry[newest] * carried.get(newest, 0.0)
-                if off > 0:
-                    self.bend[j] = off / (j - newest)
-        return found
-
-
-def _between(known: dict[int, float], steps: int) -> np.ndarray:
-    """(N,) from the values at some steps, by their logarithms."""
-    where = sorted(known)
-    return np.exp(np.interp(np.arange(steps), where, [math.log(known[j]) for j in where]))
-
-
-# The demo's image model in 50 steps of DDIM and DPM++ 2M, mean over runs on 8 and 16 ranks: c, and
-# k times N.
-_KNOTS = ((0, 8, 17, 28, 38, 44, 49), (5.5e-4, 8e-4, 9.5e-4, 3.5e-4, 3.5e-4, 6.5e-4, 1.8e-3))
-_CARRY = 3.7
-
-
-def default_profile() -> Profile:
-    """A stand-in where no run of the model was recorded."""
-    return Profile(np.interp(np.arange(50), *_KNOTS), np.full(50, _CARRY / 50))
-
-
-def rounds_of(profile: Profile, window: int, tolerance: float) -> list[int]:
-    """Steps taken in each round with that many evaluations a round at most."""
-    steps = len(profile.bend)
-    rounds, first = [1], 1
-    carried: dict[int, float] = {}
-    while first < steps:
-        nodes = min(window, steps - first)
-        drift = _drift(profile, first, nodes, carried)
-        taken = 1
-        while taken < nodes and drift[taken] < tolerance:
-            taken += 1
-        carried = {first + k: drift[k] for k in range(taken, nodes)}
-        rounds.append(taken)
-        first += taken
-    return rounds
-
-
-def _drift(profile: Profile, first: int, nodes: int, carried: dict[int, float]) -> list[float]:
-    """Drift of the first + k-th step's guess, k = 0 to nodes - 1."""
-    drift, newest = [0.0], first - 1
-    for j in range(first, first + nodes - 1):
-        if j in carried:
-            newest = j
-        off = profile.carry[newest] * carried.get(newest, 0.0) + profile.bend[j] * (j - newest)
-        drift.append(drift[-1] + off)
-    return drift
 
 
 def assign(slots: Sequence[int], nodes: int) -> list[int]:
@@ -305,7 +103,7 @@ def plan(
     link: str | float = "pcie",
     latency: float | str | None = None,
     tolerance: float = 0.02,
-    profile: Report | Profile | Pace | None = None,
+    profile: Report | Sequence[Report] | Profile | Pace | None = None,
     policy: str = "verified",
     warmup: int = 5,
     speeds: Sequence[float] | None = None,
@@ -322,7 +120,8 @@ def plan(
         link: of the leader, which all followers share: a name (`LINKS`), or bytes a second
             ("3GB/s"), in each direction; `latency` in seconds where it differs from the name's.
         profile: the report of one run of the model that is planned for; of a strided run, strided
-            ones are predicted. None: the demo's image model at stride 1, a stand-in.
+            ones are predicted, and several on other ranks, at other tolerances, in other numbers of
+            steps tell more than one. None: the demo's image model at stride 1, a stand-in.
             `policy="paper"` needs none.
         speeds: forwards a second of each rank relative to the leader's, in place of `ranks`; ranks
             get as many slots as make the run shortest.
@@ -332,27 +131,30 @@ def plan(
     Raises:
         InvalidError: for what cannot be read, or makes no sense.
     """
-    if isinstance(profile, Report):
-        told = _told_by(profile)
+    known: Profile | Pace | None
+    if isinstance(profile, (Report, Sequence)):
+        reports = [profile] if isinstance(profile, Report) else profile
+        known, *told = _known_by(reports)
         latents, forward, overhead = (
-            given if given is not None else known
-            for given, known in zip((latents, forward, overhead), told)
+            seen if given is None else given
+            for given, seen in zip((latents, forward, overhead), told)
         )
-        profile = Pace.of(profile) if profile.interpolated else Profile.of(profile)
+    else:
+        known = profile
     if latents is None or forward is None:
         raise _core.InvalidError("latents and forward are needed, or a report as profile")
     _check(steps, tolerance, policy, warmup)
-    rule = Warmup(warmup) if policy == "paper" else profile or default_profile()
-    rate, first = _link_in(link)
+    rule = Warmup(warmup) if policy == "paper" else known or default_profile()
+    rate, first = link_in(link)
     run = _Run(
         steps=steps,
         windows=lambda slots: rule.windows(steps, slots, tolerance),
-        size=_bytes_in(latents, "latents"),
-        forward=_seconds_in(forward, "forward"),
+        size=bytes_in(latents, "latents"),
+        forward=seconds_in(forward, "forward"),
         rate=rate,
-        latency=first if latency is None else _seconds_in(latency, "latency"),
-        host=_seconds_in(overhead or 0, "overhead"),
-        weights=_bytes_in(weights, "weights"),
+        latency=first if latency is None else seconds_in(latency, "latency"),
+        host=seconds_in(overhead or 0, "overhead"),
+        weights=bytes_in(weights, "weights"),
     )
     if run.forward <= 0:
         raise _core.InvalidError("forward: must be above 0")
@@ -407,18 +209,27 @@ class _Run:
         return min((p for p in found if p.seconds <= enough), key=lambda plan: sum(plan.slots))
 
 
-def _told_by(report: Report) -> tuple[float | None, float | None, float]:
-    """Bytes of a latent, seconds of a forward and of the loop beside it, as the run had them."""
+def _known_by(
+    reports: Sequence[Report],
+) -> tuple[Profile | Pace, float | None, float | None, float]:
+    """How rounds go; bytes of a latent, seconds of a forward, and of a step beside forwards, as the
+    first run had them.
+    """
+    if not reports or not all(isinstance(report, Report) for report in reports):
+        raise _core.InvalidError("profile: reports of runs are needed")
+    report = reports[0]
+    strided = [report for report in reports if report.interpolated]
+    rounds = Pace.of(*strided) if strided else Profile.of(report)
     own = [record for record in report.timeline if record.rank == 0]
     others = len(report.timeline) - len(own)
     latents = report.bytes_sent / (2 * others) if others else None
-    forward = statistics.median(r.end - r.begin for r in own) if own else None
-    ends: dict[int, float] = {}
-    for record in report.timeline:
-        ends[record.round] = max(record.end, ends.get(record.round, 0.0))
-    begins = {record.round: record.begin for record in own}
-    gaps = [begins[n + 1] - ends[n] for n in begins if n + 1 in begins]
-    return latents, forward, max(sum(gaps), 0.0) / max(report.steps, 1)
+    if not own:
+        return rounds, latents, None, 0.0
+    forward = statistics.median(record.end - record.begin for record in own)
+    began = min(record.begin for record in report.timeline)
+    ended = max(record.end for record in report.timeline)
+    beside = ended - began - forward * len({record.round for record in own})
+    return rounds, latents, forward, max(beside, 0.0) / max(report.steps, 1)
 
 
 def _shares(rates: Sequence[float]) -> list[tuple[int, ...]]:
@@ -430,51 +241,6 @@ def _shares(rates: Sequence[float]) -> list[tuple[int, ...]]:
         if slots[0] > 0:
             found.add(slots)
     return sorted(found)
-
-
-# ---- what users write ----------------------------------------------------------------------------
-
-_UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-_BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
-
-
-def _number_in(text: float | str, name: str, pattern: str, example: str) -> tuple[float, str]:
-    if isinstance(text, (int, float)):
-        value, unit = float(text), ""
-    else:
-        found = re.fullmatch(rf"\s*([0-9.]+(?:e[-+]?\d+)?)\s*{pattern}\s*", text)
-        if found is None:
-            raise _core.InvalidError(f"{name}: {text!r}: not understood, write it as {example}")
-        value, unit = float(found[1]), found[2] or ""
-    if not (math.isfinite(value) and value >= 0):
-        raise _core.InvalidError(f"{name}: {text!r}: must be finite and not below 0")
-    return value, unit
-
-
-def _bytes_in(text: float | str, name: str, per: str = "") -> float:
-    pattern = rf"(?:([kMGT]i?)?B{per})?"
-    value, unit = _number_in(text, name, pattern, f"2.2MB{per}, 100MiB{per} or as a number")
-    return value * {**_UNITS, **_BINARY}[unit]
-
-
-def _seconds_in(text: float | str, name: str) -> float:
-    value, unit = _number_in(text, name, r"(us|ms|s)?", "600ms, 1.5s or as a number")
-    return value * {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0}[unit]
-
-
-def _link_in(link: str | float) -> tuple[float, float]:
-    """(bytes a second, latency)."""
-    names = {name.lower(): found for name, found in LINKS.items()}
-    if isinstance(link, str) and link.lower() in names:
-        return names[link.lower()]
-    try:
-        rate = _bytes_in(link, "link", "/s")
-    except _core.InvalidError:
-        rate = 0.0
-    if rate <= 0:
-        known = ", ".join(LINKS)
-        raise _core.InvalidError(f"link: {link!r}: one of {known}, or bytes a second as 3GB/s")
-    return rate, 30e-6
 
 
 def _speeds_in(speeds: Sequence[float]) -> list[float]:
@@ -493,13 +259,3 @@ def _check(steps: Any, tolerance: float, policy: str, warmup: int) -> None:
         raise _core.InvalidError(f"policy: {policy!r}: must be 'verified' or 'paper'")
     if warmup < 1:
         raise _core.InvalidError(f"warmup: {warmup}: must be at least 1")
-
-
-def shown_bytes(size: float) -> str:
-    """Bytes to three figures with a unit."""
-    if not math.isfinite(size):
-        return "inf"
-    for unit, factor in reversed(_UNITS.items()):
-        if size >= factor or not unit:
-            return f"{size / factor:.3g} {unit}B"
-    raise AssertionError

@@ -94,18 +94,14 @@ def replicate(pipe: Any, device: torch.device) -> Any:
     replica = copy.deepcopy(pipe, memo)
     if hasattr(replica, "set_progress_bar_config"):
         replica.set_progress_bar_config(disable=True)
-    if device != _execution_device(pipe, device):
-        # Its encoders stay where the leader's are, so it cannot tell its own device from them.
-        here = {name: property(lambda self: device) for name in ("_execution_device", "device")}
-        replica.__class__ = type(type(pipe).__name__, (type(pipe),), here)
+    cls = type(pipe)
+    # Its encoders stay where the leader's are, so it cannot tell its own device from them, which
+    # takes long besides.
+    names = ("_execution_device", "device")
+    told = [name for name in names if isinstance(getattr(cls, name, None), property)]
+    here = dict.fromkeys(told, property(lambda self: device))
+    replica.__class__ = type(cls.__name__, (cls,), here)
     return replica
-
-
-def _execution_device(pipe: Any, default: torch.device) -> torch.device:
-    try:
-        return pipe._execution_device
-    except Exception:  # modules of the user's own need not know their device
-        return default
 
 
 def refresh(replica: Any, pipe: Any) -> None:

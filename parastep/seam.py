@@ -27,6 +27,7 @@ class Hooks:
 
     def __init__(self) -> None:
         self._placed: list[tuple[Any, str, Any, bool, Any]] = []
+        self._classes: list[tuple[Any, type, type]] = []
 
     def place(self, obj: Any, name: str, value: Any) -> None:
         own = vars(obj)
@@ -96,8 +97,20 @@ class Hooks:
 
         self.place(obj, name, types.MethodType(replaced, obj))
 
+    def wrap_property(self, obj: Any, name: str, hook: Callable[..., Any]) -> None:
+        """`hook(read)` in place of a property of this instance, whose class is a twin meanwhile."""
+        cls = type(obj)
+        read = getattr(cls, name).__get__
+        value = property(lambda self: hook(functools.partial(read, self)))
+        obj.__class__ = twin = type(cls.__name__, (cls,), {name: value})
+        self._classes.append((obj, twin, cls))
+
     def restore(self) -> None:
         """A value that is no longer ours (another library wrapped it meanwhile) is left alone."""
+        while self._classes:
+            obj, twin, cls = self._classes.pop()
+            if type(obj) is twin:
+                obj.__class__ = cls
         while self._placed:
             obj, name, value, had, old = self._placed.pop()
             own = vars(obj)
@@ -159,6 +172,16 @@ def named_arguments(scheduler: Any, args: Any, kwargs: Any) -> dict[str, Any] | 
         return None
     named = dict(zip(names, args)) | kwargs
     return named if named.keys() >= {"model_output", "timestep", "sample"} else None
+
+
+def first_times(scheduler: Any, timestep: Any) -> torch.Tensor:
+    """The scheduler's timesteps from this one on, which a loop handed to its first step."""
+    timesteps = torch.as_tensor(scheduler.timesteps)
+    begin = getattr(scheduler, "_begin_index", None)
+    if begin is None:
+        matches = (timesteps == torch.as_tensor(timestep, device=timesteps.device)).nonzero()
+        begin = int(matches[0]) if len(matches) else 0
+    return timesteps[begin:]
 
 
 def sample_in(result: Any) -> torch.Tensor | None:

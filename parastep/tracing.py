@@ -274,10 +274,7 @@ def _record(
     kind: Any = type(ready)
     at_once = own_sampler or _may_draw_globally(kind)
     for answered in (True,) if at_once else (False, True):
-        scheduler = copy.copy(ready)
-        for name, value in vars(ready).items():
-            if isinstance(value, list):
-                setattr(scheduler, name, list(value))
+        scheduler = _with_own_lists(ready)
         if own_sampler:
             scheduler.noise_sampler = lambda *_: torch.randn(shape, dtype=torch.float64)
         stepper = Stepper(scheduler, timesteps, step_kwargs, None if answered else own)
@@ -298,6 +295,15 @@ def _record(
     owner = np.concatenate([np.arange(n), np.arange(n), np.array(owners[:count], dtype=np.int64)])
     z = np.array(draws[:count]).reshape(count, width)
     return _Recording(full[:, : 2 * n + count], owner, x, m, z)
+
+
+def _with_own_lists(ready: Any) -> Any:
+    """A copy of a scheduler that remembers outputs in lists of its own."""
+    scheduler = copy.copy(ready)
+    for name, value in vars(ready).items():
+        if isinstance(value, list):
+            setattr(scheduler, name, list(value))
+    return scheduler
 
 
 @functools.cache

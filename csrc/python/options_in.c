@@ -98,31 +98,36 @@ static int deadline_in(psb_state *st, PyObject *obj, int64_t *deadline_ns)
   return 0;
 }
 
-/* None, or a sequence with a number for every rank. */
+/* None, which changes nothing, or a sequence with a number for every rank. */
+static int numbers_in(psb_state *st, PyObject *obj, const char *name, int least, int most,
+                      int ranks, int *numbers)
+{
+  if (obj == NULL || obj == Py_None) {
+    return 0;
+  }
+  PyObject *items = psb__items(obj, name, "integers, one a rank,");
+  if (items == NULL) {
+    return -1;
+  }
+  int failed = 0;
+  if (PyTuple_GET_SIZE(items) != ranks) {
+    psb_raise(st, PS_INVALID, "%s: %zd numbers for %d ranks", name, PyTuple_GET_SIZE(items), ranks);
+    failed = -1;
+  }
+  for (int rank = 0; failed == 0 && rank < ranks; ++rank) {
+    failed = int_in(st, PyTuple_GET_ITEM(items, rank), name, least, most, &numbers[rank]);
+  }
+  Py_DECREF(items);
+  return failed;
+}
+
+/* One a rank where nothing is said. */
 static int slots_in(psb_state *st, PyObject *obj, int ranks, int *slots)
 {
   for (int rank = 0; rank < ranks; ++rank) {
     slots[rank] = 1;
   }
-  if (obj == NULL || obj == Py_None) {
-    return 0;
-  }
-  PyObject *fast = PySequence_Fast(obj, "slots: a sequence of integers, one a rank, is needed");
-  if (fast == NULL) {
-    return -1;
-  }
-  int failed = 0;
-  if (PySequence_Fast_GET_SIZE(fast) != ranks) {
-    psb_raise(st, PS_INVALID, "slots: %zd numbers for %d ranks", PySequence_Fast_GET_SIZE(fast),
-              ranks);
-    failed = -1;
-  }
-  for (int rank = 0; failed == 0 && rank < ranks; ++rank) {
-    failed =
-        int_in(st, PySequence_Fast_GET_ITEM(fast, rank), "slots", 1, PS_SLOTS_MAX, &slots[rank]);
-  }
-  Py_DECREF(fast);
-  return failed;
+  return numbers_in(st, obj, "slots", 1, PS_SLOTS_MAX, ranks, slots);
 }
 
 typedef struct keywords {
@@ -146,31 +151,14 @@ static int keywords_in(PyObject *args, PyObject *kwargs, keywords *given)
              : -1;
 }
 
-/* None, all where x is, or a sequence with the CUDA device of every rank, -1 for the host. */
+/* CUDA devices, -1 for the host; all where x is where nothing is said. */
 static int devices_in(psb_state *st, PyObject *obj, PyObject *x, int ranks, int *devices)
 {
   int own = psb__device_of(st, x);
   for (int rank = 0; rank < ranks; ++rank) {
     devices[rank] = own;
   }
-  if (obj == NULL || obj == Py_None) {
-    return 0;
-  }
-  PyObject *fast = PySequence_Fast(obj, "devices: a sequence of integers, one a rank, is needed");
-  if (fast == NULL) {
-    return -1;
-  }
-  int failed = 0;
-  if (PySequence_Fast_GET_SIZE(fast) != ranks) {
-    psb_raise(st, PS_INVALID, "devices: %zd numbers for %d ranks", PySequence_Fast_GET_SIZE(fast),
-              ranks);
-    failed = -1;
-  }
-  for (int rank = 0; failed == 0 && rank < ranks; ++rank) {
-    failed =
-        int_in(st, PySequence_Fast_GET_ITEM(fast, rank), "devices", -1, INT_MAX, &devices[rank]);
-  }
-  Py_DECREF(fast);
+  int failed = numbers_in(st, obj, "devices", -1, INT_MAX, ranks, devices);
   if (failed == 0 && devices[0] != own) {
     psb_raise(st, PS_DEVICE, "devices: rank 0 is on device %d, but x on %d (-1 is the host)",
               devices[0], own);

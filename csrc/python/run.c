@@ -73,6 +73,15 @@ PyObject *psb__list(int count, psb_item item, const void *context)
   return list;
 }
 
+PyObject *psb__items(PyObject *obj, const char *name, const char *what)
+{
+  PyObject *items = PySequence_Tuple(obj);
+  if (items == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
+    PyErr_Format(PyExc_TypeError, "%s: a sequence of %s is needed", name, what);
+  }
+  return items;
+}
+
 /* ---- latents of the run ---------------------------------------------------------------------- */
 
 int psb__spec_from(psb_state *st, PyObject *x, const psb_place *place, psb_spec *spec)
@@ -214,19 +223,19 @@ static int take_in(psb_state *st, PyObject *obj, const psb_place *place, const p
 int psb__sequence_in(psb_state *st, PyObject *obj, const psb_place *place, const psb_spec *spec,
                      const psb_room *room, ps_dtype *found)
 {
-  PyObject *fast = PySequence_Fast(obj, "a sequence of tensors, one a step of the work, is needed");
-  if (fast == NULL) {
+  PyObject *items = psb__items(obj, room->name, "tensors, one a step of the work,");
+  if (items == NULL) {
     return -1;
   }
   int failed = 0;
-  if (PySequence_Fast_GET_SIZE(fast) != room->count) {
-    psb_raise(st, PS_SHAPE, "%s: %zd tensors for %d steps", room->name,
-              PySequence_Fast_GET_SIZE(fast), room->count);
+  if (PyTuple_GET_SIZE(items) != room->count) {
+    psb_raise(st, PS_SHAPE, "%s: %zd tensors for %d steps", room->name, PyTuple_GET_SIZE(items),
+              room->count);
     failed = -1;
   }
   for (int k = 0; failed == 0 && k < room->count; ++k) {
-    failed = take_in(st, PySequence_Fast_GET_ITEM(fast, k), place, spec, room, k, found);
+    failed = take_in(st, PyTuple_GET_ITEM(items, k), place, spec, room, k, found);
   }
-  Py_DECREF(fast);
+  Py_DECREF(items);
   return failed;
 }

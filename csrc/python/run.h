@@ -81,6 +81,10 @@ typedef PyObject *(*psb_item)(const void *context, int k);
 
 PyObject *psb__list(int count, psb_item item, const void *context);
 
+/* The items of a sequence as a tuple, which no code that is called meanwhile, and no other thread,
+ * can change.  Errors say that name needs a sequence of what. */
+PyObject *psb__items(PyObject *obj, const char *name, const char *what);
+
 /* ---- options_in.c, report_out.c, follower_type.c, carrier.c
  * --------------------------------------------- */
 

@@ -1,8 +1,9 @@
 """What `parastep.plan` predicts beside what is measured: rounds, and wall time over a link.
 
 Rounds: one run of the demo's image model on 8 ranks is the profile, other ranks, tolerances, steps
-and seeds are predicted.  Wall time: a denoiser that only waits, on ranks that share one link, which
-waits too, once for each latent in either direction; the profile is such a run without a link.
+and seeds are predicted; the same of strided runs of the image and the video model, from one run on
+4 ranks and from three runs.  Wall time: a denoiser that only waits, on ranks that share one link,
+which waits too, once for each latent in either direction; the profile is such a run without a link.
 
     python tests/bench/plan.py
 """
@@ -20,8 +21,8 @@ import torch
 from _table import arguments, show, verdict, write
 
 import parastep
-from parastep.demo import image
-from parastep.planning import Profile, rounds_of
+from parastep.demo import image, video
+from parastep.rounds import Pace, Profile, rounds_of
 
 GOAL = 0.10
 SEEDS = (100, 101, 102)
@@ -63,30 +64,66 @@ def rounds(scheduler: str) -> tuple[list[list[Any]], list[float]]:
     return rows, off
 
 
-class Link:
-    """The leader's: one latent at a time in each direction."""
+def strided_runs(name: str) -> dict[tuple[int, float, int], list[Any]]:
+    """Reports of all seeds, by ranks, tolerance and steps."""
+    model = {"image": image, "video": video}[name].MODEL
+    pipe, found = model.load(), {}
+    for steps in (28, 50):
+        program = parastep.trace(model.make_scheduler(), steps)
+        for ranks in (1, 2, 4, 8):
+            for tolerance in (0.02, 0.08):
+                reports = found[ranks, tolerance, steps] = []
+                for seed in SEEDS:
+                    f = model.denoiser([seed % 4], steps, pipe=pipe)
+                    x = model.noise(1, seed) * getattr(pipe.scheduler, "init_noise_sigma", 1.0)
+                    run = parastep.sample(program, f, x, ranks=ranks, tolerance=tolerance)
+                    reports.append(run[1])
+    return found
 
-    def __init__(self, rate: float) -> None:
-        self.seconds = SIZE / rate if rate < math.inf else 0.0
-        self.out, self.back = threading.Lock(), threading.Lock()
 
-    def carry(self, way: threading.Lock) -> None:
-        if self.seconds:
-            with way:
-                time.sleep(self.seconds)
+TOLD = ((4, 0.02, 50), (1, 0.02, 50), (4, 0.08, 28))  # what strided runs are predicted from
+
+
+def strided_rounds(name: str, count: int, runs: Any) -> tuple[list[list[Any]], list[float]]:
+    """As `rounds`, from the first seed of so many of TOLD; the others are judged."""
+    pace = Pace.of(*(runs[key][0] for key in TOLD[:count]))
+    rows, off = [], []
+    for steps in (28, 50):
+        for tolerance in (0.02, 0.08):
+            cells = []
+            for ranks in (1, 2, 4, 8):
+                own = [report.rounds for report in runs[ranks, tolerance, steps][1:]]
+                told, measured = len(pace.windows(steps, ranks, tolerance)), statistics.mean(own)
+                off.append(abs(told - measured) / measured)
+                cells.append(f"{told} / {measured:.1f}")
+            rows.append([name, steps, tolerance, *cells])
+    return rows, off
+
+
+class Way:
+    """One direction of a link, which carries one latent at a time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.free, self.lock = seconds, 0.0, threading.Lock()
+
+    def carry(self) -> None:
+        with self.lock:  # its time is the link's own: threads that wake late delay nobody else
+            self.free = max(self.free, time.perf_counter()) + self.seconds
+            until = self.free
+        time.sleep(max(until - time.perf_counter(), 0.0))
 
 
 def waiting(ranks: int, rate: float) -> Any:
     """The report of a run whose followers are reached over a link of that rate."""
-    link = Link(rate)
+    out, back = (Way(SIZE / rate if rate < math.inf else 0.0) for _ in range(2))
     program = parastep.Program.flow_euler(np.linspace(1, 0, 31))
 
     def denoiser(x: np.ndarray, step: int, rank: int) -> np.ndarray:
         if rank > 0:
-            link.carry(link.out)
+            out.carry()
         time.sleep(WAIT)
         if rank > 0:
-            link.carry(link.back)
+            back.carry()
         return 0.5 * x
 
     x = np.ones((1, 1024), np.float32)
@@ -125,6 +162,15 @@ def main() -> None:
         figures[scheduler] = off
         mean = statistics.mean(off)
         print(f"off by {mean:.1%} on average, {max(off):.0%} at worst: {verdict(mean, GOAL)}")
+    for name in ("image", "video"):
+        runs = strided_runs(name)
+        for count in (1, len(TOLD)):
+            rows, off = strided_rounds(name, count, runs)
+            columns = ["model", "steps", "tolerance", *(f"{p} ranks" for p in (1, 2, 4, 8))]
+            show(f"strided rounds: predicted from {count} / measured, mean", columns, rows)
+            figures[f"{name} {count}"] = off
+            mean = statistics.mean(off)
+            print(f"off by {mean:.1%} on average, {max(off):.0%} at worst: {verdict(mean, GOAL)}")
     rows, off = wall(options.repeats)
     title = f"wall time: {WAIT * 1e3:.0f} ms a forward, 30 steps, latents of {SIZE / 1e6} MB"
     show(title, ["ranks", "link", "predicted s", "measured s", "off"], rows)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import parastep
-from parastep import _core, cli, planning
+from parastep import _core, cli, planning, quantities, rounds
 
 STEPS = 40
 
@@ -73,33 +73,33 @@ def handed_out(slots, steps):
 @pytest.mark.parametrize("slots", [(1, 1, 1), (2, 1, 3), (1, 4), (3, 3, 1, 2)])
 @pytest.mark.parametrize("steps", [2, 9, 23])
 def test_steps_are_handed_out_as_the_core_does(slots, steps):
-    rounds = handed_out(slots, steps)
-    windows = planning.default_profile().windows(steps, sum(slots), math.inf)
-    assert len(windows) == len(rounds)
-    for window, counts in list(zip(windows, rounds))[1:]:
+    found = handed_out(slots, steps)
+    windows = rounds.default_profile().windows(steps, sum(slots), math.inf)
+    assert len(windows) == len(found)
+    for window, counts in list(zip(windows, found))[1:]:
         assert planning.assign(slots, window) == counts
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_rounds_at_both_ends(ranks):
-    profile = planning.default_profile()
-    assert planning.rounds_of(profile, ranks, 0.0) == [1] * 50
-    free = planning.rounds_of(profile, ranks, math.inf)
+    profile = rounds.default_profile()
+    assert rounds.rounds_of(profile, ranks, 0.0) == [1] * 50
+    free = rounds.rounds_of(profile, ranks, math.inf)
     assert len(free) == 1 + math.ceil(49 / ranks) and sum(free) == 50
-    found = [len(planning.rounds_of(profile, ranks, t)) for t in (0, 1e-4, 1e-3, 1e-2, 0.1, 1)]
+    found = [len(rounds.rounds_of(profile, ranks, t)) for t in (0, 1e-4, 1e-3, 1e-2, 0.1, 1)]
     assert found == sorted(found, reverse=True)
 
 
 @pytest.mark.parametrize("recorded", [(8, 0.02), (4, math.inf), (8, 0.005)])
 def test_one_run_tells_the_rounds_of_others(recorded):
     """At half and twice the steps too: within a twentieth on the whole, two rounds anywhere."""
-    profile = planning.Profile.of(sampled(recorded[0], tolerance=recorded[1]))
+    profile = rounds.Profile.of(sampled(recorded[0], tolerance=recorded[1]))
     off, cut_short = [], 0
     for steps in (STEPS // 2, STEPS, 2 * STEPS):
         for ranks in (2, 4, 8):
             for tolerance in (0.002, 0.005, 0.02):
                 measured = sampled(ranks, steps, tolerance).rounds
-                told = len(planning.rounds_of(profile.at(steps), ranks, tolerance))
+                told = len(rounds.rounds_of(profile.at(steps), ranks, tolerance))
                 assert abs(told - measured) <= 2, (steps, ranks, tolerance)
                 off.append(abs(told - measured) / measured)
                 cut_short += measured > 2 + math.ceil((steps - 1) / ranks)
@@ -127,15 +127,56 @@ def test_bytes_are_those_of_the_core():
     assert found.rounds == report.rounds and found.bytes_sent == report.bytes_sent
 
 
+def strided(ranks, rounds, tolerance=0.02, steps=STEPS):
+    found = dataclasses.replace(sampled(ranks, tolerance=tolerance), interpolated=20)
+    return dataclasses.replace(found, steps=steps, rounds=rounds)
+
+
 def test_a_strided_run_tells_of_strided_ones():
-    report = dataclasses.replace(sampled(4), rounds=11, interpolated=20)
-    given = {"profile": report, "latents": 1, "forward": 1, "ranks": (1, 2, 4, 8)}
-    found = [plan.rounds for plan in parastep.plan(4 * STEPS, **given)]
+    given = {"profile": strided(4, 11), "latents": 1, "forward": 1, "ranks": (1, 2, 4, 8)}
+    found = [plan.rounds for plan in parastep.plan(STEPS, **given)]
     assert found[2] == 11 and found == sorted(found, reverse=True) and found[0] > 14
-    assert [plan.rounds for plan in parastep.plan(6 * STEPS, **given)] == found
+    longer = [plan.rounds for plan in parastep.plan(4 * STEPS, **given)]
+    assert all(a < b < 2 * a for a, b in zip(found, longer))
     assert [plan.rounds for plan in parastep.plan(8, **given)] == [8, 8, 8, 8]
-    assert parastep.plan(STEPS, **given, tolerance=0.005)[2].rounds == round(11 * 4**0.2)
+    closer = [plan.rounds for plan in parastep.plan(STEPS, **given, tolerance=0.005)]
+    assert all(a < b < 2 * a for a, b in zip(found, closer))
     assert parastep.plan(STEPS, **given, tolerance=0)[2].rounds == STEPS
+
+
+def test_several_strided_runs_tell_more():
+    """Of a model whose rounds hardly depend on ranks, and much on the tolerance."""
+    told = [strided(2, 20), strided(8, 18), strided(2, 34, tolerance=0.005)]
+    plans = {
+        (tolerance, count): parastep.plan(
+            STEPS, profile=told[:count], ranks=8, tolerance=tolerance, latents=1, forward=1
+        )[0].rounds
+        for tolerance in (0.02, 0.005)
+        for count in (1, 2, 3)
+    }
+    assert plans[0.02, 1] < plans[0.02, 2] and abs(plans[0.02, 3] - 18) <= 1
+    assert abs(plans[0.005, 3] - 30) <= 2 and plans[0.005, 1] < plans[0.005, 3]
+
+
+def test_the_demo_model_in_strides():
+    """From one run: on other ranks, at another tolerance, in other steps and of another seed."""
+    torch = pytest.importorskip("torch")
+    image = pytest.importorskip("parastep.demo.image").MODEL
+    torch.set_num_threads(1)
+    pipe = image.load()
+
+    def run(ranks, tolerance=0.02, steps=50, seed=0):
+        program = parastep.trace(image.make_scheduler(), steps)
+        denoiser = image.denoiser([seed], steps, pipe=pipe)
+        x = image.noise(1, seed) * pipe.scheduler.init_noise_sigma
+        return parastep.sample(program, denoiser, x, ranks=ranks, tolerance=tolerance)[1]
+
+    profile = run(4)
+    assert profile.interpolated
+    for ranks, tolerance, steps, seed in ((1, 0.02, 50, 1), (8, 0.08, 50, 2), (2, 0.02, 28, 3)):
+        measured = run(ranks, tolerance, steps, seed).rounds
+        (told,) = parastep.plan(steps, profile=profile, ranks=ranks, tolerance=tolerance)
+        assert abs(told.rounds - measured) <= max(2, 0.25 * measured), (ranks, tolerance, steps)
 
 
 # ---- seconds -------------------------------------------------------------------------------------
@@ -201,14 +242,14 @@ def test_memory_is_a_replica_and_its_latents():
     [("2.2MB", 2.2e6), ("3 MiB", 3 * 2**20), ("7", 7), (5, 5), ("1e3kB", 1e6), ("9B", 9)],
 )
 def test_bytes(text, value):
-    assert planning._bytes_in(text, "latents") == pytest.approx(value)
+    assert quantities.bytes_in(text, "latents") == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
     ("text", "value"), [("600ms", 0.6), ("1.5 s", 1.5), ("20us", 2e-5), (3, 3), ("0.5", 0.5)]
 )
 def test_seconds(text, value):
-    assert planning._seconds_in(text, "forward") == pytest.approx(value)
+    assert quantities.seconds_in(text, "forward") == pytest.approx(value)
 
 
 @pytest.mark.parametrize(

@@ -683,6 +683,30 @@ def test_outputs_that_do_not_fit_may_be_replaced(outputs, error, words):
     assert leader.report()["failures"] == [] and errors == []
 
 
+def test_a_sequence_may_change_while_it_is_read():
+    """By its own items, or by another thread where there is no GIL."""
+
+    class Emptying:
+        def __dlpack__(self, **kwargs):
+            outputs.clear()
+            gc.collect()
+            return X.__dlpack__(**kwargs)
+
+        def __index__(self):
+            slots.clear()
+            gc.collect()
+            return 1
+
+    outputs, slots = [Emptying()], [Emptying(), 1]
+    with follower_with_work() as (_, follower, errors):
+        follower.next()
+        follower.submit(outputs)
+        assert follower.next() is None and outputs == []
+    program = Program.euler(np.linspace(1, 0, 4))
+    _core.Leader(program, X, ranks=2, slots=slots).finish()
+    assert slots == [] and errors == []
+
+
 def test_a_follower_may_fail():
     with follower_with_work() as (leader, follower, errors):
         follower.fail("with no work at hand it answers the next message")

@@ -1,0 +1,215 @@
+"""How many rounds a run would take, told from reports of runs of the same model.
+
+At stride 1 rounds come from a model of drift.  In a round that begins at step i the output of a
+step l behind the newest known one is off by c_j l (the guess goes on along half the slope), that of
+a carried step by k_j times the drift of the point where it was evaluated; both add up to the drift
+of the steps after them, and the first that exceeds the tolerance begins the next round.  c and k
+are read off the report of one run at stride 1, or those of the demo's image model.  Strided runs
+follow an empirical law of ranks, tolerance and steps.  Used by `planning`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import _core
+from .report import Report
+
+
+@dataclass(frozen=True)
+class Profile:
+    """c and k of each step, (N,) each, in units of its noise scale."""
+
+    bend: np.ndarray
+    carry: np.ndarray
+
+    @classmethod
+    def of(cls, report: Report) -> Profile:
+        """From the report of one run at a tolerance above 0, at stride 1.
+
+        Raises InvalidError where the run tells nothing of its drift.
+        """
+        if report.tolerance is None or report.steps < 4:
+            raise _core.InvalidError(
+                "profile: the report of a run with a tolerance is needed "
+                "(policy='verified', 4 steps or more)"
+            )
+        profile = default_profile().at(report.steps)
+        for _ in range(3):  # how far off carried points were is itself told by the profile
+            profile = _Seen(profile).fitted(report)
+        return profile
+
+    def at(self, steps: int) -> Profile:
+        """The same trajectory in another number of steps: an output changes from step to step as
+        1/N, and what it does to the latent goes with 1/N once more.
+        """
+        own = len(self.bend)
+        if steps == own:
+            return self
+        where = (np.arange(steps) + 0.5) * own / steps - 0.5
+        bend = np.exp(np.interp(where, np.arange(own), np.log(self.bend)))
+        carry = np.interp(where, np.arange(own), self.carry)
+        return Profile(bend * (own / steps) ** 2, carry * own / steps)
+
+    def windows(self, steps: int, slots: int, tolerance: float) -> list[int]:
+        """Evaluations in each round, full but in the first one and near the end."""
+        taken = rounds_of(self.at(steps), slots, tolerance)
+        begins = itertools.accumulate(taken, initial=0)
+        return [min(slots, steps - begin) if begin else 1 for begin in begins if begin < steps]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Rounds of strided runs: 6 in which strides grow, and shrink again near the end, and beside
+    them level x ranks^-r tolerance^-t steps^n, with (r, t, n) as `powers`.
+    """
+
+    level: float
+    powers: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, *reports: Report) -> Pace:
+        """From strided runs of one model. The level is theirs, the powers as far as they tell.
+
+        Raises InvalidError where one has no tolerance.
+        """
+        if not all(r.tolerance is not None and 0 < r.tolerance < math.inf for r in reports):
+            raise _core.InvalidError("profile: runs with a tolerance above 0 are needed")
+        told = [[1.0, *cls._scales(r.ranks, r.tolerance or 0.0, r.steps)] for r in reports]
+        found = [math.log(max(r.rounds - _TURNING, 1)) for r in reports]
+        doubt = np.diag([0.0, *[_STIFF] * 3])[1:]  # rows that hold the powers to what others showed
+        rows, sides = np.vstack([told, doubt]), [*found, *(_STIFF * power for power in _POWERS)]
+        level, *powers = np.linalg.lstsq(rows, np.array(sides), rcond=None)[0].tolist()
+        return cls(math.exp(level), tuple(powers))
+
+    @staticmethod
+    def _scales(ranks: int, tolerance: float, steps: int) -> tuple[float, float, float]:
+        return -math.log(ranks), -math.log(tolerance), math.log(steps)
+
+    def windows(self, steps: int, slots: int, tolerance: float) -> list[int]:
+        """Evaluations in each round; never more rounds than steps."""
+        if tolerance == 0:
+            return default_profile().windows(steps, slots, 0)
+        scales = self._scales(slots, min(tolerance, 1e3), steps)
+        beside = self.level * math.exp(sum(k * v for k, v in zip(self.powers, scales)))
+        return [1] + [slots] * (max(1, min(round(_TURNING + beside), steps)) - 1)
+
+
+# Of the demo's models, on 1 to 8 ranks at tolerances .005 to .08 in 20 to 100 steps: what a run
+# starts from whose own reports say too little.
+_TURNING = 6
+_POWERS = (0.65, 0.35, 0.4)
+_STIFF = 0.1
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """The published rule."""
+
+    steps: int
+
+    def windows(self, steps: int, slots: int, tolerance: float) -> list[int]:
+        """One step a round first, then full windows, all of it taken."""
+        alone = min(self.steps, steps)
+        full, rest = divmod(steps - alone, slots)
+        return [1] * alone + [slots] * full + [rest] * (rest > 0)
+
+
+class _Seen:
+    """c and k of the steps where a report tells them, with a first idea of the others."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.bend: dict[int, float] = {}
+        self.carry: dict[int, float] = {}
+
+    def fitted(self, report: Report) -> Profile:
+        last = {record.round: 0 for record in report.timeline}
+        for record in report.timeline:
+            last[record.round] = max(record.step, last[record.round])
+        first = 0
+        carried: dict[int, float] = {}
+        for number, taken in enumerate(report.accepted):
+            if first > 0 and number in last:
+                drift = self._round(report.drift, first, taken, last[number], carried)
+                carried = {first + k: v for k, v in enumerate(drift) if k >= taken}
+            first += taken
+        if len(self.bend) < 2:
+            raise _core.InvalidError(
+                "profile: hardly any guess of the run was accepted; record one at a higher "
+                "tolerance, or on more ranks"
+            )
+        unknown = {0: _CARRY / report.steps}
+        return Profile(
+            _between(self.bend, report.steps), _between(self.carry or unknown, report.steps)
+        )
+
+    def _round(
+        self, drift: list[float], first: int, taken: int, last: int, carried: dict[int, float]
+    ) -> list[float]:
+        """Drift of steps first to last: measured up to the rejected one, then by the model."""
+        found, newest = [0.0], first - 1
+        told = _drift(self.profile, first, last - first + 1, carried)
+        for j in range(first, last):
+            k = j + 1 - first
+            known = k <= taken and math.isfinite(drift[j + 1])
+            found.append(drift[j + 1] if known else found[-1] + told[k] - told[k - 1])
+            off = found[-1] - found[-2]
+            if j in carried:
+                newest = j
+                if known and off > 0 < carried[j]:
+                    self.carry[j] = off / carried[j]
+            elif known:
+                off -= self.profile.carry[newest] * carried.get(newest, 0.0)
+                if off > 0:
+                    self.bend[j] = off / (j - newest)
+        return found
+
+
+def _between(known: dict[int, float], steps: int) -> np.ndarray:
+    """(N,) from the values at some steps, by their logarithms."""
+    where = sorted(known)
+    return np.exp(np.interp(np.arange(steps), where, [math.log(known[j]) for j in where]))
+
+
+# The demo's image model in 50 steps of DDIM and DPM++ 2M, mean over runs on 8 and 16 ranks: c, and
+# k times N.
+_KNOTS = ((0, 8, 17, 28, 38, 44, 49), (5.5e-4, 8e-4, 9.5e-4, 3.5e-4, 3.5e-4, 6.5e-4, 1.8e-3))
+_CARRY = 3.7
+
+
+def default_profile() -> Profile:
+    """A stand-in where no run of the model was recorded."""
+    return Profile(np.interp(np.arange(50), *_KNOTS), np.full(50, _CARRY / 50))
+
+
+def rounds_of(profile: Profile, window: int, tolerance: float) -> list[int]:
+    """Steps taken in each round with that many evaluations a round at most."""
+    steps = len(profile.bend)
+    rounds, first = [1], 1
+    carried: dict[int, float] = {}
+    while first < steps:
+        nodes = min(window, steps - first)
+        drift = _drift(profile, first, nodes, carried)
+        taken = 1
+        while taken < nodes and drift[taken] < tolerance:
+            taken += 1
+        carried = {first + k: drift[k] for k in range(taken, nodes)}
+        rounds.append(taken)
+        first += taken
+    return rounds
+
+
+def _drift(profile: Profile, first: int, nodes: int, carried: dict[int, float]) -> list[float]:
+    """Drift of the first + k-th step's guess, k = 0 to nodes - 1."""
+    drift, newest = [0.0], first - 1
+    for j in range(first, first + nodes - 1):
+        if j in carried:
+            newest = j
+        off = profile.carry[newest] * carried.get(newest, 0.0) + profile.bend[j] * (j - newest)
+        drift.append(drift[-1] + off)
+    return drift
