@@ -86,13 +86,13 @@ class Following:
         if self._end is None:
             raise RuntimeError("the replica's call ended before the first step")
         while self._target >= self._step:
-            self._end.submit([torch.full_like(self._m, torch.nan)])
+            self._hand_in(torch.full_like(self._m, torch.nan))
             self._take_work()
         return True
 
     def _place(self, hooks: Hooks) -> None:
-        for module in denoisers_of(self.replica).values():
-            hooks.wrap_call(module, self._forward_of(module))
+        for name, module in denoisers_of(self.replica).items():
+            hooks.wrap_call(module, self._forward_of(name, module))
         hooks.wrap_encoders(self.replica, self._replay_of)
         hooks.wrap_method(self.replica.scheduler, "step", self._step_hook)
 
@@ -107,7 +107,7 @@ class Following:
 
         return hook
 
-    def _forward_of(self, module: torch.nn.Module) -> Any:
+    def _forward_of(self, name: str, module: torch.nn.Module) -> Any:
         compiled = is_compiled_in_place(module) or hasattr(module, "_orig_mod")
 
         def hook(run: Any, *args: Any, **kwargs: Any) -> Any:
@@ -121,12 +121,17 @@ class Following:
                 fake = self._outputs.fake(module, ordinal, inputs)
                 if fake is not None:
                     return fake
-            elif self._began_ns == 0:
+            first = self._step == self._target and self._began_ns == 0
+            if first:
                 self._began_ns = _core.now_ns()
                 self.evaluated += 1
             watched = self._step == 0 and not compiled
             with self._private.forbidden() if watched else self._private.lifted():
-                output = run(*args, **kwargs)
+                if self.call.meeting is None or self._step != self._target:
+                    output = run(*args, **kwargs)
+                else:
+                    call = self.call.meeting.call
+                    output = call(self.rank, name, ordinal, first, run, args, kwargs)
             if self._step == 0:
                 self._outputs.keep(module, ordinal, inputs, output)
             return output
@@ -170,7 +175,13 @@ class Following:
         if not is_rounded(sample, self._point):
             moved = [sample.detach().to(self._point.dtype).contiguous()]
         self._m = m.detach().contiguous()
-        self._end.submit([self._m], moved, began_ns)
+        self._hand_in(self._m, moved, began_ns)
+
+    def _hand_in(self, m: torch.Tensor, moved: Any = None, began_ns: int = 0) -> None:
+        assert self._end is not None
+        if self.call.meeting is not None:
+            self.call.meeting.done(self.rank)
+        self._end.submit([m], moved, began_ns)
 
     def _take_work(self) -> None:
         assert self._end is not None
@@ -180,6 +191,8 @@ class Following:
         self._target, point = work[0]
         self._point = point.to(self.device)
         self._began_ns = 0
+        if self.call.meeting is not None and self._target > 0:
+            self.call.meeting.begin(self.rank, self._end.company)
         if self._target != self._step + 1:
             # What the iterations on the way work with: nobody reads it, its shape must be right.
             self._skipped = map_tensors(self._as_returned, self.call.returned)

@@ -33,7 +33,8 @@ class Report:
     """A finished run.
 
     `rounds` are the leader's evaluations, so wall time in forwards; `accepted` the steps taken in
-    each round; `drift` how far each step's guess was off in units of its noise scale, NaN where
+    each round; `forwards` how often the denoiser ran for an evaluation on any rank, a batch of several
+    counting once; `drift` how far each step's guess was off in units of its noise scale, NaN where
     there was no guess; `interpolated` how many steps were answered between nodes; `tolerance` the
     one that decided, None under the published rule, which has none; `fallback` why speculation
     ended, or None.
@@ -56,6 +57,8 @@ class Report:
     answered: int = 0
     not_finite: int = 0
     tolerance: float | None = None
+    forwards: int = 0
+    unbatched: str | None = None
 
     @classmethod
     def from_core(cls, found: dict[str, Any], tolerance: float | None = None) -> Report:
