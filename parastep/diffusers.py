@@ -415,9 +415,7 @@ class _Followers:
             stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.ranks[rank] = following
         try:
-            self._threads[rank] = self._context.start(
-                body, name_of(rank), intraop, device, stream
-            )
+            self._threads[rank] = self._context.start(body, name_of(rank), intraop, device, stream)
         except RuntimeError as error:  # no more threads
             self._call.fail(rank, describe(error))
 

@@ -325,9 +325,8 @@ ps_status ps_leader_work(ps_leader *leader, ps_work *work)
 {
   ps_status status = check_phase(leader, PS__EVALUATING, "work");
   *work = (ps_work){.point_bytes = ps__x_bytes(&leader->layout),
-                    .output_bytes = ps__m_bytes(&leader->layout),
-                    .round = leader->round,
-                    .followers = ps__sent(leader)};
+                    .output_bytes = ps__m_bytes(&leader->layout)};
+  ps__tell_company(leader, work);
   for (int k = 0; status == PS_OK && k < leader->nodes; ++k) {
     const ps__node *node = &leader->node[k];
     if (is_hosts(leader, node)) {
@@ -335,7 +334,6 @@ ps_status ps_leader_work(ps_leader *leader, ps_work *work)
       work->point[work->count] = node->point;
       work->output[work->count++] = node->output;
     }
-    work->exact = work->exact || is_exact(node);
   }
   return status;
 }

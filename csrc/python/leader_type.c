@@ -564,7 +564,8 @@ static PyMethodDef methods[] = {
 static PyGetSetDef getters[] = {
     {"horizon", get_horizon, NULL, "Guesses of the next round may pass steps below this one.",
      NULL},
-    {"company", get_company, NULL, "Of the round that waits for submit: see Follower.company.", NULL},
+    {"company", get_company, NULL, "Of the round that waits for submit: see Follower.company.",
+     NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
