@@ -62,7 +62,8 @@ class Inputs:
     def _altered(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.dtype == torch.bool:
             return value
-        if value.dim() > 1 and value.shape != self.shape:
+        times = value.dim() < 2 and value.numel() in (1, self.items)
+        if not times and value.shape != self.shape:
             return value
         return value * 0.5 if value.is_floating_point() else value // 2
 
@@ -246,6 +247,8 @@ class Meeting:
     def _begin_round(self, number: int, count: int) -> None:
         for call in self._waiting:  # of ranks that were left out meanwhile
             call.left = True
+        if number > 1:
+            self._exact.clear()
         self._round, self._count, self._waiting, self._gone = number, count, [], set()
         self._changed.notify_all()
 

@@ -116,9 +116,9 @@ class Call:
                     self._open_rank(leader, rank)
                 else:
                     leader.leave_out(rank, self._failed.get(rank, late))
+            if self.meeting is not None:
+                self.meeting.open(there, self.lane, patience / 2)
             self._changed.notify_all()
-        if self.meeting is not None:
-            self.meeting.open(there, self.lane, patience / 2)
 
     def begin(self, returned: Any) -> None:
         """The leader's first step returned this; no more encoder outputs will come."""
