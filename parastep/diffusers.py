@@ -72,10 +72,12 @@ def parallelize(
         group: ranks are the processes of this group, which all call parallelize and then the
             pipeline: a torch.distributed group or an mpi4py communicator. None with devices None:
             the group of the launcher (torchrun, mpirun) that started this script, if there is one.
-        slots: "auto", one evaluation a rank and round; "batch", where devices are one device
-            repeated: its ranks evaluate a round's steps in one batch, in turn with nothing. The
-            step that the pipeline is at is part of it, but never at tolerance 0. Not chosen by
-            "auto": whether it pays depends on how busy one step keeps the device.
+        slots: "auto", one evaluation a rank and round; "batch", where `devices` is one device
+            repeated: its ranks evaluate the steps of a round in one forward, as
+            `report.forwards` counts. What the pipeline itself asks for is part of it, but never at
+            tolerance 0. "auto" never batches: whether it pays depends on how busy one step keeps
+            the device. A denoiser that takes no batch goes on with one step at a time, and
+            `report.unbatched` says why.
 
     Raises:
         InvalidError, UnsupportedError: subclasses of parastep.Error; the text says what to do.

@@ -39,9 +39,7 @@ NAMES = tuple(name for name in NAMES if name in tiny.CASES)
 
 
 def batch(pipe: Any, ranks: int = 3, tolerance: Any = 0.0, **options: Any) -> Any:
-    return parastep.parallelize(
-        pipe, devices(ranks), tolerance=tolerance, slots="batch", **options
-    )
+    return parastep.parallelize(pipe, devices(ranks), tolerance=tolerance, slots="batch", **options)
 
 
 def call(name: str, steps: int, pipe: Any, **kwargs: Any) -> tuple[torch.Tensor, Any, Any]:
@@ -369,7 +367,7 @@ def test_a_denoiser_that_raises_in_a_batch() -> None:
 
 def test_a_rank_that_hangs_before_the_meeting() -> None:
     """The others wait for half the deadline, and go on without it."""
-    together = ready(deadline=6.0)
+    together = ready(deadline=10.0)
     stuck, done = together._replicas[2], [False]
 
     def hang() -> None:
