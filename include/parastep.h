@@ -229,6 +229,9 @@ typedef struct ps_work {
       *output[PS_SLOTS_MAX]; /* (items, size), room for output_bytes, to be written before submit */
   size_t point_bytes;
   size_t output_bytes; /* room at each output */
+  int round;           /* of the run; who evaluates in it may meet and do so in one batch: */
+  int followers;       /* ranks that its work was sent to */
+  int exact;           /* whether the host evaluates x_j itself meanwhile */
 } ps_work;
 
 /* The leader's own guesses beside x_j (count is 0 with one slot).  Valid from PS_EVALUATE or

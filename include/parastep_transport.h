@@ -23,7 +23,10 @@ typedef enum ps_kind {
   PS_MSG_FAILED = 4, /* follower: text says why it cannot */
 } ps_kind;
 
-enum { PS_FLAG_MOVED = 1 }; /* reply: points were edited, they come back beside the outputs */
+enum {
+  PS_FLAG_MOVED = 1, /* reply: points were edited, they come back beside the outputs */
+  PS_FLAG_EXACT = 2, /* work: the host evaluates x_j itself meanwhile */
+};
 
 /* The same size for every message of a run, followed on the wire by the payload. */
 typedef struct ps_header {
@@ -32,12 +35,12 @@ typedef struct ps_header {
   uint32_t kind, flags;
   int32_t round, count;
   int32_t step[PS_SLOTS_MAX];
-  uint32_t dtype; /* of the payload: layout.x in WORK, the outputs' own in OUTPUT */
-  uint32_t reserved;
-  uint64_t bytes;   /* payload bytes of one slot */
-  int64_t began_ns; /* OUTPUT: when the evaluation began, on the follower's clock */
-  int64_t ended_ns; /* OUTPUT: when it ended, on the same clock */
-  char text[160];   /* FAILED */
+  uint32_t dtype;     /* of the payload: layout.x in WORK, the outputs' own in OUTPUT */
+  uint32_t followers; /* WORK: how many the leader sends one to in this round */
+  uint64_t bytes;     /* payload bytes of one slot */
+  int64_t began_ns;   /* OUTPUT: when the evaluation began, on the follower's clock */
+  int64_t ended_ns;   /* OUTPUT: when it ended, on the same clock */
+  char text[160];     /* FAILED */
 } ps_header;
 
 typedef struct ps_link_ops {

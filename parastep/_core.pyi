@@ -114,6 +114,8 @@ class Leader:
     def inbox(self, rank: int, /) -> Inbox: ...
     @property
     def horizon(self) -> int: ...
+    @property
+    def company(self) -> tuple[int, int, bool]: ...
 
 @final
 class Follower:
@@ -124,6 +126,8 @@ class Follower:
     def fail(self, reason: str, /) -> None: ...
     @property
     def rank(self) -> int: ...
+    @property
+    def company(self) -> tuple[int, int, bool]: ...  # round, followers in it, leader too
 
 @final
 class Inbox:

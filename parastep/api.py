@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from . import _core
 from .report import Report
+from .stacking import Stacking
 from .threads import HostContext
 from .tolerance import Tolerance, number_of
 
-Denoiser = Callable[[Any, int, int], Any]
+Denoiser = Callable[[Any, Any, int], Any]
 
 
 class FollowerWarning(RuntimeWarning):
@@ -43,12 +44,11 @@ def describe(error: BaseException) -> str:
     return line.split("\n", 1)[0].encode(errors="backslashreplace").decode()
 
 
-def serve(follower: _core.Follower, denoiser: Denoiser) -> None:
+def serve(follower: _core.Follower, denoiser: Stacking) -> None:
     """A follower's thread: evaluates what it is given until the run is over."""
     try:
         while (work := follower.next()) is not None:
-            outputs = [denoiser(point, step, follower.rank) for step, point in work]
-            follower.submit(outputs)
+            follower.submit(denoiser.all(work, follower.rank))
     except BaseException as error:
         # Whatever it is, the leader is told and goes on without us, if it has not done so already.
         follower.fail(describe(error))
@@ -95,17 +95,60 @@ def _steps_shown(steps: int, progress: bool) -> Iterable[int]:
     return tqdm(range(steps), unit="step")
 
 
-def _run(leader: _core.Leader, steps: Iterable[int], denoiser: Denoiser, x: Any, noise: Any) -> Any:
-    """The leader's loop; what its own denoiser call raises is raised."""
+def _slots_of(slots: int | Sequence[int] | str, ranks: int, x: Any) -> list[int] | None:
+    """Evaluations a round of each of the core's ranks, of which "batch" has one; None where every
+    one has one.
+    """
+    if isinstance(slots, str) and slots != "batch":
+        raise _core.InvalidError(f"slots: {slots!r}: must be 'batch', or a number for each rank")
+    if isinstance(slots, str):
+        found = [ranks]
+    else:
+        found = [slots] * ranks if isinstance(slots, int) else list(slots)
+    if all(count == 1 for count in found):
+        return None if isinstance(slots, (int, str)) else found
+    if len(x.shape) < 2:
+        raise _core.ShapeError(f"x: {tuple(x.shape)}: a batch needs a first dimension of its items")
+    return found
+
+
+def _evaluate(leader: _core.Leader, denoiser: Stacking, x: Any, step: int, shares: bool) -> Any:
+    """The leader's output at x, and beside it those of its further slots, handed in."""
+    ahead = leader.work()
+    if ahead and shares:
+        m, *outputs = denoiser.all([(step, x), *ahead], 0)
+    else:
+        m = denoiser.one(x, step, 0)
+        outputs = denoiser.all(ahead, 0) if ahead else []
+    if ahead:
+        leader.fill(outputs)
+    return m
+
+
+def _run(
+    leader: _core.Leader,
+    steps: Iterable[int],
+    denoiser: Stacking,
+    x: Any,
+    first: Any,
+    shares: bool,
+    noise: Any,
+) -> Any:
+    """The leader's loop; what its own denoiser call raises is raised.
+
+    `first`: the output of step 0 where it is known. `shares`: what the leader evaluates at the true
+    latent may be part of a batch.
+    """
     given = 0
     for step in steps:
         if noise is not None:
             given = _give_noise(leader, noise, given, step)
         while (answered := leader.ask(step, x, leader.output())) is None:
-            leader.fill([denoiser(point, ahead, 0) for ahead, point in leader.work()])
+            leader.fill(denoiser.all(leader.work(), 0))
             leader.submit(None)
         if not answered:
-            m = denoiser(x, step, 0)
+            m = _evaluate(leader, denoiser, x, step, shares) if first is None else first
+            first = None
             if m is None:
                 raise _core.DenoiserError(f"the denoiser returned None at step {step} on rank 0")
             leader.submit(m)
@@ -119,6 +162,7 @@ def sample(
     x: Any,
     *,
     ranks: int = 4,
+    slots: int | Sequence[int] | str = 1,
     tolerance: Tolerance = 0.02,
     policy: str = "verified",
     max_stride: int | None = None,
@@ -135,6 +179,15 @@ def sample(
     called in this thread, the others in threads of their own, at the same time.  Its tensors are of
     the kind of x (torch, NumPy, anything that speaks DLPack) and private to the call.  The first
     dimension of x is the batch where it has others: drift is taken per item.
+
+    `slots` says how many steps of a round a rank evaluates: a number, or one for each rank.  Where
+    there are several, the denoiser is called once for them: with x (S B, ...), S latents of B items
+    end to end, and with `step` a tuple of S indices, item k B + b being of step[k]; it returns
+    (S B, ...).  One step alone comes as without slots.  "batch" is for one device: there are no
+    threads, and `ranks` steps of a round are one call in this thread, with rank 0.  The evaluation
+    at the true latent is part of such calls, but never at tolerance 0.  Before the run the denoiser
+    is tried with a batch: where it raises, or its outputs are not those that it gives one by one,
+    that is a SerialWarning, `report.unbatched` says why, and a rank evaluates one step a round.
 
     `tolerance` is a number, or a name for one: "exact" (0), "high" (.005), "balanced" (.02), "fast"
     (.05).  0 is the exact sequential result, `math.inf` accepts everything.  With `max_stride` 1
@@ -155,7 +208,10 @@ def sample(
         raise TypeError(f"denoiser: {type(denoiser).__name__}: must be callable as (x, step, rank)")
     tolerance = number_of(tolerance)
     x = _core.copy(x)  # taken in once, which is all that a DLPack capsule allows
-    leader = _core.Leader(
+    each = None if slots == 1 else _slots_of(slots, ranks, x)
+    ranks = 1 if slots == "batch" else ranks
+    create = partial(
+        _core.Leader,
         program,
         x,
         ranks=ranks,
@@ -167,24 +223,33 @@ def sample(
         deadline=deadline,
         on_failure=on_failure,
     )
+    leader = create(slots=each)
     _check_noise(program, noise)
+    stacking, first = Stacking(denoiser), None
+    if each is not None and max(each) > 1:
+        first = stacking.one(_core.copy(x), 0, 0)
+        stacking.verify(x, first, max(each), len(program))
+        leader = leader if stacking.unbatched is None else create()
     steps = _steps_shown(len(program), progress)
     context = HostContext()
     lanes: dict[int, threading.Thread] = {}
     try:
         for rank in range(1, ranks):
             follower = leader.follower(rank)
-            body = partial(serve, follower, denoiser)
+            body = partial(serve, follower, stacking)
             lanes[rank] = context.start(body, f"parastep-{rank}", device=getattr(x, "device", None))
-        result = _run(leader, steps, denoiser, x, noise)
+        result = _run(leader, steps, stacking, x, first, tolerance > 0, noise)
     finally:
         leader.finish()
     report = Report.from_core(
         leader.report(), number_of(tolerance) if policy == "verified" else None
     )
+    report.forwards, report.unbatched = stacking.forwards, stacking.unbatched
     for line in report.failures:
         lanes.pop(line.rank, None)  # it may be hanging; daemon threads do not keep the process
     for thread in lanes.values():
         thread.join(timeout=1.0)
     warn_of(report)
+    if report.unbatched is not None:
+        warnings.warn(f"steps one by one: {report.unbatched}", SerialWarning, stacklevel=2)
     return result, report

@@ -21,6 +21,7 @@ from .seam import map_tensors
 from .threads import finish_work
 
 if TYPE_CHECKING:
+    from .batching import Meeting
     from .far import FarRank
 
 
@@ -52,6 +53,7 @@ class Call:
         self._arrived: set[int] = set()  # ranks that have reached their loop
         self._begun = False  # no more encoder outputs will come
         self.over = False
+        self.meeting: Meeting | None = None  # where evaluations share a batch
         self.far: dict[int, FarRank] = {}  # ranks in other processes, which are told by frames
         self._far_begun = False
         self._x: torch.Tensor | None = None  # a latent of the run
@@ -108,11 +110,14 @@ class Call:
             ranks = set(range(0 if self.lane else 1, self.ranks))
             self._changed.wait_for(lambda: self._arrived | self._failed.keys() >= ranks, patience)
             late = f"it has not reached its loop within {patience:.3g} s"
+            there = self._arrived & ranks - self._failed.keys()
             for rank in sorted(ranks):
-                if rank in self._arrived and rank not in self._failed:
+                if rank in there:
                     self._open_rank(leader, rank)
                 else:
                     leader.leave_out(rank, self._failed.get(rank, late))
+            if self.meeting is not None:
+                self.meeting.open(there, self.lane, patience / 2)
             self._changed.notify_all()
 
     def begin(self, returned: Any) -> None:
@@ -142,6 +147,8 @@ class Call:
         with self._changed:
             self.over = True
             self._changed.notify_all()
+        if self.meeting is not None:
+            self.meeting.end()
 
     # Followers.
 
@@ -178,6 +185,8 @@ class Call:
             if follower is None:
                 self._failed[rank] = why
                 self._changed.notify_all()
+        if self.meeting is not None:
+            self.meeting.done(rank)
         if follower is not None:
             follower.fail(why)
 

@@ -20,6 +20,7 @@ import torch
 
 from . import _core
 from .api import describe, warn_of
+from .batching import Meeting
 from .call import Call, own_copy
 from .far import FarFollowers
 from .following import Following
@@ -37,7 +38,7 @@ from .workers import Workers
 
 _CALLBACKS = ("callback_on_step_end", "callback")
 _OWN_PUBLIC = ("pipe", "devices", "report")
-_OWN = (*_OWN_PUBLIC, "_options", "_far", "_replicas", "_made_from", "_lock", "_closed")
+_OWN = (*_OWN_PUBLIC, "_options", "_batch", "_far", "_replicas", "_made_from", "_lock", "_closed")
 
 
 def parallelize(
@@ -71,7 +72,12 @@ def parallelize(
         group: ranks are the processes of this group, which all call parallelize and then the
             pipeline: a torch.distributed group or an mpi4py communicator. None with devices None:
             the group of the launcher (torchrun, mpirun) that started this script, if there is one.
-        slots: "auto", one evaluation a rank and round.
+        slots: "auto", one evaluation a rank and round; "batch", where `devices` is one device
+            repeated: its ranks evaluate the steps of a round in one forward, as
+            `report.forwards` counts. What the pipeline itself asks for is part of it, but never at
+            tolerance 0. "auto" never batches: whether it pays depends on how busy one step keeps
+            the device. A denoiser that takes no batch goes on with one step at a time, and
+            `report.unbatched` says why.
 
     Raises:
         InvalidError, UnsupportedError: subclasses of parastep.Error; the text says what to do.
@@ -80,8 +86,13 @@ def parallelize(
         raise _core.InvalidError(f"mode: {mode!r}: must be 'auto', 'threads' or 'processes'")
     if group is not None and (devices is not None or mode == "threads"):
         raise _core.InvalidError("group: its processes are the ranks: leave out devices and mode")
-    if slots != "auto":
-        raise _core.UnsupportedError(f"slots: {slots!r}: only 'auto' so far")
+    if slots not in ("auto", "batch"):
+        raise _core.InvalidError(f"slots: {slots!r}: must be 'auto' or 'batch'")
+    if slots == "batch" and (group is not None or devices is None or mode == "processes"):
+        raise _core.InvalidError(
+            "slots='batch': give devices, one device as often as a batch has steps, as "
+            "['cuda:0'] * 4, without group and mode"
+        )
     if isinstance(pipe, type) or not callable(pipe) or not hasattr(pipe, "__dict__"):
         raise _core.InvalidError(f"pipe: {type(pipe).__name__} is not a diffusers pipeline")
     if not hasattr(getattr(pipe, "scheduler", None), "step"):
@@ -107,16 +118,19 @@ def parallelize(
         "deadline": deadline,
         "on_failure": on_failure,
     }
+    batch = slots == "batch"
     found = group_of(group) if devices is None and mode != "threads" else None
     if found is not None:
         home = _home_of(pipe)
         found.open(home)
         return ParallelPipeline(pipe, [home] * found.size, options, found)
     places = _devices_of(pipe, devices)
+    if batch and len(set(places)) > 1:
+        raise _core.UnsupportedError("slots='batch': only one device, repeated, so far")
     if mode == "processes" and places[0].type != "cpu":
         raise _core.UnsupportedError("mode='processes': only CPU devices so far; leave out mode")
     workers = Workers(places) if mode == "processes" else None
-    return ParallelPipeline(pipe, places, options, workers)
+    return ParallelPipeline(pipe, places, options, workers, batch)
 
 
 def _devices_of(pipe: Any, devices: Sequence[str | torch.device] | None) -> list[torch.device]:
@@ -166,11 +180,13 @@ class ParallelPipeline:
         devices: list[torch.device],
         options: dict[str, Any],
         far: Workers | Group | None = None,
+        batch: bool = False,
     ) -> None:
         self.pipe = pipe
         self.devices = devices
         self.report: Report | None = None
         self._options = options
+        self._batch = batch and len(devices) > 1
         self._far = far  # where the followers are, if they are not threads
         self._replicas: dict[int, Any] = {}
         self._made_from: int | None = None
@@ -239,6 +255,8 @@ class ParallelPipeline:
         began, reason = time.perf_counter(), self._unready(bound)
         ranks = len(self.devices) if reason is None else 1
         call = Call(ranks, self.devices, self._lane and reason is None)
+        if self._batch and ranks > 1:
+            call.meeting = Meeting(ranks, leads=self._options["tolerance"] > 0)
         near: _Followers | None = None
         far: FarFollowers | None = None
         if self._far is not None and ranks > 1:
@@ -335,6 +353,7 @@ class ParallelPipeline:
                 r._replace(begin=r.begin + leading.opened, end=r.end + leading.opened)
                 for r in report.timeline
             ]
+        meeting = leading.call.meeting
         alone = leading.evaluated - leading.submitted
         report.accepted = report.accepted + [1] * alone
         report.steps = leading.steps
@@ -344,6 +363,10 @@ class ParallelPipeline:
             for rank, evaluated in some.evaluated.items():
                 own = leading.evaluated if rank == 0 else 0  # beside its lane's
                 report.evaluations[rank] = own + evaluated
+        report.forwards = sum(report.evaluations)
+        if meeting is not None:
+            report.forwards = leading.evaluated - leading.shared + meeting.forwards
+            report.unbatched = meeting.unbatched
         report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
         report.seconds, report.fallback = time.perf_counter() - began, leading.reason
         if self._options["policy"] == "verified":
@@ -388,10 +411,13 @@ class _Followers:
         random.set_state(self._random[device])
         body = functools.partial(following.run, lambda: own_copy(self._arguments), random)
         # The leader keeps its own number of threads, which its bits may depend on.
-        intraop = 1 if device.type == "cpu" else None
+        intraop, stream = (1 if device.type == "cpu" else None), None
+        if self._call.meeting is not None:  # one calls for all, each as the leader would
+            intraop = self._context.threads
+            stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.ranks[rank] = following
         try:
-            self._threads[rank] = self._context.start(body, name_of(rank), intraop, device)
+            self._threads[rank] = self._context.start(body, name_of(rank), intraop, device, stream)
         except RuntimeError as error:  # no more threads
             self._call.fail(rank, describe(error))
 

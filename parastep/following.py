@@ -95,13 +95,13 @@ class Following:
             self._passing.give_up()
             return True
         while self._target >= self._step:
-            self._end.submit([torch.full_like(self._m, torch.nan)])
+            self._hand_in(torch.full_like(self._m, torch.nan))
             self._take_work()
         return True
 
     def _place(self, hooks: Hooks) -> None:
-        for module in denoisers_of(self.replica).values():
-            hooks.wrap_call(module, self._forward_of(module))
+        for name, module in denoisers_of(self.replica).items():
+            hooks.wrap_call(module, self._forward_of(name, module))
         hooks.wrap_encoders(self.replica, self._replay_of)
         hooks.wrap_method(self.replica.scheduler, "step", self._step_hook)
         self._passing.place(hooks, self.replica, self._passed)
@@ -125,7 +125,7 @@ class Following:
 
         return hook
 
-    def _forward_of(self, module: torch.nn.Module) -> Any:
+    def _forward_of(self, name: str, module: torch.nn.Module) -> Any:
         compiled = is_compiled_in_place(module) or hasattr(module, "_orig_mod")
 
         def hook(run: Any, *args: Any, **kwargs: Any) -> Any:
@@ -139,12 +139,17 @@ class Following:
                 fake = self._outputs.fake(module, ordinal, inputs)
                 if fake is not None:
                     return fake
-            elif self._began_ns == 0:
+            first = self._step == self._target and self._began_ns == 0
+            if first:
                 self._began_ns = _core.now_ns()
                 self.evaluated += 1
             watched = self._step == 0 and not compiled
             with self._private.forbidden() if watched else self._private.lifted():
-                output = run(*args, **kwargs)
+                if self.call.meeting is None or self._step != self._target:
+                    output = run(*args, **kwargs)
+                else:
+                    call = self.call.meeting.call
+                    output = call(self.rank, name, ordinal, first, run, args, kwargs)
             if self._step == 0:
                 self._outputs.keep(module, ordinal, inputs, output)
             return output
@@ -200,7 +205,13 @@ class Following:
         if self._step > 0 and not self._passing.check(self._step, timestep, moved is not None):
             raise GoBack  # the target lies elsewhere in this loop, which is to be walked through
         self._m = model_output.detach().contiguous()
-        self._end.submit([self._m], moved, began_ns)
+        self._hand_in(self._m, moved, began_ns)
+
+    def _hand_in(self, m: torch.Tensor, moved: Any = None, began_ns: int = 0) -> None:
+        assert self._end is not None
+        if self.call.meeting is not None:
+            self.call.meeting.done(self.rank)
+        self._end.submit([m], moved, began_ns)
 
     def _take_work(self) -> None:
         assert self._end is not None
@@ -211,6 +222,8 @@ class Following:
         self._point = point.to(self.device)
         self._began_ns = 0
         self._skipped = None
+        if self.call.meeting is not None and self._target > 0:
+            self.call.meeting.begin(self.rank, self._end.company)
 
 
 def _count_step(scheduler: Any, timestep: Any) -> None:

@@ -24,6 +24,7 @@ from .api import describe, serve
 from .ktracing import NotTraceableError, Traced, noise_ahead, to_d, to_denoised
 from .quiet import name_of
 from .report import Report
+from .stacking import Stacking
 from .threads import HostContext
 
 Lane = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, sigma (B,)) -> denoised
@@ -133,6 +134,7 @@ class Sampling:
         report.accepted = report.accepted + [1] * max(alone, 0)
         report.steps = self.calls
         report.rounds = report.evaluations[0] = self.evaluated
+        report.forwards = sum(report.evaluations)
         report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
         report.seconds, report.fallback = self._seconds, self.reason
         return report
@@ -172,7 +174,8 @@ class Sampling:
         self._levels = rows.levels
         context = HostContext()
         for rank, lane in enumerate(self._lanes, 1):
-            body = partial(serve, self.leader.follower(rank), partial(self._follow, lane))
+            follow = Stacking(partial(self._follow, lane))
+            body = partial(serve, self.leader.follower(rank), follow)
             # The leader keeps its own number of threads, which its bits may depend on.
             intraop = 1 if devices[rank].type == "cpu" else None
             try:

@@ -17,6 +17,7 @@ import torch
 
 from . import _core
 from .api import describe
+from .batching import LEADER, Inputs
 from .call import Call
 from .noise import NoiseAhead
 from .replicas import denoisers_of
@@ -69,6 +70,7 @@ class Leading:
         self.steps = 0  # calls of the scheduler's step so far
         self.evaluated = 0  # those whose denoisers ran
         self.submitted = 0  # and whose output the core took
+        self.shared = 0  # and which were evaluated together with other ranks'
         self.opened = 0.0  # seconds from the call's beginning to the run's
         self.watch: Watch | None = None
         self._began = time.perf_counter()
@@ -83,6 +85,7 @@ class Leading:
         self._shown_at: int | None = None  # which of them is the latent; None where none is
         self._asked: torch.Tensor | None = None
         self._answer: torch.Tensor | None = None
+        self._joins = False  # this iteration's evaluation is part of a batch
         self._gradients = False  # on in the denoisers' calls of the first iteration
         self._unseen = 0
         self._forward_ns = 0
@@ -97,8 +100,8 @@ class Leading:
         hooks.wrap_method(scheduler, "step", self._step)
         if not self.active:
             return
-        for module in denoisers_of(self.pipe).values():
-            hooks.wrap_call(module, self._forward_of(module))
+        for name, module in denoisers_of(self.pipe).items():
+            hooks.wrap_call(module, self._forward_of(name, module))
         hooks.wrap_encoders(self.pipe, self._recording)
         if hasattr(scheduler, "set_timesteps"):
             hooks.wrap_method(scheduler, "set_timesteps", self._set_timesteps)
@@ -109,6 +112,7 @@ class Leading:
         """From here on the pipeline runs as it would without us."""
         if self.reason is None:
             self.active, self.reason = False, reason
+            self._leave_batch()
             if self.leader is not None:
                 self.leader.stop(reason)
 
@@ -146,7 +150,7 @@ class Leading:
 
     # ---- denoisers -------------------------------------------------------------------------------
 
-    def _forward_of(self, module: torch.nn.Module) -> Any:
+    def _forward_of(self, name: str, module: torch.nn.Module) -> Any:
         def hook(run: Any, *args: Any, **kwargs: Any) -> Any:
             if not self.active and self._answer is None:
                 self._fresh = False
@@ -154,7 +158,8 @@ class Leading:
             inputs = inputs_in(args, kwargs)
             if torch.is_grad_enabled() and self._answer is None:
                 self._take_gradient()
-            if self._fresh:
+            first = self._fresh
+            if first:
                 self._begin_iteration(inputs)
             if self.watch is not None:
                 self.watch.note_inputs(args, kwargs)
@@ -164,12 +169,25 @@ class Leading:
                 fake = self._outputs.fake(module, ordinal, inputs)
                 if fake is not None:
                     return fake
+            if self._joins and self.call.meeting is not None:
+                self.shared += first
+                return self.call.meeting.call(LEADER, name, ordinal, first, run, args, kwargs)
+            if self.steps > 0:
+                return run(*args, **kwargs)
+            given = Inputs(args, kwargs).own_copy() if self.call.meeting is not None else None
             output = run(*args, **kwargs)
-            if self.steps == 0:
-                self._outputs.keep(module, ordinal, inputs, output)
+            self._outputs.keep(module, ordinal, inputs, output)
+            if given is not None and self.call.meeting is not None:
+                self.call.meeting.tell_exact(name, ordinal, given, output)
             return output
 
         return hook
+
+    def _leave_batch(self) -> None:
+        """No more of this iteration's evaluation is to come."""
+        if self._joins and self.call.meeting is not None:
+            self.call.meeting.done(LEADER)
+        self._joins = False
 
     def _take_gradient(self) -> None:
         """With gradients on in the denoiser's call and off in step, something is made of them."""
@@ -197,8 +215,12 @@ class Leading:
         self._give_noise()
         answer = torch.empty(self._shape, dtype=self._m_dtype, device=x.device)
         self._asked = x.detach().clone()  # the host may edit x in place
-        if self._told(self.leader.ask, self.steps, self._as_latent(x), answer):
+        answered = self._told(self.leader.ask, self.steps, self._as_latent(x), answer)
+        if answered:
             self._answer = answer
+        elif answered is False and self.call.meeting is not None and self.call.meeting.leads:
+            self.call.meeting.begin(LEADER, self.leader.company)
+            self._joins = True
 
     def _coming_latent(self) -> torch.Tensor | None:
         """The sample that the next step will be handed, as far as can be told now.
@@ -256,6 +278,7 @@ class Leading:
 
     def _step(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         first = None
+        self._leave_batch()
         if self.active or self._answer is not None:
             named = named_arguments(scheduler, args, kwargs)
             if named is None:

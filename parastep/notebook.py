@@ -35,6 +35,10 @@ def html_of(report: Report) -> str:
 def _facts(report: Report) -> Iterable[str]:
     evaluations = ", ".join(map(str, report.evaluations))
     yield f"evaluations of each rank: {evaluations}; {report.bytes_sent / 1e6:.3g} MB sent"
+    if 0 < report.forwards < sum(report.evaluations):
+        yield f"several steps in one batch: {report.forwards} forwards"
+    if report.unbatched is not None:
+        yield f"steps not in one batch: {html.escape(report.unbatched)}"
     if report.interpolated:
         yield f"{report.interpolated} steps were interpolated: estimated, not verified"
     if report.not_finite:

@@ -33,10 +33,11 @@ class Report:
     """A finished run.
 
     `rounds` are the leader's evaluations, so wall time in forwards; `accepted` the steps taken in
-    each round; `drift` how far each step's guess was off in units of its noise scale, NaN where
-    there was no guess; `interpolated` how many steps were answered between nodes; `tolerance` the
-    one that decided, None under the published rule, which has none; `fallback` why speculation
-    ended, or None.
+    each round; `forwards` how often the denoiser ran on any rank, a batch of steps counting once,
+    and `unbatched` why steps that were to share a batch did not; `drift` how far each step's guess
+    was off in units of its noise scale, NaN where there was no guess; `interpolated` how many steps
+    were answered between nodes; `tolerance` the one that decided, None under the published rule,
+    which has none; `fallback` why speculation ended, or None.
 
     In a notebook it shows itself; `print` gives one line, `plot` a figure.
     """
@@ -56,11 +57,13 @@ class Report:
     answered: int = 0
     not_finite: int = 0
     tolerance: float | None = None
+    forwards: int = 0
+    unbatched: str | None = None
 
     @classmethod
     def from_core(cls, found: dict[str, Any], tolerance: float | None = None) -> Report:
         """From the dict of `_core.Leader.report()`, and the tolerance it was created with."""
-        found = {**found, "tolerance": tolerance}
+        found = {**found, "tolerance": tolerance, "forwards": sum(found["evaluations"])}
         found["timeline"] = [Evaluation(*record) for record in found["timeline"]]
         found["failures"] = [Failure(*line) for line in found["failures"]]
         return cls(**found)
@@ -149,6 +152,8 @@ class Report:
         text = f"{_count(self.steps, 'step')} in {_count(self.rounds, 'round')} on "
         text += f"{_count(self.ranks, 'rank')} ({self.speedup:.2f}x in forwards), "
         text += f"{self.seconds:.2f} s"
+        if 0 < self.forwards < sum(self.evaluations):
+            text += f", {_count(self.forwards, 'forward')}"
         if self.interpolated:
             text += f", {self.interpolated} interpolated"
         if self.failures:

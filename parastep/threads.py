@@ -51,9 +51,11 @@ class HostContext:
         self.variables, self.torch = contextvars.copy_context(), sys.modules.get("torch")
 
     @contextlib.contextmanager
-    def entered(self, intraop: int | None = None, device: Any = None) -> Iterator[None]:
-        """The modes of the caller; `intraop` threads of torch here.  On a CUDA device a stream of
-        this thread's own: ranks of one device are not in each other's order.
+    def entered(
+        self, intraop: int | None = None, device: Any = None, stream: Any = None
+    ) -> Iterator[None]:
+        """The modes of the caller; `intraop` threads of torch here.  On a CUDA device this stream,
+        or one of this thread's own: ranks of one device are not in each other's order.
 
         torch gives what one thread sets to threads that begin later: the number is set back.
         """
@@ -65,7 +67,7 @@ class HostContext:
                 if self.device.type != "cpu":
                     stack.enter_context(self.device)
                 if getattr(device, "type", None) == "cuda":
-                    stream = self.torch.cuda.Stream(device)
+                    stream = stream or self.torch.cuda.Stream(device)
                     stack.enter_context(self.torch.cuda.stream(stream))  # and on its device
                 stack.enter_context(self.torch.inference_mode(self.inference))
                 stack.enter_context(self.torch.set_grad_enabled(self.grad))
@@ -80,11 +82,12 @@ class HostContext:
         name: str,
         intraop: int | None = None,
         device: Any = None,
+        stream: Any = None,
     ) -> threading.Thread:
         """Starts a daemon thread in this context: one that hangs does not keep the process."""
 
         def body() -> None:
-            with self.entered(intraop, device):
+            with self.entered(intraop, device, stream):
                 target()
 
         finish_work(device)

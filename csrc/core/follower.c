@@ -77,6 +77,9 @@ ps_status ps_follower_next(ps_follower *follower, const ps_wait *wait, ps_work *
   }
   follower->taken_ns = ps_now_ns();
   work->count = follower->work.count;
+  work->round = follower->work.round;
+  work->followers = (int)follower->work.followers;
+  work->exact = (follower->work.flags & PS_FLAG_EXACT) != 0;
   for (int slot = 0; slot < work->count; ++slot) {
     work->step[slot] = follower->work.step[slot];
     work->point[slot] = link->ops->point(link, slot);

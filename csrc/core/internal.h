@@ -226,6 +226,8 @@ ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, double *g
 
 /* Sends every rank its nodes of this round; one that cannot be reached is left out. */
 ps_status ps__post_round(ps_leader *leader);
+/* Who evaluates in this round. */
+void ps__tell_company(const ps_leader *leader, ps_work *work);
 /* Takes in the replies; followers that fail, or at step 0 compute something else, are left out. */
 ps_status ps__gather_round(ps_leader *leader);
 /* Closes the link, voids the rank's nodes and writes the report line. */

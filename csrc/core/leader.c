@@ -326,6 +326,7 @@ ps_status ps_leader_work(ps_leader *leader, ps_work *work)
   ps_status status = check_phase(leader, PS__EVALUATING, "work");
   *work = (ps_work){.point_bytes = ps__x_bytes(&leader->layout),
                     .output_bytes = ps__m_bytes(&leader->layout)};
+  ps__tell_company(leader, work);
   for (int k = 0; status == PS_OK && k < leader->nodes; ++k) {
     const ps__node *node = &leader->node[k];
     if (is_hosts(leader, node)) {

@@ -68,10 +68,26 @@ static bool is_sent(const ps__node *node, int rank)
   return node->rank == rank && node->state == PS__PENDING && node->point != NULL;
 }
 
+void ps__tell_company(const ps_leader *leader, ps_work *work)
+{
+  work->round = leader->round;
+  work->exact = leader->nodes > 0 && leader->node[0].point == NULL;
+  work->followers = 0;
+  for (int k = 0; k < leader->nodes; ++k) {
+    const ps__node *node = &leader->node[k];
+    bool sent = node->point != NULL && leader->rank[node->rank].link != NULL;
+    work->followers += sent && node->slot == 0;
+  }
+}
+
 /* One message holds all slots of a rank, in order of slot. */
 static ps_header work_of(const ps_leader *leader, int rank)
 {
   ps_header work = header_of(leader, PS_MSG_WORK);
+  ps_work company;
+  ps__tell_company(leader, &company);
+  work.followers = (uint32_t)company.followers;
+  work.flags = company.exact ? PS_FLAG_EXACT : 0;
   for (int k = 0; k < leader->nodes; ++k) {
     const ps__node *node = &leader->node[k];
     if (is_sent(node, rank)) {

@@ -196,6 +196,12 @@ static PyObject *get_rank(PyObject *obj, void *unused)
   return PyLong_FromLong(((follower_object *)obj)->rank);
 }
 
+static PyObject *get_company(PyObject *obj, void *unused)
+{
+  (void)unused;
+  return psb__company_of(&((follower_object *)obj)->work);
+}
+
 /* ---- the type -------------------------------------------------------------------------------- */
 
 #define KEYWORDS(function) ((PyCFunction)(void (*)(void))(function))
@@ -214,7 +220,11 @@ static PyMethodDef methods[] = {
 };
 
 static PyGetSetDef getters[] = {
-    {"rank", get_rank, NULL, "This rank, 1 or above.", NULL},
+    {"rank", get_rank, NULL, "This rank; 0 is a lane's.", NULL},
+    {"company", get_company, NULL,
+     "(round, followers, exact) of the work taken last: the round's number, how many followers\n"
+     "evaluate in it, whether the leader evaluates its own latent too.",
+     NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

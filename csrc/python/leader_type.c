@@ -303,6 +303,18 @@ static PyObject *get_horizon(PyObject *obj, void *unused)
   return PyLong_FromLong(horizon);
 }
 
+static PyObject *get_company(PyObject *obj, void *unused)
+{
+  leader_object *self = (leader_object *)obj;
+  ps_work work;
+  (void)unused;
+  if (enter_work(psb_state_of(Py_TYPE(obj)), self, "company", &work) < 0) {
+    return NULL;
+  }
+  psb__leave(&self->guard);
+  return psb__company_of(&work);
+}
+
 static ps_link *take_end(leader_object *self, long rank)
 {
   ps_link *end = NULL;
@@ -395,6 +407,8 @@ static PyMethodDef methods[] = {
 
 static PyGetSetDef getters[] = {
     {"horizon", get_horizon, NULL, "Guesses of the next round may pass steps below this one.",
+     NULL},
+    {"company", get_company, NULL, "Of the round that waits for submit: see Follower.company.",
      NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

@@ -189,6 +189,11 @@ PyObject *psb__work_out(psb_state *st, PyObject *like, const psb_place *place, c
   return psb__list(work->count, work_item, &context);
 }
 
+PyObject *psb__company_of(const ps_work *work)
+{
+  return Py_BuildValue("(iiO)", work->round, work->followers, work->exact ? Py_True : Py_False);
+}
+
 /* The tensor's memory is its owner's again once this returns: the copy is waited for. */
 static ps_status copy_in(const psb_place *place, void *to, const void *from, size_t bytes)
 {

@@ -61,6 +61,9 @@ PyObject *psb__tensor_out(psb_state *st, PyObject *like, const psb_place *place,
 PyObject *psb__work_out(psb_state *st, PyObject *like, const psb_place *place, const psb_spec *spec,
                         const ps_work *work);
 
+/* (round, followers, exact) of some work. */
+PyObject *psb__company_of(const ps_work *work);
+
 /* Where a sequence of tensors, one for each step of some work, is copied to. */
 typedef struct psb_room {
   const char *name; /* what errors call the sequence */

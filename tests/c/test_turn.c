@@ -307,6 +307,10 @@ TEST(leader_calls_out_of_order)
   CHECK_STATUS(ps_leader_ask(on.leader, 0, x, m, &verdict), PS_STATE);
   CHECK_STATUS(ps_leader_ask(on.leader, 1, x, m, &verdict), PS_STATE);
   CHECK_STATUS(ps_leader_advance(on.leader, NULL, x), PS_STATE);
+  CHECK_OK(ps_leader_work(on.leader, &work));
+  CHECK_EQ(work.round, 1); /* its follower and the host evaluate */
+  CHECK_EQ(work.followers, 1);
+  CHECK_EQ(work.exact, 1);
   CHECK_STATUS(ps_leader_submit(on.leader, m, PS_F32, 0), PS_DTYPE);
   CHECK_STATUS(ps_leader_submit(on.leader, m, PS_NONE, 0), PS_DTYPE);
   /* None of these did harm: the run goes on. */

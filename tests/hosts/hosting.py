@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,11 @@ def parallel(pipe: Any, ranks: int = 4, tolerance: float = 0.0, **options: Any) 
     """Every step evaluated by some rank, unless the test says otherwise."""
     options.setdefault("max_stride", 1)
     return parastep.parallelize(pipe, devices(ranks), tolerance=tolerance, **options)
+
+
+def threads() -> list[str]:
+    """The names of followers' threads that are still there."""
+    return [t.name for t in threading.enumerate() if t.name.startswith("parastep-")]
 
 
 def rounds_without_limit(steps: int, ranks: int) -> int:

@@ -29,6 +29,7 @@ from hosting import (  # noqa: E402
     own,
     parallel,
     rounds_without_limit,
+    threads,
 )
 
 import parastep  # noqa: E402
@@ -89,10 +90,6 @@ def check_next_call(together: Any, steps: int = 3) -> None:
     else:
         assert together.report.rounds == rounds_without_limit(steps, ranks)
     assert threads() == []
-
-
-def threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("parastep-")]
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])

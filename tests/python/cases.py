@@ -12,6 +12,7 @@ import warnings
 import numpy as np
 
 import parastep
+from parastep.stacking import joined
 
 RANKS = [1, 2, 4, 8]
 
@@ -43,6 +44,26 @@ class Gaussian:
     def __call__(self, x, step, rank):
         sigma = float(self.sigma[step])
         return (x - 0.5) * (sigma / (0.25 + sigma * sigma))
+
+
+class Counted:
+    """A denoiser of single steps that takes stacks too, and remembers what it was called with."""
+
+    def __init__(self, inner):
+        self.inner, self.calls, self.threads = inner, [], set()
+        self.lock = threading.Lock()
+
+    def __call__(self, x, step, rank):
+        with self.lock:
+            self.calls.append((step, rank))
+            self.threads.add(threading.current_thread().name)
+        if not isinstance(step, tuple):
+            return self.inner(x, step, rank)
+        assert len(step) > 1 and x.shape[0] % len(step) == 0
+        items = x.shape[0] // len(step)
+        parts = [x[k * items : (k + 1) * items] for k in range(len(step))]
+        outputs = [self.inner(part, j, rank) for part, j in zip(parts, step, strict=True)]
+        return joined(outputs)
 
 
 def latents(shape=(2, 3, 4), dtype="float32", seed=0):
