@@ -80,16 +80,16 @@ typedef struct combination {
 static int kernel_for(int kind, int outs)
 {
   static const int kernels[3][3] = {
-      {PS__K_ps_lincomb_1_halves, PS__K_ps_lincomb_4_halves, PS__K_ps_lincomb_8_halves},
-      {PS__K_ps_lincomb_1_singles, PS__K_ps_lincomb_4_singles, PS__K_ps_lincomb_8_singles},
+      {PS__K_ps_lincomb_1_halves, PS__K_ps_lincomb_3_halves, PS__K_ps_lincomb_7_halves},
+      {PS__K_ps_lincomb_1_singles, PS__K_ps_lincomb_3_singles, PS__K_ps_lincomb_7_singles},
       {PS__K_ps_lincomb_1_doubles, PS__K_ps_lincomb_4_doubles, PS__K_ps_lincomb_4_doubles},
   };
-  return kernels[kind][outs == 1 ? 0 : outs <= 4 ? 1 : 2];
+  return kernels[kind][outs == 1 ? 0 : outs <= 3 ? 1 : 2];
 }
 
 static int room_of(int kind, int outs)
 {
-  return outs == 1 ? 1 : outs <= 4 || kind == PS__DOUBLES ? 4 : PS__OUTS_MAX;
+  return outs == 1 ? 1 : kind == PS__DOUBLES ? 4 : outs <= 3 ? 3 : PS__OUTS_MAX;
 }
 
 static int most_outs(int kind)
