@@ -245,18 +245,21 @@ bench: $(EDITABLE_STAMP) bench-c ## Run tests/bench/*.py, except those whose nam
 # ---- GPUs ----------------------------------------------------------------------------------------
 
 # Self-contained: this tree, a C compiler, nvcc and a Python with torch and CUDA, which need not be
-# .venv; nothing is downloaded.  Without a GPU it says so and succeeds.
+# .venv; nothing is downloaded.  Without a GPU it says so and succeeds; GPU_ARGS=--dry runs it there
+# all the same, small, on the CPU and on the stand-ins.
 GPU_PYTHON ?= $(PYTHON)
 GPU_ARGS ?=
+GPU_PROGRAMS := $(addprefix build/c/gpu/,kernels plain nccl) \
+  $(addprefix build/c/fake/,libcuda.so.1 libcublas.so.13 libnccl.so.2)
 
 .PHONY: gpu check-abi
-gpu: build/c/gpu/kernels ## Run everything that needs a GPU; writes out/gpu.json and out/gpu.txt
+gpu: $(GPU_PROGRAMS) ## Run everything that needs a GPU; writes out/gpu.json and out/gpu.txt
 	@$(GPU_PYTHON) setup.py --quiet build --build-base build/gpu --build-lib build/gpu/lib \
 	  > build/gpu.log 2>&1 || { cat build/gpu.log; exit 1; }
 	@PYTHONPATH=$(CURDIR)/build/gpu/lib PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1 \
-	  $(GPU_PYTHON) tests/gpu/run.py --program $< $(GPU_ARGS)
+	  $(GPU_PYTHON) tests/gpu/run.py --programs build/c/gpu $(GPU_ARGS)
 
-build/c/gpu/kernels: build/c/obj/tests/gpu/kernels.o build/c/libparastep.a
+build/c/gpu/%: build/c/obj/tests/gpu/%.o build/c/libparastep.a
 	@mkdir -p $(@D)
 	@$(CC) $(CFLAGS) -pthread $^ -ldl -lm -o $@
 
