@@ -98,7 +98,7 @@ $(1)/libparastep.a: $(CORE_SRC:%.c=$(1)/obj/%.o)
 	@$$(AR) rcs $$@ $$^
 
 $(1)/tests: $(TEST_SRC:%.c=$(1)/obj/%.o) $(1)/libparastep.a | $(1)/fake/libcuda.so.1 \
-  $(1)/fake/libnccl.so.2
+  $(1)/fake/libnccl.so.2 $(1)/fake/libcublas.so.13
 	@echo "ld $$@"
 	@$$(CC) $(2) $$(CFLAGS) -pthread $$^ -ldl -lm -o $$@
 
@@ -112,6 +112,13 @@ $(1)/fake/libcuda.so.1: $(addprefix tests/gpu/fake/,engine.c libcuda.c) $(wildca
 
 $(1)/fake/libnccl.so.2: tests/gpu/fake/libnccl.c $(wildcard csrc/transport/nccl_api.h \
   tests/gpu/fake/*.h) compile_flags.txt
+	@mkdir -p $$(@D)
+	@echo "ld $$@"
+	@$$(CC) -shared @compile_flags.txt $(2) $$(CFLAGS) -fPIC -fvisibility=default -Wl,-Bsymbolic \
+	  -Wl,-soname,$$(@F) $$(filter %.c,$$^) -o $$@
+
+$(1)/fake/libcublas.so.13: tests/gpu/fake/libcublas.c $(wildcard csrc/backend/cu*_api.h \
+  csrc/backend/half.h tests/gpu/fake/*.h) compile_flags.txt
 	@mkdir -p $$(@D)
 	@echo "ld $$@"
 	@$$(CC) -shared @compile_flags.txt $(2) $$(CFLAGS) -fPIC -fvisibility=default -Wl,-Bsymbolic \
@@ -256,24 +263,30 @@ bench: $(EDITABLE_STAMP) bench-c ## Run tests/bench/*.py, except those whose nam
 # ---- GPUs ----------------------------------------------------------------------------------------
 
 # Self-contained: this tree, a C compiler, nvcc and a Python with torch and CUDA, which need not be
-# .venv; nothing is downloaded.  Without a GPU it says so and succeeds.
+# .venv; nothing is downloaded.  Without a GPU it says so and succeeds; GPU_ARGS=--dry runs it there
+# all the same, small, on the CPU and on the stand-ins.
 GPU_PYTHON ?= $(PYTHON)
 GPU_ARGS ?=
+GPU_PROGRAMS := $(addprefix build/c/gpu/,kernels plain nccl) \
+  $(addprefix build/c/fake/,libcuda.so.1 libcublas.so.13 libnccl.so.2)
 
 .PHONY: gpu check-abi
-gpu: build/c/gpu/kernels ## Run everything that needs a GPU; writes out/gpu.json and out/gpu.txt
+gpu: $(GPU_PROGRAMS) ## Run everything that needs a GPU; writes out/gpu.json and out/gpu.txt
 	@$(GPU_PYTHON) setup.py --quiet build --build-base build/gpu --build-lib build/gpu/lib \
 	  > build/gpu.log 2>&1 || { cat build/gpu.log; exit 1; }
 	@PYTHONPATH=$(CURDIR)/build/gpu/lib PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1 \
-	  $(GPU_PYTHON) tests/gpu/run.py --program $< $(GPU_ARGS)
+	  $(GPU_PYTHON) tests/gpu/run.py --programs build/c/gpu $(GPU_ARGS)
 
-build/c/gpu/kernels: build/c/obj/tests/gpu/kernels.o build/c/libparastep.a
+build/c/gpu/%: build/c/obj/tests/gpu/%.o build/c/libparastep.a
 	@mkdir -p $(@D)
 	@$(CC) $(CFLAGS) -pthread $^ -ldl -lm -o $@
 
-# Declarations of ours against the real headers, wherever there are any: beside nvcc.
+# Declarations of ours against the real headers, wherever there are any: beside nvcc, and in the
+# wheels that bring libraries of CUDA.
 CUDA_INCLUDE ?= $(if $(NVCC),$(shell $(NVCC) -x cu --dryrun /dev/null 2>&1 \
   | sed -n 's/.* INCLUDES="-I\([^"]*\)".*/\1/p'))
+CUBLAS_INCLUDE ?= $(firstword $(patsubst %/cublas_v2.h,%,$(wildcard \
+  $(CUDA_INCLUDE)/cublas_v2.h $(VENV)/lib/*/site-packages/nvidia/*/include/cublas_v2.h)))
 check-abi: ## Hold our declarations of libraries against their real headers
 	@$(CC) @compile_flags.txt -fsyntax-only tests/gpu/abi_cuda.c
 	@if [ -f "$(CUDA_INCLUDE)/cuda.h" ]; then \
@@ -281,6 +294,13 @@ check-abi: ## Hold our declarations of libraries against their real headers
 	    tests/gpu/abi_cuda.c && echo "ok cuda.h of $(CUDA_INCLUDE)"; \
 	else \
 	  echo "no cuda.h beside nvcc: layouts alone were checked"; \
+	fi
+	@if [ -f "$(CUDA_INCLUDE)/cuda.h" ] && [ -f "$(CUBLAS_INCLUDE)/cublas_v2.h" ]; then \
+	  $(CC) @compile_flags.txt -DPS__REAL_CUDA_H -DPS__REAL_CUBLAS_H -isystem $(CUDA_INCLUDE) \
+	    -isystem $(CUBLAS_INCLUDE) -fsyntax-only tests/gpu/abi_cublas.c \
+	    && echo "ok cublas_v2.h of $(CUBLAS_INCLUDE)"; \
+	else \
+	  echo "no cublas_v2.h beside nvcc or in a wheel"; \
 	fi
 
 # ---- lint ----------------------------------------------------------------------------------------

@@ -80,16 +80,16 @@ typedef struct combination {
 static int kernel_for(int kind, int outs)
 {
   static const int kernels[3][3] = {
-      {PS__K_ps_lincomb_1_halves, PS__K_ps_lincomb_4_halves, PS__K_ps_lincomb_8_halves},
-      {PS__K_ps_lincomb_1_singles, PS__K_ps_lincomb_4_singles, PS__K_ps_lincomb_8_singles},
+      {PS__K_ps_lincomb_1_halves, PS__K_ps_lincomb_3_halves, PS__K_ps_lincomb_7_halves},
+      {PS__K_ps_lincomb_1_singles, PS__K_ps_lincomb_3_singles, PS__K_ps_lincomb_7_singles},
       {PS__K_ps_lincomb_1_doubles, PS__K_ps_lincomb_4_doubles, PS__K_ps_lincomb_4_doubles},
   };
-  return kernels[kind][outs == 1 ? 0 : outs <= 4 ? 1 : 2];
+  return kernels[kind][outs == 1 ? 0 : outs <= 3 ? 1 : 2];
 }
 
 static int room_of(int kind, int outs)
 {
-  return outs == 1 ? 1 : outs <= 4 || kind == PS__DOUBLES ? 4 : PS__OUTS_MAX;
+  return outs == 1 ? 1 : kind == PS__DOUBLES ? 4 : outs <= 3 ? 3 : PS__OUTS_MAX;
 }
 
 static int most_outs(int kind)
@@ -245,7 +245,8 @@ static ps_status lincomb(const ps_backend *backend, size_t n, int outs, int term
     return status;
   }
   if (!rank->device->compiled) {
-    return ps__plain_lincomb(rank, n, outs, terms, weight, in, out, out_dtype);
+    return (rank->blas != NULL ? ps__blas_lincomb : ps__plain_lincomb)(rank, n, outs, terms, weight,
+                                                                       in, out, out_dtype);
   }
   combination c = {n, terms, weight, in, out_dtype, kind_of(out_dtype)};
   for (int j = 0; j < terms; ++j) {
@@ -348,7 +349,7 @@ static ps_status sweep(const ps_backend *backend, const ps_sweep *s, const ps_wa
   ps_status status = ps__check_sweep(s);
   *swept = (ps_swept){0, 0, 0, 0};
   if (status == PS_OK && !rank->device->compiled) {
-    return ps__plain_sweep(rank, s, wait, swept);
+    return (rank->blas != NULL ? ps__blas_sweep : ps__plain_sweep)(rank, s, wait, swept);
   }
   for (size_t item = 0; item < s->items && status == PS_OK; item += PS__PARTS_MAX) {
     status = run_sweep(rank, s, item, smaller(s->items - item, PS__PARTS_MAX));
@@ -429,6 +430,7 @@ static void destroy(ps__mortal *mortal)
   }
   ps__device_free(rank->device, ps__address(rank->part));
   ps__device_free(rank->device, rank->scratch);
+  ps__blas_free(rank->device, rank->blas);
   ps__pinned_free(rank->device, rank->result);
   ps__pinned_free(rank->device, rank->staged);
   ps__event_free(rank->device, rank->done);
@@ -468,6 +470,9 @@ static ps_status furnish(ps__cuda_rank *rank)
   if (status == PS_OK) {
     status = ps__pinned_alloc(rank->device, sizeof(ps__sweep_result), &result);
     rank->result = result;
+  }
+  if (status == PS_OK && !rank->device->compiled) {
+    rank->blas = ps__blas_new(rank->device);
   }
   return status;
 }
@@ -557,15 +562,32 @@ ps_status ps_cuda_count(int *count)
   return ps__device_count(count);
 }
 
+/* How passes are made: on the devices that are open, or as this build is made. */
+static void describe_passes(char *text, size_t room)
+{
+  int version = ps__blas_version();
+  const char *kernels = ps__kernel_image() == NULL   ? "built without kernels: "
+                        : ps__device_lacks_kernels() ? "no kernels of this build fit: "
+                                                     : "kernels of this build";
+  if (ps__kernel_image() != NULL && !ps__device_lacks_kernels()) {
+    snprintf(text, room, "%s", kernels);
+  } else if (version > 0) {
+    snprintf(text, room, "%scuBLAS %d.%d", kernels, version / 100, version % 100);
+  } else {
+    snprintf(text, room, "%spasses go through the host, as there is no cuBLAS", kernels);
+  }
+}
+
 void ps_cuda_describe(char *text, size_t room)
 {
   int count;
+  char passes[128];
   if (ps__device_count(&count) != PS_OK) {
     snprintf(text, room, "not found: %s", ps_last_error());
   } else if (count == 0) {
     snprintf(text, room, "a driver, but no device");
   } else {
-    snprintf(text, room, "%d device%s, %s", count, count == 1 ? "" : "s",
-             ps__kernel_image() != NULL ? "kernels of this build" : "built without kernels");
+    describe_passes(passes, sizeof passes);
+    snprintf(text, room, "%d device%s, %s", count, count == 1 ? "" : "s", passes);
   }
 }

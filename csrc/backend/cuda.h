@@ -1,10 +1,12 @@
 /* cuda.h - a rank's backend on a CUDA device, for the files that make it up: cuda.c,
- * cuda_mirror.c and cuda_plain.c. */
+ * cuda_mirror.c, cuda_cublas.c and cuda_plain.c. */
 #ifndef PS_CUDA_H
 #define PS_CUDA_H
 
 #include "backend/device.h"
 #include "parastep_backend.h"
+
+typedef struct ps__blas ps__blas; /* cuda_cublas.c */
 
 typedef struct ps__cuda_rank {
   ps_backend base;
@@ -21,6 +23,8 @@ typedef struct ps__cuda_rank {
   /* Outputs of a lincomb that reads what it would overwrite; grows when first needed. */
   CUdeviceptr scratch;
   size_t scratch_bytes;
+
+  ps__blas *blas; /* where there are no kernels; NULL: there is no cuBLAS either */
 
   /* Operands on the host, where there are no kernels; pinned, grows when needed. */
   unsigned char *staged;
@@ -43,11 +47,23 @@ ps_status ps__cuda_mark(ps__cuda_rank *rank);
 /* At least bytes of scratch. */
 ps_status ps__cuda_scratch(ps__cuda_rank *rank, size_t bytes);
 
+/* At least bytes of staged memory; waits for the work so far where it has to grow. */
+ps_status ps__cuda_staged(ps__cuda_rank *rank, size_t bytes);
+
 /* cuda_mirror.c */
 ps_status ps__cuda_mirror(const ps_backend *near, const ps_backend *far, size_t bytes,
                           ps_mirror **mirror);
 
-/* cuda_plain.c: the same passes without kernels.  Arguments have been checked. */
+/* cuda_cublas.c: passes by cuBLAS, where there is one.  Arguments have been checked. */
+int ps__blas_version(void);                 /* as 1301 for 13.1; 0: there is none */
+ps__blas *ps__blas_new(ps__device *device); /* or NULL */
+void ps__blas_free(ps__device *device, ps__blas *gone);
+ps_status ps__blas_lincomb(ps__cuda_rank *rank, size_t n, int outs, int terms, const double *weight,
+                           const ps_term *in, void *const *out, ps_dtype out_dtype);
+ps_status ps__blas_sweep(ps__cuda_rank *rank, const ps_sweep *sweep, const ps_wait *wait,
+                         ps_swept *swept);
+
+/* cuda_plain.c: the same through the host. */
 ps_status ps__plain_lincomb(ps__cuda_rank *rank, size_t n, int outs, int terms,
                             const double *weight, const ps_term *in, void *const *out,
                             ps_dtype out_dtype);

@@ -1,15 +1,14 @@
-/* cuda_plain.c - the passes of a rank whose device has no kernels: this build had no nvcc, or has
- * no code for the device.
+/* cuda_plain.c - the passes of a rank whose device has neither kernels nor cuBLAS: this build had
+ * no nvcc, or has no code for the device.
  *
- * cuda.c calls it in place of a launch.  Operands go to the host, through the CPU backend and back,
- * so that results are the specification's own; a call waits for its operands.
+ * cuda.c and cuda_cublas.c call it in place of a launch.  Operands go to the host, through the CPU
+ * backend and back, so that results are the specification's own; a call waits for its operands.
  */
 #include <string.h>
 
 #include "backend/cuda.h"
 
-/* Room for all operands of a call in pinned memory, one after the other. */
-static ps_status make_room(ps__cuda_rank *rank, size_t bytes)
+ps_status ps__cuda_staged(ps__cuda_rank *rank, size_t bytes)
 {
   void *p;
   if (rank->staged_bytes >= bytes) {
@@ -116,7 +115,7 @@ ps_status ps__plain_lincomb(ps__cuda_rank *rank, size_t n, int outs, int terms,
   }
   ps_term *here = ps__alloc((size_t)terms * sizeof *here);
   void **made = ps__alloc((size_t)outs * sizeof *made);
-  ps_status status = here != NULL && made != NULL ? make_room(rank, room) : PS_NO_MEMORY;
+  ps_status status = here != NULL && made != NULL ? ps__cuda_staged(rank, room) : PS_NO_MEMORY;
   if (status == PS_OK) {
     status = fetch_terms(rank, n, terms, in, here, &at);
   }
@@ -194,7 +193,7 @@ ps_status ps__plain_sweep(ps__cuda_rank *rank, const ps_sweep *s, const ps_wait 
   size_t n = s->items * s->size;
   size_t x = n * ps_dtype_size(s->x_dtype), m = n * ps_dtype_size(s->m_dtype);
   ps_sweep here = *s;
-  ps_status status = make_room(rank, 2 * apart(x) + apart(m));
+  ps_status status = ps__cuda_staged(rank, 2 * apart(x) + apart(m));
   if (status == PS_OK) {
     status = fetch_operands(rank, s, x, m, &here);
   }

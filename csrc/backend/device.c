@@ -210,6 +210,17 @@ ps_status ps__device_open(int ordinal, ps__device **device)
   return status;
 }
 
+bool ps__device_lacks_kernels(void)
+{
+  bool lacks = false;
+  pthread_mutex_lock(&opening);
+  for (int k = 0; k < PS__DEVICES_MAX; ++k) {
+    lacks = lacks || (devices[k].open && !devices[k].compiled);
+  }
+  pthread_mutex_unlock(&opening);
+  return lacks;
+}
+
 /* ---- streams and events ---------------------------------------------------------------------- */
 
 ps_status ps__stream_new(const ps__device *device, CUstream *stream)

@@ -29,6 +29,8 @@ typedef struct ps__device {
 /* Devices that the driver reports.  PS_UNSUPPORTED with the reason where there is no driver. */
 ps_status ps__device_count(int *count);
 ps_status ps__device_open(int ordinal, ps__device **device);
+/* Whether some device that is open runs none of this build's kernels. */
+bool ps__device_lacks_kernels(void);
 
 /* Between the two the device's context is this thread's, and whatever the host captures elsewhere
  * is not disturbed.  After PS_OK leave follows; no code of others runs in between. */

@@ -1,8 +1,7 @@
 /* kernel_body.h - the kernels for one kind: elements a thread takes at once, and accumulator.
  *
- * kernels.cu includes this file once for each kind.  It expects KIND(name), REAL, WIDTH (elements),
- * WEIGHTS (the member of ps__lincomb_args) and, where there is a kernel for 8 outputs, WITH_EIGHT.
- * REAL and WIDTH also say which dtypes there can be.
+ * kernels.cu includes this file once for each kind.  It expects KIND(name), REAL, WIDTH (elements)
+ * and WEIGHTS (the member of ps__lincomb_args).  REAL and WIDTH also say which dtypes there can be.
  */
 
 /* A whole thread's elements of an operand are in a pack. */
@@ -19,6 +18,20 @@ DEVICE REAL KIND(element)(pack p, int dtype, int i)
   }
 #endif
   return half_at(p, dtype, i);
+}
+
+typedef struct KIND(decoded) {
+  REAL at[WIDTH];
+} KIND(decoded);
+
+DEVICE KIND(decoded) KIND(decode)(pack p, int dtype)
+{
+  KIND(decoded) v;
+  UNROLL
+  for (int i = 0; i < WIDTH; i++) {
+    v.at[i] = KIND(element)(p, dtype, i);
+  }
+  return v;
 }
 
 DEVICE pack KIND(encode)(const REAL *value, int dtype)
@@ -44,16 +57,22 @@ DEVICE pack KIND(encode)(const REAL *value, int dtype)
   return p;
 }
 
+/* Bytes of an element, without a look at the dtype where one of the kind tells it. */
+DEVICE int KIND(size)(int dtype)
+{
+  return WIDTH == 8 ? 2 : WIDTH == 4 ? (dtype == F32 ? 4 : 2) : size_of(dtype);
+}
+
 /* Elements at to at + left of an operand; fewer than WIDTH at the end of an item alone. */
 DEVICE pack KIND(load)(const void *from, int dtype, count_t at, int left, int vector)
 {
-  int size = size_of(dtype);
+  int size = KIND(size)(dtype);
   return fetch((const char *)from + at * size, WIDTH * size, left * size, vector && left == WIDTH);
 }
 
 DEVICE void KIND(store)(void *to, pack p, int dtype, count_t at, int left, int vector)
 {
-  int size = size_of(dtype);
+  int size = KIND(size)(dtype);
   put((char *)to + at * size, p, WIDTH * size, left * size, vector && left == WIDTH);
 }
 
@@ -80,13 +99,15 @@ DEVICE void KIND(store)(void *to, pack p, int dtype, count_t at, int left, int v
         UNROLL                                                                                     \
         for (int t = 0; t < 4; t++) {                                                              \
           if (j + t < a.terms) {                                                                   \
+            KIND(decoded) v = KIND(decode)(p[t], a.dtype[j + t]);                                  \
             UNROLL                                                                                 \
-            for (int i = 0; i < WIDTH; i++) {                                                      \
-              REAL v = KIND(element)(p[t], a.dtype[j + t], i);                                     \
-              UNROLL                                                                               \
-              for (int k = 0; k < ROOM; k++) {                                                     \
-                REAL w = a.WEIGHTS[(j + t) * ROOM + k];                                            \
-                sum[k][i] = w != 0 ? sum[k][i] + w * v : sum[k][i];                                \
+            for (int k = 0; k < ROOM; k++) {                                                       \
+              REAL w = a.WEIGHTS[(j + t) * ROOM + k];                                              \
+              if (w != 0) {                                                                        \
+                UNROLL                                                                             \
+                for (int i = 0; i < WIDTH; i++) {                                                  \
+                  sum[k][i] += w * v.at[i];                                                        \
+                }                                                                                  \
               }                                                                                    \
             }                                                                                      \
           }                                                                                        \
@@ -103,9 +124,11 @@ DEVICE void KIND(store)(void *to, pack p, int dtype, count_t at, int left, int v
   }
 
 LINCOMB(KIND(ps_lincomb_1), 1)
+#if WIDTH == 2
 LINCOMB(KIND(ps_lincomb_4), 4)
-#ifdef WITH_EIGHT
-LINCOMB(KIND(ps_lincomb_8), 8)
+#else
+LINCOMB(KIND(ps_lincomb_3), 3)
+LINCOMB(KIND(ps_lincomb_7), 7)
 #endif
 
 /* ---- sweep ----------------------------------------------------------------------------------- */
@@ -186,5 +209,4 @@ KERNEL KIND(ps_sweep)(const ps__sweep_args s)
 #undef REAL
 #undef WIDTH
 #undef WEIGHTS
-#undef WITH_EIGHT
 #undef LINCOMB

@@ -5,6 +5,13 @@
  * of additions is that of the CPU backend and nothing is contracted (-fmad=false), so that a
  * lincomb and a rebased answer have the CPU's bits; sums over elements are formed in another order,
  * but in the same one every time.
+ *
+ * Bytes that a pass must move, for n elements: a lincomb n x (those of every input with a weight
+ * and of every output, once); a sweep n x (x, guess, m, and out, keep_x, keep_m where they are
+ * wanted). At 4 TB/s (most of what an H200 has) the guesses of a round of 8 ranks, 20 inputs and 7
+ * outputs of 2 MB, are 54 MB or 14 us, an ask is 12 MB or 3 us.  What is in the second cache goes
+ * faster; what is computed beside, some 170 instructions on 8 elements of an input at 7 outputs,
+ * about as fast.
  */
 #include "kernels.h"
 
@@ -199,14 +206,12 @@ DEVICE void finish_sweep(const ps__sweep_args *s)
 #define REAL       float
 #define WIDTH      8
 #define WEIGHTS    weight.single
-#define WITH_EIGHT
 #include "kernel_body.h"
 
 #define KIND(name) name##_singles
 #define REAL       float
 #define WIDTH      4
 #define WEIGHTS    weight.single
-#define WITH_EIGHT
 #include "kernel_body.h"
 
 #define KIND(name) name##_doubles

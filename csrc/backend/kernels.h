@@ -7,8 +7,8 @@
 
 enum {
   PS__TERMS_MAX = 96,      /* inputs of one launch of a lincomb */
-  PS__OUTS_MAX = 8,        /* outputs of one launch */
-  PS__WEIGHT_BYTES = 3072, /* outs times terms of float, or 4 x 96 of double */
+  PS__OUTS_MAX = 7,        /* outputs of one launch: the guesses of a round of 8 ranks */
+  PS__WEIGHT_BYTES = 3072, /* 7 x 96 of float, or 4 x 96 of double */
   PS__THREADS = 256,       /* of a block, a power of 2 */
   PS__PARTS_MAX = 8192,    /* blocks of a sweep's launch */
 };
@@ -65,11 +65,11 @@ typedef struct ps__sweep_args {
 /* X(name, kind, outputs), 0 outputs: a sweep. */
 #define PS__KERNEL_MAP(X)                                                                          \
   X(ps_lincomb_1_halves, PS__HALVES, 1)                                                            \
-  X(ps_lincomb_4_halves, PS__HALVES, 4)                                                            \
-  X(ps_lincomb_8_halves, PS__HALVES, 8)                                                            \
+  X(ps_lincomb_3_halves, PS__HALVES, 3)                                                            \
+  X(ps_lincomb_7_halves, PS__HALVES, 7)                                                            \
   X(ps_lincomb_1_singles, PS__SINGLES, 1)                                                          \
-  X(ps_lincomb_4_singles, PS__SINGLES, 4)                                                          \
-  X(ps_lincomb_8_singles, PS__SINGLES, 8)                                                          \
+  X(ps_lincomb_3_singles, PS__SINGLES, 3)                                                          \
+  X(ps_lincomb_7_singles, PS__SINGLES, 7)                                                          \
   X(ps_lincomb_1_doubles, PS__DOUBLES, 1)                                                          \
   X(ps_lincomb_4_doubles, PS__DOUBLES, 4)                                                          \
   X(ps_sweep_halves, PS__HALVES, 0)                                                                \

@@ -52,6 +52,20 @@ const fake_api *fakes_begin(const fake_setting *setting, int kernels)
   return &api;
 }
 
+const fake_blas_api *fakes_blas(void)
+{
+  static fake_blas_api api;
+  void *handle = open_library("libcublas.so.13");
+  void *function;
+#define X(result, name, arguments)                                                                 \
+  function = dlsym(handle, #name);                                                                 \
+  CHECK(function != NULL);                                                                         \
+  memcpy(&api.name, &function, sizeof function);
+  FAKE_BLAS_MAP(X)
+#undef X
+  return &api;
+}
+
 const fake_nccl_api *fakes_nccl(void)
 {
   static fake_nccl_api api;

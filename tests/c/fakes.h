@@ -8,6 +8,9 @@
  * sets it up.  kernels: the library finds kernels in its build. */
 const fake_api *fakes_begin(const fake_setting *setting, int kernels);
 
+/* The same with fake/libcublas.so.13, after fakes_begin and before a rank is opened. */
+const fake_blas_api *fakes_blas(void);
+
 /* The same with fake/libnccl.so.2, after fakes_begin. */
 const fake_nccl_api *fakes_nccl(void);
 

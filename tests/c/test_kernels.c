@@ -40,7 +40,7 @@ static void *run_thread(void *ctx)
     if (self->sweep != NULL) {
       ps_sweep_singles(*self->sweep);
     } else {
-      ps_lincomb_4_halves(*self->lincomb);
+      ps_lincomb_3_halves(*self->lincomb);
     }
     SHIM_BARRIER; /* the next block's memory is the same */
   }
@@ -148,7 +148,7 @@ TEST(a_lincomb_on_whole_blocks)
     to[k] = expected[k];
     for (int j = 0; j < TERMS; ++j) {
       weight[k * TERMS + j] = stage_random(&seed);
-      args.weight.single[j * 4 + k] = (float)weight[k * TERMS + j];
+      args.weight.single[j * OUTS + k] = (float)weight[k * TERMS + j];
     }
   }
   launch((shim_index){2, 1}, NULL, &args);

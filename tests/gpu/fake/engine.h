@@ -111,4 +111,6 @@ void fake_work_some(uint32_t pieces);
 void fake_work_all(void);
 bool fake_is_idle(int device);
 
+int fake_current(void); /* the device of this thread's context, or -1; libcuda.c */
+
 #endif

@@ -58,6 +58,17 @@ typedef struct fake_api {
   FAKE_MAP(FAKE_POINTER)
 } fake_api;
 
+/* Functions of the stand-in for cuBLAS, libcublas.so.13. */
+#define FAKE_BLAS_MAP(X)                                                                           \
+  /* The n-th call of a function from now on gives this result. */                                 \
+  X(void, fake_blas_fail, (const char *function, int n, int result))                               \
+  X(int, fake_blas_calls, (void)) /* products and scaled sums so far */                            \
+  X(int, fake_blas_handles, (void))
+
+typedef struct fake_blas_api {
+  FAKE_BLAS_MAP(FAKE_POINTER)
+} fake_blas_api;
+
 /* Functions of the stand-in for NCCL, libnccl.so.2, whose ranks are threads of one process. */
 #define FAKE_NCCL_MAP(X)                                                                           \
   /* The n-th call of a function from now on gives this result, ncclCommGetAsyncError for ever. */ \

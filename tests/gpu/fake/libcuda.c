@@ -43,7 +43,7 @@ void fake_capture(void *stream, int on)
   fake_unlock();
 }
 
-static int current(void)
+int fake_current(void)
 {
   return depth > 0 ? stack[depth - 1] : -1;
 }
@@ -61,7 +61,7 @@ static int enter(const char *function)
   if (!initialized && strcmp(function, "cuInit") != 0) {
     return fake_complain(3, "%s before cuInit", function);
   }
-  return current() >= 0 ? fake_broken[current()] : FAKE_OK;
+  return fake_current() >= 0 ? fake_broken[fake_current()] : FAKE_OK;
 }
 
 static int leave(int error)
@@ -74,7 +74,7 @@ static int leave(int error)
 static int enter_context(const char *function)
 {
   int error = enter(function);
-  return error == FAKE_OK && current() < 0
+  return error == FAKE_OK && fake_current() < 0
              ? fake_complain(FAKE_INVALID_CONTEXT, "%s without a context", function)
              : error;
 }
@@ -90,12 +90,13 @@ static int check_capture(const char *function)
 
 static int stream_of(CUstream handle, const char *function, fake_stream_state **stream)
 {
-  *stream = handle == NULL || handle == PS__CUDA_DEFAULT_STREAM ? fake_default_stream(current())
-                                                                : (fake_stream_state *)handle;
-  if (!(*stream)->live || (*stream)->device != current()) {
+  *stream = handle == NULL || handle == PS__CUDA_DEFAULT_STREAM
+                ? fake_default_stream(fake_current())
+                : (fake_stream_state *)handle;
+  if (!(*stream)->live || (*stream)->device != fake_current()) {
     return fake_complain(FAKE_INVALID_HANDLE, "%s: a stream of device %d%s in a context of %d",
                          function, (*stream)->device, (*stream)->live ? "" : ", destroyed",
-                         current());
+                         fake_current());
   }
   return capturing == handle && capturing != NULL
              ? fake_complain(FAKE_CAPTURE_UNSUPPORTED, "%s on a stream that captures", function)
@@ -219,7 +220,7 @@ API CUresult cuStreamCreate(CUstream *stream, unsigned flags)
   if (error == FAKE_OK && flags != PS__CUDA_NON_BLOCKING) {
     error = fake_complain(FAKE_INVALID_VALUE, "a stream that waits for the legacy default stream");
   }
-  fake_stream_state *made = error == FAKE_OK ? fake_stream_new(current()) : NULL;
+  fake_stream_state *made = error == FAKE_OK ? fake_stream_new(fake_current()) : NULL;
   *stream = (CUstream)made;
   return leave(error == FAKE_OK && made == NULL ? FAKE_OUT_OF_MEMORY : error);
 }
@@ -259,7 +260,7 @@ API CUresult cuEventCreate(CUevent *event, unsigned flags)
 {
   int error = enter_context("cuEventCreate");
   (void)flags;
-  *event = error == FAKE_OK ? (CUevent)fake_event_new(current()) : NULL;
+  *event = error == FAKE_OK ? (CUevent)fake_event_new(fake_current()) : NULL;
   return leave(error);
 }
 
@@ -328,7 +329,7 @@ API CUresult cuMemAlloc_v2(CUdeviceptr *p, size_t bytes)
     error = check_capture("cuMemAlloc");
   }
   if (error == FAKE_OK) {
-    error = fake_block_new(bytes, current(), NULL, &address);
+    error = fake_block_new(bytes, fake_current(), NULL, &address);
   }
   *p = (CUdeviceptr)(uintptr_t)address;
   return leave(error);
@@ -339,8 +340,8 @@ API CUresult cuMemFree_v2(CUdeviceptr p)
   int error = enter_context("cuMemFree");
   if (error == FAKE_OK) {
     fake_work_all(); /* the device stands still */
-    error = fake_is_idle(current())
-                ? fake_give_free(fake_default_stream(current()), memory_at(p))
+    error = fake_is_idle(fake_current())
+                ? fake_give_free(fake_default_stream(fake_current()), memory_at(p))
                 : fake_complain(FAKE_INVALID_VALUE, "cuMemFree waits for a device that hangs");
     fake_work_all();
   }
@@ -426,7 +427,7 @@ API CUresult cuMemAllocFromPoolAsync(CUdeviceptr *p, size_t bytes, CUmemoryPool 
     error = stream_of(stream, "cuMemAllocFromPoolAsync", &state);
   }
   if (error == FAKE_OK) {
-    error = fake_block_new(bytes, current(), (fake_pool_state *)pool, &address);
+    error = fake_block_new(bytes, fake_current(), (fake_pool_state *)pool, &address);
   }
   if (error == FAKE_OK) {
     fake_range all = {address, bytes, true};
