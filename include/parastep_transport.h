@@ -140,6 +140,8 @@ PS_API ps_status ps_nccl_open(ps_pair *pair, const ps_layout *layout, int slots,
 
 /* The other process is gone, which NCCL itself may never notice; from any thread. */
 PS_API void ps_nccl_lost(ps_pair *pair, const char *why);
+/* Whether the pair can have another link; from any thread. */
+PS_API int ps_nccl_alive(const ps_pair *pair);
 /* The communicator ends with the last of the pair and its links; NULL is fine. */
 PS_API void ps_nccl_close(ps_pair *pair);
 
