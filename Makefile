@@ -274,6 +274,7 @@ build/c/gpu/kernels: build/c/obj/tests/gpu/kernels.o build/c/libparastep.a
 # Declarations of ours against the real headers, wherever there are any: beside nvcc.
 CUDA_INCLUDE ?= $(if $(NVCC),$(shell $(NVCC) -x cu --dryrun /dev/null 2>&1 \
   | sed -n 's/.* INCLUDES="-I\([^"]*\)".*/\1/p'))
+NCCL_INCLUDE ?= $(firstword $(wildcard $(VENV)/lib/*/site-packages/nvidia/nccl/include))
 check-abi: ## Hold our declarations of libraries against their real headers
 	@$(CC) @compile_flags.txt -fsyntax-only tests/gpu/abi_cuda.c
 	@if [ -f "$(CUDA_INCLUDE)/cuda.h" ]; then \
@@ -281,6 +282,12 @@ check-abi: ## Hold our declarations of libraries against their real headers
 	    tests/gpu/abi_cuda.c && echo "ok cuda.h of $(CUDA_INCLUDE)"; \
 	else \
 	  echo "no cuda.h beside nvcc: layouts alone were checked"; \
+	fi
+	@if [ -f "$(CUDA_INCLUDE)/cuda_runtime.h" ] && [ -f "$(NCCL_INCLUDE)/nccl.h" ]; then \
+	  $(CC) @compile_flags.txt -DPS__REAL_NCCL_H -isystem $(CUDA_INCLUDE) \
+	    -isystem $(NCCL_INCLUDE) -fsyntax-only tests/gpu/abi_nccl.c && echo "ok nccl.h of $(NCCL_INCLUDE)"; \
+	else \
+	  echo "no nccl.h, or no cuda_runtime.h for it: NCCL was not checked"; \
 	fi
 
 # ---- lint ----------------------------------------------------------------------------------------
@@ -384,7 +391,7 @@ FAULTS ?= 1000
 
 .PHONY: chaos
 chaos: build/c-asan/tests ## Inject 1000 faults at random into runs, under ASan and UBSan
-	build/c-asan/tests --faults $(FAULTS) --limit $(SANITIZED_LIMIT) chaos.
+	build/c-asan/tests --faults $(FAULTS) --limit $(SANITIZED_LIMIT) chaos
 
 # ---- fuzzers -------------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@
  * points, or outputs and points, in one block of the device.  A receive occupies part of the device
  * until its message is there, so none is put into the stream before somebody waits for it.
  */
+#include <string.h>
+
 #include "transport/pair.h"
 #include "transport/tray.h"
 
@@ -21,6 +23,7 @@ typedef struct end {
   ps_link base;
   ps__mortal mortal;
   ps_pair *pair;
+  ps__cuda_rank *rank; /* retained: whose work the messages are in order with */
   end_state state;
   bool done;   /* DONE was said, or heard */
   size_t head; /* bytes of a header, and room to the first slot */
@@ -87,7 +90,7 @@ static bool is_moved(const ps_header *message)
 /* Behind all work of the backend: the points if moved, and the header. */
 static ps_status prepare(end *own, CUdeviceptr to, const ps_header *message)
 {
-  const ps__cuda_rank *rank = own->pair->rank;
+  const ps__cuda_rank *rank = own->rank;
   CUstream stream = own->pair->stream;
   ps__scope scope;
   ps_status status = ps__device_enter(rank->device, &scope);
@@ -119,7 +122,7 @@ static ps_status say(end *own, CUdeviceptr at, size_t bytes, const ps_header *me
 /* Puts the receive of the next message into the stream. */
 static ps_status expect(end *own, CUdeviceptr at, size_t bytes)
 {
-  const ps__cuda_rank *rank = own->pair->rank;
+  const ps__cuda_rank *rank = own->rank;
   ps__scope scope;
   ps_status status = ps__device_enter(rank->device, &scope);
   if (status == PS_OK) { /* what the backend still reads of the last message stays until then */
@@ -142,7 +145,7 @@ static ps_status expect(end *own, CUdeviceptr at, size_t bytes)
 /* What arrived is in order before further work of the backend; moved points take their place. */
 static ps_status take_over(end *own, const ps_header *message)
 {
-  ps__cuda_rank *rank = own->pair->rank;
+  ps__cuda_rank *rank = own->rank;
   ps__scope scope;
   ps_status status = ps__device_enter(rank->device, &scope);
   if (status != PS_OK) {
@@ -244,15 +247,15 @@ static end *dead_end(const ps__mortal *mortal)
 static bool has_ended(const ps__mortal *mortal)
 {
   const end *own = dead_end(mortal);
-  return ps__event_reached(own->pair->rank->device, own->last);
+  return ps__event_reached(own->rank->device, own->last);
 }
 
 static void destroy(ps__mortal *mortal)
 {
   end *own = dead_end(mortal);
-  ps__device *device = own->pair->rank->device;
+  ps__device *device = own->rank->device;
   if (own->block != 0) {
-    ps__device_free_after(device, own->pair->rank->done);
+    ps__device_free_after(device, own->rank->done);
     ps__device_free_after(device, own->last);
     ps__device_free(device, own->block);
   }
@@ -262,6 +265,7 @@ static void destroy(ps__mortal *mortal)
   ps__event_free(device, own->arrived);
   ps__event_free(device, own->last);
   ps__pair_release(own->pair);
+  own->rank->base.release(&own->rank->base);
   ps__free(own);
 }
 
@@ -302,7 +306,7 @@ static const ps_link_ops follower_ops = {
 
 static ps_status furnish(end *own)
 {
-  ps__device *device = own->pair->rank->device;
+  ps__device *device = own->rank->device;
   void *headers = NULL;
   ps_status status = ps__event_new(device, &own->arrived);
   status = status == PS_OK ? ps__event_new(device, &own->last) : status;
@@ -317,14 +321,17 @@ static ps_status furnish(end *own)
   return status;
 }
 
-ps_status ps_nccl_open(ps_pair *pair, const ps_layout *layout, int slots, ps_link **link)
+ps_status ps_nccl_open(ps_pair *pair, const ps_backend *backend, const ps_layout *layout, int slots,
+                       ps_link **link)
 {
   ps__slots found;
   *link = NULL;
   ps__bury(NULL);
   ps_status status = ps__slots_of(layout, slots, &found);
-  if (status == PS_OK && ps__pair_is_lost(pair)) {
-    status = ps__pair_lose(pair, pair->why);
+  if (status == PS_OK &&
+      (strcmp(backend->name, "cuda") != 0 || backend->device != pair->rank->base.device)) {
+    status = ps__fail(PS_DEVICE, "a pair of cuda:%d and a run on %s:%d", pair->rank->base.device,
+                      backend->name, backend->device);
   }
   if (status == PS_OK && pair->linked) {
     status = ps__fail(PS_STATE, "the pair has a link of another run");
@@ -339,6 +346,8 @@ ps_status ps_nccl_open(ps_pair *pair, const ps_layout *layout, int slots, ps_lin
   own->pair = pair;
   own->slots = found;
   own->head = ps__vector_bytes(sizeof(ps_header));
+  own->rank = ps__cuda_rank_of(backend);
+  backend->retain(backend);
   ps__pair_retain(pair);
   status = furnish(own);
   if (status != PS_OK) {
