@@ -36,7 +36,8 @@ class Report:
     each round; `drift` how far each step's guess was off in units of its noise scale, NaN where
     there was no guess; `interpolated` how many steps were answered between nodes; `tolerance` the
     one that decided, None under the published rule, which has none; `fallback` why speculation
-    ended, or None.
+    ended, or None; `transports` what took the latents to each rank of a pipeline ("threads", "host"
+    or "nccl"; "" for the leader).
 
     In a notebook it shows itself; `print` gives one line, `plot` a figure.
     """
@@ -56,6 +57,7 @@ class Report:
     answered: int = 0
     not_finite: int = 0
     tolerance: float | None = None
+    transports: list[str] = field(default_factory=list)
 
     @classmethod
     def from_core(cls, found: dict[str, Any], tolerance: float | None = None) -> Report:
