@@ -20,7 +20,8 @@ import time
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PARTS = ("exact", "rounds", "one_gpu", "denoisers")  # functions of parts.py
+PROCESSES = ("spawned", "group")  # functions of processes.py
+PARTS = ("exact", "rounds", "one_gpu", "denoisers", *PROCESSES)  # the others: of parts.py
 LIMIT = 900  # seconds a part
 
 Rows = list[dict[str, Any]]
@@ -67,7 +68,8 @@ def measure(count: int, program: str, dry: bool) -> list[dict[str, Any]]:
     elif count:
         results.append({"name": "compute-sanitizer", "ok": None, "error": "not installed"})
     for part in PARTS:
-        command = [sys.executable, "tests/gpu/parts.py", part, str(count)]
+        file = "processes" if part in PROCESSES else "parts"
+        command = [sys.executable, f"tests/gpu/{file}.py", part, str(count)]
         results.append(ran(part, command + (["--dry"] if dry else [])))
     return results
 
