@@ -144,7 +144,7 @@ PS_API ps_status ps_nccl_open(ps_pair *pair, const ps_backend *backend, const ps
 PS_API void ps_nccl_lost(ps_pair *pair, const char *why);
 /* Whether the pair can carry another run; from any thread. */
 PS_API int ps_nccl_alive(const ps_pair *pair);
-/* The communicator ends with the last of the pair and its links; NULL is fine. */
+/* The communicator ends with the last of the pair and its links, from any thread; NULL is fine. */
 PS_API void ps_nccl_close(ps_pair *pair);
 
 /* Version of the NCCL that is found, as 22907; 0 with the reason in ps_last_error. */

@@ -107,7 +107,8 @@ class FarRank:
             self.evaluated, fine = json.loads(frame.body)
             if self._pair is not None and not (fine and self._pair.alive):
                 self._pair.lost("the follower has left the run")
-                self.link.pair = None  # the next call makes another one
+                self._pair.close()  # the next call makes another one
+                self.link.pair = None
 
     def _send(self, kind: Kind, body: bytes = b"") -> None:
         self.link.peer.send(kind, self.number, body)
@@ -133,12 +134,13 @@ class Link:
     def offer_pair(self, home: torch.device) -> None:
         """Where the leader is on a device and there is no pair yet; `wait_for_pair` follows."""
         if self.pair is not None and not self.pair.alive:
+            self.pair.close()
             self.pair = None
         if home.type == "cuda" and self.pair is None and self.unpaired is None:
             self._home = home
             try:
                 self.peer.send(Kind.PAIR, 0, pairs.offer(home))
-            except _core.UnsupportedError as error:
+            except _core.Error as error:
                 self._pair_up(None, str(error))
 
     def wait_for_pair(self, rank: int, until: float) -> None:
@@ -383,7 +385,9 @@ class Follower:
             self._current = FarCall(self.rank, frame.call, frame.body, self.peer, self._pair)
             self._calls.put(self._current)
         elif frame.kind == Kind.PAIR:
-            self._pair = None  # the leader has let go of the last one
+            if self._pair is not None:
+                self._pair.close()  # the leader has let go of it
+                self._pair = None
             answer = functools.partial(self.peer.send, Kind.PAIRED, 0)
             self._pair = pairs.accept(frame.body, self.device, answer)
         elif self._current is not None and frame.call == self._current.number:

@@ -9,6 +9,7 @@ Used by `far`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,8 @@ def identity(device: torch.device) -> str:
     """The same for two ranks of one device, in whatever process."""
     if device.type != "cuda":
         raise _core.UnsupportedError(f"this rank is on {device}")
-    return str(torch.cuda.get_device_properties(device).uuid)
+    found = torch.cuda.get_device_properties(device)
+    return str(getattr(found, "uuid", os.getpid()))  # NCCL refuses one device for two ranks itself
 
 
 def accept(

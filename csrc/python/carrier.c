@@ -151,9 +151,13 @@ int psb_inbox_add_type(PyObject *module, psb_state *st)
 static PyObject *pair_open(psb_state *st, const psb_place *place, const psb_spec *spec, int slots,
                            PyObject *pair, int same_clock, ps_link **end)
 {
+  ps_pair *found = psb__pair_of(st, pair);
   ps_status status;
+  if (found == NULL) {
+    return NULL;
+  }
   Py_BEGIN_ALLOW_THREADS;
-  status = ps_nccl_open(psb__pair_of(st, pair), place->backend, &spec->layout, slots, end);
+  status = ps_nccl_open(found, place->backend, &spec->layout, slots, end);
   Py_END_ALLOW_THREADS;
   if (psb__judge(st, status) < 0) {
     return NULL;
@@ -173,7 +177,7 @@ PyObject *psb__far_open(psb_state *st, const psb_place *place, const psb_spec *s
                  carrier);
     return NULL;
   }
-  return psb__pair_of(st, way) != NULL
+  return Py_IS_TYPE(way, st->pair_type)
              ? pair_open(st, place, spec, slots, way, same_clock, end)
              : host_open(st, place, spec, slots, role, way, same_clock, end);
 }

@@ -84,15 +84,21 @@ static PyObject *pair_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
   return (PyObject *)self;
 }
 
-static void pair_dealloc(PyObject *obj)
+static void let_go(pair_object *self)
 {
-  pair_object *self = (pair_object *)obj;
-  PyTypeObject *type = Py_TYPE(obj);
+  ps_pair *pair = self->pair;
+  self->pair = NULL;
   if (psb__at_home(&self->guard)) {
     Py_BEGIN_ALLOW_THREADS;
-    ps_nccl_close(self->pair);
+    ps_nccl_close(pair);
     Py_END_ALLOW_THREADS;
   }
+}
+
+static void pair_dealloc(PyObject *obj)
+{
+  PyTypeObject *type = Py_TYPE(obj);
+  let_go((pair_object *)obj);
   type->tp_free(obj);
   Py_DECREF(type);
 }
@@ -101,23 +107,39 @@ static void pair_dealloc(PyObject *obj)
 
 ps_pair *psb__pair_of(psb_state *st, PyObject *obj)
 {
-  return Py_IS_TYPE(obj, st->pair_type) ? ((pair_object *)obj)->pair : NULL;
+  ps_pair *pair = ((pair_object *)obj)->pair;
+  if (pair == NULL) {
+    psb_raise(st, PS_INVALID, "the pair is closed");
+  }
+  return pair;
 }
 
 static PyObject *pair_lost(PyObject *obj, PyObject *reason)
 {
   const char *why = PyUnicode_AsUTF8(reason);
+  const pair_object *self = (pair_object *)obj;
   if (why == NULL) {
     return NULL;
   }
-  ps_nccl_lost(((pair_object *)obj)->pair, why);
+  if (self->pair != NULL) {
+    ps_nccl_lost(self->pair, why);
+  }
+  return Py_NewRef(Py_None);
+}
+
+/* Not left to the last reference: what a lost run has put into its stream occupies the device. */
+static PyObject *pair_close(PyObject *obj, PyObject *unused)
+{
+  (void)unused;
+  let_go((pair_object *)obj);
   return Py_NewRef(Py_None);
 }
 
 static PyObject *get_alive(PyObject *obj, void *unused)
 {
+  const pair_object *self = (pair_object *)obj;
   (void)unused;
-  return PyBool_FromLong(ps_nccl_alive(((pair_object *)obj)->pair));
+  return PyBool_FromLong(self->pair != NULL && ps_nccl_alive(self->pair));
 }
 
 /* ---- the type -------------------------------------------------------------------------------- */
@@ -126,6 +148,9 @@ static PyMethodDef methods[] = {
     {"lost", pair_lost, METH_O,
      "lost($self, reason, /)\n--\n\n"
      "The other process is gone, or the pair has no use any more; any thread may say so."},
+    {"close", pair_close, METH_NOARGS,
+     "close($self)\n--\n\nGives the communicator back, with the last run that uses it; twice is "
+     "fine."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -113,7 +113,7 @@ PyObject *psb__follower_new(psb_state *st, PyObject *like, psb_place *place, con
 PyObject *psb__far_open(psb_state *st, const psb_place *place, const psb_spec *spec, int slots,
                         ps_role role, PyObject *carrier, ps_link **end);
 
-/* The pair of a Pair, borrowed; NULL for anything else, no exception. */
+/* The pair of a Pair, borrowed; NULL with an exception where that is closed. */
 ps_pair *psb__pair_of(psb_state *st, PyObject *obj);
 
 /* join(x, rank, slots, carrier), nccl_version() and nccl_id() of the module. */

@@ -282,7 +282,7 @@ static void link_close(ps_link *link)
     ps__pair_lose(own->pair, "the run ended before its last message");
   }
   ps__pair_mark(own->pair, own->last);
-  own->pair->linked = false;
+  __atomic_store_n(&own->pair->linked, false, __ATOMIC_RELEASE);
   ps__bury(&own->mortal);
 }
 
@@ -333,7 +333,7 @@ ps_status ps_nccl_open(ps_pair *pair, const ps_backend *backend, const ps_layout
     status = ps__fail(PS_DEVICE, "a pair of cuda:%d and a run on %s:%d", pair->rank->base.device,
                       backend->name, backend->device);
   }
-  if (status == PS_OK && pair->linked) {
+  if (status == PS_OK && __atomic_load_n(&pair->linked, __ATOMIC_ACQUIRE)) {
     status = ps__fail(PS_STATE, "the pair has a link of another run");
   }
   end *own = status == PS_OK ? ps__alloc(sizeof *own) : NULL;
@@ -354,7 +354,7 @@ ps_status ps_nccl_open(ps_pair *pair, const ps_backend *backend, const ps_layout
     destroy(&own->mortal);
     return status;
   }
-  pair->linked = true;
+  __atomic_store_n(&pair->linked, true, __ATOMIC_RELEASE);
   *link = &own->base;
   return PS_OK;
 }

@@ -148,7 +148,7 @@ int ps_nccl_alive(const ps_pair *pair)
 void ps_nccl_close(ps_pair *pair)
 {
   if (pair != NULL) {
-    if (ps__pair_is_lost(pair) && !pair->linked) {
+    if (ps__pair_is_lost(pair) && !__atomic_load_n(&pair->linked, __ATOMIC_ACQUIRE)) {
       abort_apart(pair);
     }
     ps__pair_release(pair);

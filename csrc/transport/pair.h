@@ -13,8 +13,8 @@ struct ps_pair {
   ps__cuda_rank *rank; /* retained */
   CUstream stream;
   ncclComm_t comm; /* NULL once it is aborted */
-  bool linked;
-  int lost; /* changed atomically; why is written before it */
+  bool linked;     /* changed atomically */
+  int lost;        /* changed atomically; why is written before it */
   char why[160];
 };
 

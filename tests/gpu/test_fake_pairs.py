@@ -146,6 +146,11 @@ def test_what_cannot_be_a_pair(nccl: Any) -> None:
     for end in (here, there):  # nobody takes the leader's last word
         end.lost("not wanted")
         assert not end.alive
+        end.close()
+    here.lost("twice")
+    assert not here.alive
+    with pytest.raises(_core.InvalidError, match="closed"):
+        leader_of(here)
 
 
 def failures(leader: Any) -> list[Any]:
