@@ -287,6 +287,7 @@ CUDA_INCLUDE ?= $(if $(NVCC),$(shell $(NVCC) -x cu --dryrun /dev/null 2>&1 \
   | sed -n 's/.* INCLUDES="-I\([^"]*\)".*/\1/p'))
 CUBLAS_INCLUDE ?= $(firstword $(patsubst %/cublas_v2.h,%,$(wildcard \
   $(CUDA_INCLUDE)/cublas_v2.h $(VENV)/lib/*/site-packages/nvidia/*/include/cublas_v2.h)))
+NCCL_INCLUDE ?= $(firstword $(wildcard $(VENV)/lib/*/site-packages/nvidia/nccl/include))
 check-abi: ## Hold our declarations of libraries against their real headers
 	@$(CC) @compile_flags.txt -fsyntax-only tests/gpu/abi_cuda.c
 	@if [ -f "$(CUDA_INCLUDE)/cuda.h" ]; then \
@@ -301,6 +302,12 @@ check-abi: ## Hold our declarations of libraries against their real headers
 	    && echo "ok cublas_v2.h of $(CUBLAS_INCLUDE)"; \
 	else \
 	  echo "no cublas_v2.h beside nvcc or in a wheel"; \
+	fi
+	@if [ -f "$(CUDA_INCLUDE)/cuda_runtime.h" ] && [ -f "$(NCCL_INCLUDE)/nccl.h" ]; then \
+	  $(CC) @compile_flags.txt -DPS__REAL_NCCL_H -isystem $(CUDA_INCLUDE) \
+	    -isystem $(NCCL_INCLUDE) -fsyntax-only tests/gpu/abi_nccl.c && echo "ok nccl.h of $(NCCL_INCLUDE)"; \
+	else \
+	  echo "no nccl.h, or no cuda_runtime.h for it: NCCL was not checked"; \
 	fi
 
 # ---- lint ----------------------------------------------------------------------------------------
@@ -404,7 +411,7 @@ FAULTS ?= 1000
 
 .PHONY: chaos
 chaos: build/c-asan/tests ## Inject 1000 faults at random into runs, under ASan and UBSan
-	build/c-asan/tests --faults $(FAULTS) --limit $(SANITIZED_LIMIT) chaos.
+	build/c-asan/tests --faults $(FAULTS) --limit $(SANITIZED_LIMIT) chaos
 
 # ---- fuzzers -------------------------------------------------------------------------------------
 

@@ -134,16 +134,20 @@ enum { PS_NCCL_ID_BYTES = 128 };
 PS_API ps_status ps_nccl_id(unsigned char *id);
 
 /* Waits for the other end until the wait's deadline.  backend: of the CUDA device that the points
- * and outputs of this end live on; retained. */
+ * and outputs of this end's runs live on; retained. */
 PS_API ps_status ps_nccl_connect(const unsigned char *id, ps_role role, const ps_backend *backend,
                                  const ps_wait *wait, ps_pair **pair);
 
-/* One end of a link for a run; a pair has one at a time.  PS_LOST once the pair is. */
-PS_API ps_status ps_nccl_open(ps_pair *pair, const ps_layout *layout, int slots, ps_link **end);
+/* One end of a link for a run; a pair has one at a time.  Of a pair that is lost, too: whatever is
+ * sent over it says so.  backend: of the run, on the pair's device; retained. */
+PS_API ps_status ps_nccl_open(ps_pair *pair, const ps_backend *backend, const ps_layout *layout,
+                              int slots, ps_link **end);
 
 /* The other process is gone, which NCCL itself may never notice; from any thread. */
 PS_API void ps_nccl_lost(ps_pair *pair, const char *why);
-/* The communicator ends with the last of the pair and its links; NULL is fine. */
+/* Whether the pair can carry another run; from any thread. */
+PS_API int ps_nccl_alive(const ps_pair *pair);
+/* The communicator ends with the last of the pair and its links, from any thread; NULL is fine. */
 PS_API void ps_nccl_close(ps_pair *pair);
 
 /* Version of the NCCL that is found, as 22907; 0 with the reason in ps_last_error. */

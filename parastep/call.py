@@ -60,6 +60,17 @@ class Call:
 
     # Leader.
 
+    @property
+    def home(self) -> torch.device:
+        """The leader's device."""
+        return self._devices[0]
+
+    @property
+    def transports(self) -> list[str]:
+        """What takes the latents to each rank; nothing to rank 0."""
+        others = range(1, self.ranks)
+        return ["", *(self.far[k].transport if k in self.far else "threads" for k in others)]
+
     def begin_far(self, arguments: bytes) -> None:
         """The loop is about to begin: ranks in other processes enter theirs."""
         self._far_begun = True
@@ -74,7 +85,7 @@ class Call:
         self._x = x
         if not self.lane:
             options = options | {"max_stride": 1}  # nobody evaluates ahead on the leader's device
-        carriers = {rank: far.carrier for rank, far in self.far.items()}
+        carriers = {rank: far.carrier() for rank, far in self.far.items()}
         places = [d.index if d.type == "cuda" else -1 for d in self._devices[: self.ranks]]
         devices = places if x.is_cuda and len(places) == self.ranks else None
         return _core.Leader(

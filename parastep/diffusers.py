@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import math
 import threading
 import time
@@ -36,9 +37,11 @@ from .tolerance import Tolerance, number_of
 from .watch import Watch
 from .workers import Workers
 
+_log = logging.getLogger(__name__)
 _CALLBACKS = ("callback_on_step_end", "callback")
 _OWN_PUBLIC = ("pipe", "devices", "report")
-_OWN = (*_OWN_PUBLIC, "_options", "_batch", "_far", "_replicas", "_made_from", "_lock", "_closed")
+_OWN = (*_OWN_PUBLIC, "_options", "_batch", "_far", "_auto", "_replicas", "_made_from", "_lock",
+        "_closed")  # fmt: skip
 
 
 def parallelize(
@@ -67,8 +70,9 @@ def parallelize(
         max_stride: steps from one evaluation to the next at most: 1, every step is evaluated by
             some rank; None, as far apart as the tolerance allows, so that one device gains too.
             Answers between evaluations are estimated, not verified.
-        mode: "threads", "processes" (workers that are spawned by us, with the first call) or "auto"
-            (threads).
+        mode: "threads", "processes" (workers that are spawned by us, with the first call) or
+            "auto": processes where every rank has a CUDA device of its own, since launching kernels
+            holds Python's lock, and threads elsewhere, or where the pipeline cannot be sent.
         group: ranks are the processes of this group, which all call parallelize and then the
             pipeline: a torch.distributed group or an mpi4py communicator. None with devices None:
             the group of the launcher (torchrun, mpirun) that started this script, if there is one.
@@ -127,10 +131,15 @@ def parallelize(
     places = _devices_of(pipe, devices)
     if batch and len(set(places)) > 1:
         raise _core.UnsupportedError("slots='batch': only one device, repeated, so far")
-    if mode == "processes" and places[0].type != "cpu":
-        raise _core.UnsupportedError("mode='processes': only CPU devices so far; leave out mode")
-    workers = Workers(places) if mode == "processes" else None
-    return ParallelPipeline(pipe, places, options, workers, batch)
+    workers = Workers(places) if _by_workers(mode, places) else None
+    return ParallelPipeline(pipe, places, options, workers, batch, mode == "auto")
+
+
+def _by_workers(mode: str, places: list[torch.device]) -> bool:
+    """Whether followers are processes; "auto" has them where each rank has a device of its own."""
+    if mode != "auto":
+        return mode == "processes"
+    return places[0].type == "cuda" and 1 < len(places) == len(set(places))
 
 
 def _devices_of(pipe: Any, devices: Sequence[str | torch.device] | None) -> list[torch.device]:
@@ -181,6 +190,7 @@ class ParallelPipeline:
         options: dict[str, Any],
         far: Workers | Group | None = None,
         batch: bool = False,
+        auto: bool = False,
     ) -> None:
         self.pipe = pipe
         self.devices = devices
@@ -188,6 +198,7 @@ class ParallelPipeline:
         self._options = options
         self._batch = batch and len(devices) > 1
         self._far = far  # where the followers are, if they are not threads
+        self._auto = auto  # workers where they can be, else threads
         self._replicas: dict[int, Any] = {}
         self._made_from: int | None = None
         self._lock = threading.Lock()
@@ -264,7 +275,10 @@ class ParallelPipeline:
                 far = self._far.followers(call, self.pipe, _without_callbacks(bound))
             except Exception as error:
                 reason = f"the arguments cannot be sent to other processes: {describe(error)}"
-                call = Call(1)
+                if self._goes_on_in_threads(reason):
+                    reason = self._unready(bound)
+                if reason is not None:
+                    call = Call(1)
         if call.lane or (call.ranks > 1 and far is None):
             near = _Followers(self, call, bound)
         followers = [some for some in (near, far) if some is not None]
@@ -311,6 +325,7 @@ class ParallelPipeline:
             reason = f"the argument {once[0]!r} can be read only once"
         if reason is None:
             try:
+                self._refresh_far()
                 self._refresh()
             except Exception as error:  # a component that cannot be copied
                 reason = f"replicas of the pipeline cannot be made: {describe(error)}"
@@ -325,10 +340,26 @@ class ParallelPipeline:
         strides = options["max_stride"] != 1 and options["policy"] == "verified"
         return strides and options["tolerance"] > 0
 
+    def _refresh_far(self) -> None:
+        """The replicas in other processes."""
+        try:
+            if self._far is not None:
+                self._far.refresh(self.pipe)
+        except Exception as error:
+            if not self._goes_on_in_threads(describe(error)):
+                raise
+
+    def _goes_on_in_threads(self, why: str) -> bool:
+        """Whether ranks may be threads in place of workers; from here on they are."""
+        if self._auto and self._far is not None:
+            _log.warning("ranks are threads, not processes: %s", why)
+            self._far.close()
+            self._far = None
+            return True
+        return False
+
     def _refresh(self) -> None:
         """Replicas of the pipe as it is now: made again where its weights or modules changed."""
-        if self._far is not None:
-            self._far.refresh(self.pipe)
         now = fingerprint(self.pipe)
         if now != self._made_from:
             self._replicas.clear()
@@ -368,6 +399,8 @@ class ParallelPipeline:
             report.forwards = leading.evaluated - leading.shared + meeting.forwards
             report.unbatched = meeting.unbatched
         report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
+        if leading.leader is not None:
+            report.transports = leading.call.transports
         report.seconds, report.fallback = time.perf_counter() - began, leading.reason
         if self._options["policy"] == "verified":
             report.tolerance = self._options["tolerance"]
@@ -386,9 +419,7 @@ class _Followers:
         self._devices = parallel.devices
         self._arguments = own_copy(_without_callbacks(bound))
         self._context = HostContext()
-        self._random = {
-            device: cloned_global_generator(device).get_state() for device in self._devices
-        }
+        self._random = cloned_global_generator(call.home).get_state()
         self._threads: dict[int, threading.Thread] = {}
 
     def start(self) -> None:
@@ -408,7 +439,7 @@ class _Followers:
         device = self._devices[rank]
         following = Following(self._replicas[rank], rank, self._call, device)
         random = torch.Generator(device)
-        random.set_state(self._random[device])
+        random.set_state(self._random)
         body = functools.partial(following.run, lambda: own_copy(self._arguments), random)
         # The leader keeps its own number of threads, which its bits may depend on.
         intraop, stream = (1 if device.type == "cpu" else None), None

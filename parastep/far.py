@@ -8,6 +8,9 @@ be, which is in `workers` and `groups`.
 
 from __future__ import annotations
 
+import functools
+import json
+import logging
 import queue
 import threading
 import time
@@ -17,16 +20,17 @@ from typing import Any
 
 import torch
 
-from . import _core
+from . import _core, pairs
 from .api import describe
 from .call import Call, own_copy
 from .following import Following
 from .noise import cloned_global_generator
 from .packing import pack, unpack
 from .replicas import is_scheduler, refresh
-from .threads import HostContext
+from .threads import HostContext, finish_work
 from .wire import Frame, Kind, Peer, Stream
 
+_log = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds for followers to leave a call that is over
 
 # ---- the leader's side ---------------------------------------------------------------------------
@@ -38,11 +42,17 @@ class FarRank:
     def __init__(self, link: Link, rank: int, number: int, call: Call) -> None:
         self.link, self.rank, self.number, self.call = link, rank, number, call
         self.evaluated: int | None = None  # as soon as it has left the call
-        self._inbox: _core.Inbox | None = None
+        self._pair = link.pair
+        self._carries = False  # there is a leader whose messages go this way
+        self._told: _core.Inbox | _core.Pair | None = None  # where this rank is lost
 
     @property
-    def carrier(self) -> tuple[Callable[[bytes], None], bool]:
-        return self.link.peer.carry, self.link.same_clock
+    def transport(self) -> str:
+        return "host" if self._pair is None else "nccl"
+
+    def carrier(self) -> tuple[Callable[[bytes], None] | _core.Pair, bool]:
+        self._carries = True
+        return self._pair or self.link.peer.carry, self.link.same_clock
 
     def begin(self, arguments: bytes) -> None:
         """The call begins; from here on what this process says of it is heard."""
@@ -58,28 +68,35 @@ class FarRank:
     def begun(self, returned: Any) -> None:
         self._send(Kind.BEGUN, pack(returned))
 
-    def open(self, inbox: _core.Inbox, x: torch.Tensor) -> None:
-        self._inbox = inbox
-        self._send(Kind.OPEN, pack((tuple(x.shape), x.dtype)))
+    def open(self, told: _core.Inbox | _core.Pair, x: torch.Tensor) -> None:
+        self._told = told
+        self._send(Kind.OPEN, pack((tuple(x.shape), x.dtype, self._pair is not None)))
         if self.link.peer.lost is not None:
-            inbox.lost(self.link.peer.lost)
+            told.lost(self.link.peer.lost)
 
     def over(self) -> None:
-        self._send(Kind.END)
+        """Whoever waits over there for a message that will not come is told so."""
+        why = ""
+        if self._pair is not None:
+            if self._carries and self._told is None:
+                self._pair.lost("the rank was left out before the run")
+            if not self._pair.alive:
+                why = "the leader went on without this rank"
+        self._send(Kind.END, why.encode())
 
     def has_left(self) -> bool:
         return self.link.current is not self
 
     def fail(self, why: str) -> None:
         self.call.fail(self.rank, why)
-        if self._inbox is not None:
-            self._inbox.lost(why)
+        if self._told is not None:
+            self._told.lost(why)
 
     def handle(self, frame: Frame) -> None:
         if frame.kind == Kind.RUN:
-            if self._inbox is not None:
+            if isinstance(self._told, _core.Inbox):
                 try:
-                    self._inbox.deliver(frame.body)
+                    self._told.deliver(frame.body)
                 except _core.ProtocolError:
                     pass  # the inbox is lost by that, and the core says why
         elif frame.kind == Kind.ARRIVED:
@@ -87,7 +104,11 @@ class FarRank:
         elif frame.kind == Kind.FAILED:
             self.fail(_words(frame))
         elif frame.kind == Kind.LEFT:
-            self.evaluated = int(frame.body.decode())
+            self.evaluated, fine = json.loads(frame.body)
+            if self._pair is not None and not (fine and self._pair.alive):
+                self._pair.lost("the follower has left the run")
+                self._pair.close()  # the next call makes another one
+                self.link.pair = None
 
     def _send(self, kind: Kind, body: bytes = b"") -> None:
         self.link.peer.send(kind, self.number, body)
@@ -101,11 +122,41 @@ class Link:
         self.changed = threading.Condition()
         self.current: FarRank | None = None  # the call that it is in, or has not left yet
         self.loaded: str | None = None  # what it said of the last model: "" where all went well
+        self.pair: _core.Pair | None = None  # what carries the latents, in place of frames
+        self.unpaired: str | None = None  # why there is none, and none will be
+        self._home: torch.device | None = None  # the leader's, where a pair was offered
         self.peer = Peer(stream, name, self._handle, self._gone)
 
     @property
     def alive(self) -> bool:
         return self.peer.lost is None
+
+    def offer_pair(self, home: torch.device) -> None:
+        """Where the leader is on a device and there is no pair yet; `wait_for_pair` follows."""
+        if self.pair is not None and not self.pair.alive:
+            self.pair.close()
+            self.pair = None
+        if home.type == "cuda" and self.pair is None and self.unpaired is None:
+            self._home = home
+            try:
+                self.peer.send(Kind.PAIR, 0, pairs.offer(home))
+            except _core.Error as error:
+                self._pair_up(None, str(error))
+
+    def wait_for_pair(self, rank: int, until: float) -> None:
+        if self._home is None:
+            return
+        settled = self.wait(lambda: (self.pair or self.unpaired) is not None, until)
+        if not settled or not self.alive:
+            self._pair_up(None, self.peer.lost or "the rank did not answer in time")
+        if self.pair is None and self.alive:
+            _log.warning("rank %d: latents go through the host: %s", rank, self.unpaired)
+        self._home = None
+
+    def _pair_up(self, pair: _core.Pair | None, why: str | None) -> None:
+        with self.changed:
+            self.pair, self.unpaired = pair, why
+            self.changed.notify_all()
 
     def _handle(self, frame: Frame) -> None:
         current = self.current
@@ -113,6 +164,8 @@ class Link:
             with self.changed:
                 self.loaded = _words(frame)
                 self.changed.notify_all()
+        elif frame.kind == Kind.PAIRED:
+            self._meet(frame.body, self._home)
         elif current is not None and frame.call == current.number:
             current.handle(frame)
             if frame.kind == Kind.LEFT:
@@ -120,12 +173,22 @@ class Link:
                     self.current = None
                     self.changed.notify_all()
 
+    def _meet(self, answer: bytes | bytearray, home: torch.device | None) -> None:
+        if home is None:  # nobody waits for it any more
+            return
+        try:
+            self._pair_up(pairs.meet(answer, home), None)
+        except Exception as error:
+            self._pair_up(None, describe(error))
+
     def _gone(self, why: str) -> None:
         with self.changed:
-            current = self.current
+            current, pair = self.current, self.pair
             self.changed.notify_all()
         if current is not None:
             current.fail(why)
+        if pair is not None:
+            pair.lost(why)
 
     def wait(self, condition: Callable[[], bool], until: float) -> bool:
         """Until the condition holds or the process is gone; False at the deadline."""
@@ -150,9 +213,10 @@ class FarFollowers:
         given: tuple[tuple[Any, ...], dict[str, Any]],
         drop: Callable[[set[int], set[int]], None],
     ) -> None:
+        _pair_all(links, call.home)
         self.far = {rank: FarRank(link, rank, number, call) for rank, link in links.items()}
         self._call, self._drop = call, drop
-        random = cloned_global_generator(torch.device("cpu")).get_state()
+        random = call.home.type, cloned_global_generator(call.home).get_state()
         self._arguments = pack((given, _settings(pipe), HostContext(), random))
         call.far = {r: far for r, far in self.far.items() if far.link.current is None}
         for rank in self.far.keys() - call.far.keys():
@@ -178,6 +242,16 @@ class FarFollowers:
         self._drop(lost, stuck)
 
 
+def _pair_all(links: Mapping[int, Link], home: torch.device) -> None:
+    """All at once: each takes as long as NCCL needs to find the other end."""
+    free = {rank: link for rank, link in links.items() if link.current is None}
+    for link in free.values():
+        link.offer_pair(home)
+    until = time.monotonic() + pairs.PATIENCE
+    for rank, link in free.items():
+        link.wait_for_pair(rank, until)
+
+
 def _words(frame: Frame) -> str:
     """What a frame says, for messages: C ends a text at a zero."""
     return bytes(frame.body).decode(errors="replace").replace("\0", "?")
@@ -199,10 +273,18 @@ def _settings(pipe: Any) -> dict[str, Any]:
 class FarCall(Call):
     """A call whose leader is in another process, as this follower sees it."""
 
-    def __init__(self, rank: int, number: int, arguments: bytes | bytearray, peer: Peer) -> None:
+    def __init__(
+        self,
+        rank: int,
+        number: int,
+        arguments: bytes | bytearray,
+        peer: Peer,
+        pair: _core.Pair | None,
+    ) -> None:
         super().__init__(rank + 1)
         self.rank, self.number, self.arguments, self._peer = rank, number, arguments, peer
-        self._inbox: _core.Inbox | None = None
+        self._pair = pair
+        self._told: _core.Inbox | _core.Pair | None = None  # where the leader is lost
 
     def arrive(self, rank: int) -> None:
         self._peer.send(Kind.ARRIVED, self.number)
@@ -216,6 +298,7 @@ class FarCall(Call):
             return
         try:
             follower.fail(why)
+            follower.next()  # the leader's last word: nothing is on its way after that
         except _core.Error:
             self._peer.send(Kind.FAILED, self.number, why.encode())
 
@@ -227,23 +310,51 @@ class FarCall(Call):
         elif frame.kind == Kind.BEGUN:
             self.begin(unpack(frame.body, device))
         elif frame.kind == Kind.OPEN:
-            shape, dtype = unpack(frame.body)
-            x = torch.zeros(shape, dtype=dtype)
-            follower, self._inbox = _core.join(x, self.rank, 1, (self._peer.carry, True))
-            self.admit(self.rank, follower)
-        elif frame.kind == Kind.RUN and self._inbox is not None:
+            self._join(device, *unpack(frame.body))
+        elif frame.kind == Kind.RUN and isinstance(self._told, _core.Inbox):
             try:
-                self._inbox.deliver(frame.body)
+                self._told.deliver(frame.body)
             except _core.ProtocolError:
                 pass  # the run is lost to this follower, which learns of it there
         elif frame.kind == Kind.END:
+            if self._pair is not None and frame.body:
+                self._pair.lost(_words(frame))
             self.end()
+
+    def _join(
+        self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, paired: bool
+    ) -> None:
+        try:
+            if paired and self._pair is None:
+                raise _core.LostError("the connection that the leader uses is not there")
+            way = self._pair if self._pair is not None and paired else self._peer.carry
+            x = _latent(shape, dtype, device)
+            follower, self._told = _core.join(x, self.rank, 1, (way, True))
+        except Exception as error:  # no memory, a device that has failed, ...
+            self._peer.send(Kind.FAILED, self.number, describe(error).encode())
+            return
+        with self._changed:
+            self.admit(self.rank, follower)
+            if self.over:
+                follower.close()
 
     def gone(self, why: str) -> None:
         """The leader's process is."""
-        if self._inbox is not None:
-            self._inbox.lost(why)
+        if self._told is not None:
+            self._told.lost(why)
         self.end()
+
+    def leave(self) -> bool:
+        """Lets go of the run; whether the pair is fine."""
+        with self._changed:
+            self.end()  # a run that opens now is none of ours
+            for follower in self._followers.values():
+                follower.close()
+        return self._pair is not None and self._pair.alive
+
+
+def _latent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class Follower:
@@ -266,12 +377,19 @@ class Follower:
         self.rank, self.device = rank, device
         self._calls, self._other, self._on_gone = calls, other, gone
         self._current: FarCall | None = None
+        self._pair: _core.Pair | None = None
         self.peer = Peer(stream, f"parastep-{rank}", self._handle, self._gone)
 
     def _handle(self, frame: Frame) -> None:
         if frame.kind == Kind.CALL:
-            self._current = FarCall(self.rank, frame.call, frame.body, self.peer)
+            self._current = FarCall(self.rank, frame.call, frame.body, self.peer, self._pair)
             self._calls.put(self._current)
+        elif frame.kind == Kind.PAIR:
+            if self._pair is not None:
+                self._pair.close()  # the leader has let go of it
+                self._pair = None
+            answer = functools.partial(self.peer.send, Kind.PAIRED, 0)
+            self._pair = pairs.accept(frame.body, self.device, answer)
         elif self._current is not None and frame.call == self._current.number:
             self._current.handle(frame, self.device)
             if frame.kind == Kind.END:
@@ -288,15 +406,17 @@ class Follower:
         """Follows the leader through one call; whatever goes wrong is told to it."""
         following = Following(replica, self.rank, call, self.device)
         try:
-            arguments, settings, context, state = unpack(call.arguments, self.device)
+            arguments, settings, context, (kind, state) = unpack(call.arguments, self.device)
             refresh(replica, types.SimpleNamespace(**settings))
             random = torch.Generator(self.device)
-            if self.device.type == "cpu":
+            if self.device.type == kind:
                 random.set_state(state)
             intraop = 1 if self.device.type == "cpu" else None
-            with context.entered(intraop):
+            finish_work(self.device)  # replica and arguments, for a stream of its own
+            with context.entered(intraop, self.device):
                 following.run(lambda: own_copy(arguments), random)
         except BaseException as error:  # it could not begin, or could not even say why it failed
             call.fail(self.rank, describe(error))
         finally:
-            self.peer.send(Kind.LEFT, call.number, str(following.evaluated).encode())
+            left = following.evaluated, call.leave()
+            self.peer.send(Kind.LEFT, call.number, json.dumps(left).encode())

@@ -37,7 +37,8 @@ class Report:
     and `unbatched` why steps that were to share a batch did not; `drift` how far each step's guess
     was off in units of its noise scale, NaN where there was no guess; `interpolated` how many steps
     were answered between nodes; `tolerance` the one that decided, None under the published rule,
-    which has none; `fallback` why speculation ended, or None.
+    which has none; `fallback` why speculation ended, or None; `transports` what took the latents to
+    each rank of a pipeline ("threads", "host" or "nccl"; "" for the leader).
 
     In a notebook it shows itself; `print` gives one line, `plot` a figure.
     """
@@ -59,6 +60,7 @@ class Report:
     tolerance: float | None = None
     forwards: int = 0
     unbatched: str | None = None
+    transports: list[str] = field(default_factory=list)
 
     @classmethod
     def from_core(cls, found: dict[str, Any], tolerance: float | None = None) -> Report:

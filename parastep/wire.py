@@ -41,10 +41,12 @@ class Kind(enum.IntEnum):
     OPEN = 8  # down: the run exists
     RUN = 9  # both: a message of the run, the core's business
     FAILED = 10  # up: this rank cannot go on
-    END = 11  # down: the call is over
-    LEFT = 12  # up: so it is here; how many steps were evaluated
+    END = 11  # down: the call is over; why the pair that it used is, if it is
+    LEFT = 12  # up: so it is here; how many steps were evaluated, and whether the pair is fine
     RESULT = 13  # down: what the leader's call returned or raised
     BYE = 14  # both: nothing more will come
+    PAIR = 15  # down: NCCL could carry the latents; what the leader has of it
+    PAIRED = 16  # up: the id to meet under, or why not
 
 
 class Frame(NamedTuple):

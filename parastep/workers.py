@@ -219,7 +219,10 @@ def main(descriptor: int) -> None:
     sys.path[:] = hello["path"]
     logging.disable(logging.CRITICAL)  # the leader says it, once
     warnings.simplefilter("ignore")
-    _Serving(stream, hello["rank"], torch.device(hello["device"])).run()
+    device = torch.device(hello["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whatever says no more than "cuda" means this one
+    _Serving(stream, hello["rank"], device).run()
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ typedef struct psb_state {
   PyTypeObject *leader_type;   /* leader_type.c */
   PyTypeObject *follower_type; /* follower_type.c */
   PyTypeObject *inbox_type;    /* carrier.c */
+  PyTypeObject *pair_type;     /* pair.c */
 
   /* names that convert.c and tensor.c look up, made once by psb_tensor_add_types */
   struct psb_names {
@@ -202,10 +203,11 @@ int psb_program_add_types(PyObject *module, psb_state *st);
 /* The core's program of a Program object, borrowed; NULL with TypeError for anything else. */
 ps_program *psb_program_of(psb_state *st, PyObject *obj);
 
-/* ---- runs (leader_type.c, follower_type.c) --------------------------------------------------- */
+/* ---- runs (leader_type.c, follower_type.c, carrier.c, pair.c) -------------------------------- */
 
 int psb_leader_add_type(PyObject *module, psb_state *st);
 int psb_follower_add_type(PyObject *module, psb_state *st);
 int psb_inbox_add_type(PyObject *module, psb_state *st);
+int psb_pair_add_type(PyObject *module, psb_state *st);
 
 #endif

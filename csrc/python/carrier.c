@@ -1,7 +1,8 @@
-/* carrier.c - messages that Python carries to another process: a callable as a carrier, and Inbox.
+/* carrier.c - links to another process: a callable as a carrier, and Inbox; or a Pair.
  *
  * leader_type.c opens the leader's ends of ranks in other processes with it; there `join` opens the
- * follower's end.  Whatever moves the bytes (a pipe, torch.distributed, MPI) is Python's business.
+ * follower's end.  Whatever moves the bytes of a callable (a pipe, torch.distributed, MPI) is
+ * Python's business.
  */
 #include "run.h"
 
@@ -61,16 +62,9 @@ static void let_go(void *ctx)
 
 /* ---- Inbox ----------------------------------------------------------------------------------- */
 
-PyObject *psb__host_open(psb_state *st, const psb_place *place, const psb_spec *spec, int slots,
-                         ps_role role, PyObject *carrier, ps_link **end)
+static PyObject *host_open(psb_state *st, const psb_place *place, const psb_spec *spec, int slots,
+                           ps_role role, PyObject *send, int same_clock, ps_link **end)
 {
-  PyObject *send;
-  int same_clock;
-  *end = NULL;
-  if (!PyTuple_Check(carrier) || !PyArg_ParseTuple(carrier, "Op", &send, &same_clock)) {
-    PyErr_Format(PyExc_TypeError, "carrier: %R: must be (send, same_clock)", carrier);
-    return NULL;
-  }
   inbox_object *self = (inbox_object *)st->inbox_type->tp_alloc(st->inbox_type, 0);
   if (self == NULL) {
     return NULL;
@@ -152,6 +146,42 @@ int psb_inbox_add_type(PyObject *module, psb_state *st)
   return st->inbox_type != NULL ? PyModule_AddType(module, st->inbox_type) : -1;
 }
 
+/* ---- a link of either kind ------------------------------------------------------------------- */
+
+static PyObject *pair_open(psb_state *st, const psb_place *place, const psb_spec *spec, int slots,
+                           PyObject *pair, int same_clock, ps_link **end)
+{
+  ps_pair *found = psb__pair_of(st, pair);
+  ps_status status;
+  if (found == NULL) {
+    return NULL;
+  }
+  Py_BEGIN_ALLOW_THREADS;
+  status = ps_nccl_open(found, place->backend, &spec->layout, slots, end);
+  Py_END_ALLOW_THREADS;
+  if (psb__judge(st, status) < 0) {
+    return NULL;
+  }
+  (*end)->same_clock = same_clock;
+  return Py_NewRef(pair);
+}
+
+PyObject *psb__far_open(psb_state *st, const psb_place *place, const psb_spec *spec, int slots,
+                        ps_role role, PyObject *carrier, ps_link **end)
+{
+  PyObject *way;
+  int same_clock;
+  *end = NULL;
+  if (!PyTuple_Check(carrier) || !PyArg_ParseTuple(carrier, "Op", &way, &same_clock)) {
+    PyErr_Format(PyExc_TypeError, "carrier: %R: must be (send, same_clock) or (Pair, same_clock)",
+                 carrier);
+    return NULL;
+  }
+  return Py_IS_TYPE(way, st->pair_type)
+             ? pair_open(st, place, spec, slots, way, same_clock, end)
+             : host_open(st, place, spec, slots, role, way, same_clock, end);
+}
+
 /* ---- join ------------------------------------------------------------------------------------ */
 
 PyObject *psb_join(PyObject *module, PyObject *args)
@@ -170,12 +200,12 @@ PyObject *psb_join(PyObject *module, PyObject *args)
     psb__place_close(&place);
     return NULL;
   }
-  PyObject *inbox = psb__host_open(st, &place, &spec, slots, PS_FOLLOWS, carrier, &end);
-  PyObject *follower = inbox != NULL ? psb__follower_new(st, x, &place, &spec, end, rank) : NULL;
+  PyObject *told = psb__far_open(st, &place, &spec, slots, PS_FOLLOWS, carrier, &end);
+  PyObject *follower = told != NULL ? psb__follower_new(st, x, &place, &spec, end, rank) : NULL;
   psb__place_close(&place); /* no more than was taken over */
   if (follower == NULL) {
-    Py_XDECREF(inbox);
+    Py_XDECREF(told);
     return NULL;
   }
-  return Py_BuildValue("(NN)", follower, inbox);
+  return Py_BuildValue("(NN)", follower, told);
 }

@@ -15,6 +15,20 @@ typedef struct follower_object {
   int rank;
 } follower_object;
 
+/* Enters a follower that has not left yet; after 0 psb__leave follows. */
+static int enter_run(psb_state *st, follower_object *self, const char *what)
+{
+  if (psb__enter(st, &self->guard, what) < 0) {
+    return -1;
+  }
+  if (self->follower == NULL) {
+    psb_raise(st, PS_STATE, "%s: this follower has left the run", what);
+    psb__leave(&self->guard);
+    return -1;
+  }
+  return 0;
+}
+
 static const ps_wait interruptible = {0, psb__check_signals, NULL};
 
 /* ---- life ------------------------------------------------------------------------------------ */
@@ -93,7 +107,7 @@ static PyObject *follower_next(PyObject *obj, PyObject *unused)
   PyObject *result = NULL;
   ps_status status;
   (void)unused;
-  if (psb__enter(st, &self->guard, "next") < 0) {
+  if (enter_run(st, self, "next") < 0) {
     return NULL;
   }
   if (psb__place_enter(st, &self->place, self->like) < 0) {
@@ -144,7 +158,7 @@ static PyObject *follower_submit(PyObject *obj, PyObject *args, PyObject *kwargs
   long long began_ns = 0;
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OL:submit", keywords, &outputs, &points,
                                    &began_ns) ||
-      psb__enter(st, &self->guard, "submit") < 0) {
+      enter_run(st, self, "submit") < 0) {
     return NULL;
   }
   points = points != Py_None ? points : NULL;
@@ -179,7 +193,7 @@ static PyObject *follower_fail(PyObject *obj, PyObject *reason)
   psb_state *st = psb_state_of(Py_TYPE(obj));
   const char *text = PyUnicode_AsUTF8(reason);
   ps_status status;
-  if (text == NULL || psb__enter(st, &self->guard, "fail") < 0) {
+  if (text == NULL || enter_run(st, self, "fail") < 0) {
     return NULL;
   }
   Py_BEGIN_ALLOW_THREADS;
@@ -188,6 +202,24 @@ static PyObject *follower_fail(PyObject *obj, PyObject *reason)
   int failed = psb__judge(st, status);
   psb__leave(&self->guard);
   return failed ? NULL : Py_NewRef(Py_None);
+}
+
+/* Not left to the last reference: a pair has room for one run at a time. */
+static PyObject *follower_close(PyObject *obj, PyObject *unused)
+{
+  follower_object *self = (follower_object *)obj;
+  (void)unused;
+  if (psb__enter(psb_state_of(Py_TYPE(obj)), &self->guard, "close") < 0) {
+    return NULL;
+  }
+  ps_follower *follower = self->follower;
+  self->follower = NULL;
+  self->work.count = 0;
+  Py_BEGIN_ALLOW_THREADS;
+  ps_follower_destroy(follower);
+  Py_END_ALLOW_THREADS;
+  psb__leave(&self->guard);
+  return Py_NewRef(Py_None);
 }
 
 static PyObject *get_rank(PyObject *obj, void *unused)
@@ -216,6 +248,8 @@ static PyMethodDef methods[] = {
      "them.  Raises AbandonedError where the leader went on without this rank."},
     {"fail", follower_fail, METH_O,
      "fail($self, reason, /)\n--\n\nThis rank cannot evaluate; it is left out."},
+    {"close", follower_close, METH_NOARGS,
+     "close($self)\n--\n\nLets go of the run; twice is fine."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -15,7 +15,7 @@ typedef struct leader_object {
   bool lane;               /* rank 0 has a follower too */
   int step;                /* of the last ask */
   ps_link **follower_ends; /* (ranks) not yet handed out, or NULL; 0 is a lane's */
-  PyObject **inboxes;      /* (ranks) of ranks in other processes, NULL for the rest */
+  PyObject **inboxes;      /* (ranks) or Pairs of ranks in other processes, NULL for the rest */
 } leader_object;
 
 /* ---- leader_life.c --------------------------------------------------------------------------- */

@@ -51,7 +51,7 @@ static int open_link(psb_state *st, leader_object *self, const psb_order *order,
     return psb__judge(st, status);
   }
   self->inboxes[rank] =
-      psb__host_open(st, &self->place, &self->spec, slots, PS_LEADS, carrier, leader_end);
+      psb__far_open(st, &self->place, &self->spec, slots, PS_LEADS, carrier, leader_end);
   return self->inboxes[rank] != NULL ? 0 : -1;
 }
 

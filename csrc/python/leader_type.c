@@ -2,7 +2,7 @@
  *
  * api.py's loop and the hosts' adapters drive it.  The GIL is released around every exchange, wait
  * and pass over memory.  A leader hands out the other ends of its links, which leader_life.c opens:
- * a Follower for a thread, an Inbox for a rank in another process.
+ * a Follower for a thread, an Inbox or a Pair for a rank in another process.
  */
 #include "leader.h"
 
@@ -401,7 +401,8 @@ static PyMethodDef methods[] = {
     {"follower", leader_follower, METH_O,
      "follower($self, rank, /)\n--\n\nThe other end, taken once."},
     {"inbox", leader_inbox, METH_O,
-     "inbox($self, rank, /)\n--\n\nWhere messages of a rank with a carrier are handed in."},
+     "inbox($self, rank, /)\n--\n\n"
+     "Where messages of a rank with a carrier are handed in; its Pair, if that is the carrier."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -420,7 +421,8 @@ PyDoc_STRVAR(
     "lane=False, carriers=None, devices=None)\n--\n\n"
     "The leader of a run; x is a latent of the run, its shape and dtype are kept.  With a\n"
     "lane rank 0 has a follower too, which evaluates what lies ahead of the host's loop.\n"
-    "carriers: {rank: (send, same_clock)} of ranks in other processes.");
+    "carriers: {rank: (send, same_clock)} of ranks in other processes, or a Pair in place of "
+    "send.");
 
 static PyType_Slot type_slots[] = {
     {Py_tp_doc, (void *)leader_doc},

@@ -133,17 +133,28 @@ PyObject *psb_text(const char *words)
 
 /* ---- what was found -------------------------------------------------------------------------- */
 
+static void describe_nccl(char *text, size_t room)
+{
+  int version = ps_nccl_version();
+  if (version > 0) {
+    snprintf(text, room, "%d.%d.%d", version / 10000, version / 100 % 100, version % 100);
+  } else {
+    snprintf(text, room, "%s", ps_last_error());
+  }
+}
+
 static PyObject *core_build_info(PyObject *module, PyObject *unused)
 {
   (void)module;
   (void)unused;
-  char cuda[256];
+  char cuda[256], nccl[256];
   Py_BEGIN_ALLOW_THREADS;
   ps_cuda_describe(cuda, sizeof cuda);
+  describe_nccl(nccl, sizeof nccl);
   Py_END_ALLOW_THREADS;
-  return Py_BuildValue("{s:s, s:{s:s, s:s}, s:s, s:s}", "version", ps_version(), "backends", "cpu",
-                       "found", "cuda", cuda, "transports", ps_transports(), "compiler",
-                       __VERSION__);
+  return Py_BuildValue("{s:s, s:{s:s, s:s}, s:s, s:s, s:s}", "version", ps_version(), "backends",
+                       "cpu", "found", "cuda", cuda, "transports", ps_transports(), "nccl", nccl,
+                       "compiler", __VERSION__);
 }
 
 static PyObject *core_now_ns(PyObject *module, PyObject *unused)
@@ -194,7 +205,12 @@ static PyMethodDef methods[] = {
      "join($module, x, rank, slots, carrier, /)\n--\n\n"
      "(Follower, Inbox) of a run that is led in another process; x has its latents' shape and "
      "dtype,\n"
-     "carrier is (send, same_clock): send(bytes) takes a message to the leader's Inbox."},
+     "carrier is (send, same_clock): send(bytes) takes a message to the leader's Inbox; with a "
+     "Pair in\nplace of send, which is then returned in place of the Inbox, messages go by NCCL."},
+    {"nccl_version", psb_nccl_version, METH_NOARGS,
+     "nccl_version($module)\n--\n\nOf the NCCL that is found, as 22907.  UnsupportedError: none."},
+    {"nccl_id", psb_nccl_id, METH_NOARGS,
+     "nccl_id($module)\n--\n\nWhat both ends of a Pair need to find each other, 128 bytes."},
     {"now_ns", core_now_ns, METH_NOARGS,
      "now_ns($module)\n--\n\nThe monotonic clock of began_ns and the timeline, in ns."},
     {NULL, NULL, 0, NULL},
@@ -207,7 +223,8 @@ static int module_exec(PyObject *module)
   psb_state *st = PyModule_GetState(module);
   if (add_exceptions(module, st) < 0 || psb_tensor_add_types(module, st) < 0 ||
       psb_program_add_types(module, st) < 0 || psb_leader_add_type(module, st) < 0 ||
-      psb_follower_add_type(module, st) < 0 || psb_inbox_add_type(module, st) < 0) {
+      psb_follower_add_type(module, st) < 0 || psb_inbox_add_type(module, st) < 0 ||
+      psb_pair_add_type(module, st) < 0) {
     return -1;
   }
   return PyModule_AddFunctions(module, psb_tensor_methods);
@@ -224,6 +241,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
   Py_VISIT(st->leader_type);
   Py_VISIT(st->follower_type);
   Py_VISIT(st->inbox_type);
+  Py_VISIT(st->pair_type);
   return psb_tensor_traverse(st, visit, arg);
 }
 
@@ -238,6 +256,7 @@ static int module_clear(PyObject *module)
   Py_CLEAR(st->leader_type);
   Py_CLEAR(st->follower_type);
   Py_CLEAR(st->inbox_type);
+  Py_CLEAR(st->pair_type);
   psb_tensor_clear(st);
   return 0;
 }

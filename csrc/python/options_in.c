@@ -167,8 +167,7 @@ static int devices_in(psb_state *st, PyObject *obj, PyObject *x, int ranks, int 
   return failed;
 }
 
-/* None, or a dict {rank: (send, same_clock)}; what its values are is looked at where they are used.
- */
+/* None, or a dict {rank: carrier}; what its values are is looked at where they are used. */
 static int carriers_in(psb_state *st, PyObject *obj, int ranks, PyObject **carriers)
 {
   PyObject *key, *value;

@@ -88,8 +88,7 @@ PyObject *psb__list(int count, psb_item item, const void *context);
  * can change.  Errors say that name needs a sequence of what. */
 PyObject *psb__items(PyObject *obj, const char *name, const char *what);
 
-/* ---- options_in.c, report_out.c, follower_type.c, carrier.c
- * --------------------------------------------- */
+/* ---- options_in.c, report_out.c, follower_type.c, carrier.c, pair.c -------------------------- */
 
 /* What a Leader is made with; the objects are borrowed from the call's arguments. */
 typedef struct psb_order {
@@ -97,7 +96,7 @@ typedef struct psb_order {
   PyObject *x;
   int ranks;
   int slots[PS_RANKS_MAX];   /* (ranks) */
-  PyObject *carriers;        /* {rank: (send, same_clock)} of ranks in other processes, or NULL */
+  PyObject *carriers;        /* {rank: carrier} of ranks in other processes, or NULL */
   int lane;                  /* rank 0 has a follower too */
   int devices[PS_RANKS_MAX]; /* (ranks) of CUDA; -1: the host */
   ps_options options;
@@ -111,12 +110,18 @@ PyObject *psb__report_out(const ps_report *report);
 PyObject *psb__follower_new(psb_state *st, PyObject *like, psb_place *place, const psb_spec *spec,
                             ps_link *link, int rank);
 
-/* One end of a link to another process, and its Inbox; carrier is a tuple (send, same_clock).  The
- * caller closes the end, but not where NULL is returned. */
-PyObject *psb__host_open(psb_state *st, const psb_place *place, const psb_spec *spec, int slots,
-                         ps_role role, PyObject *carrier, ps_link **end);
+/* One end of a link to another process, and what is to be told where that is lost: an Inbox, or the
+ * Pair.  carrier is a tuple (send, same_clock) or (Pair, same_clock).  The caller closes the end,
+ * but not where NULL is returned. */
+PyObject *psb__far_open(psb_state *st, const psb_place *place, const psb_spec *spec, int slots,
+                        ps_role role, PyObject *carrier, ps_link **end);
 
-/* join(x, rank, slots, carrier) of the module. */
+/* The pair of a Pair, borrowed; NULL with an exception where that is closed. */
+ps_pair *psb__pair_of(psb_state *st, PyObject *obj);
+
+/* join(x, rank, slots, carrier), nccl_version() and nccl_id() of the module. */
 PyObject *psb_join(PyObject *module, PyObject *args);
+PyObject *psb_nccl_version(PyObject *module, PyObject *unused);
+PyObject *psb_nccl_id(PyObject *module, PyObject *unused);
 
 #endif

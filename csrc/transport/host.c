@@ -8,8 +8,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "core/internal.h"
 #include "platform/sync.h"
+#include "transport/tray.h"
 
 typedef enum desk_state {
   IDLE,    /* leader: nothing was sent.  Follower: nothing arrived */
@@ -23,14 +23,12 @@ struct ps_inbox {
   desk_state state;
   ps_role role;
   ps_layout layout;
-  int slots;
   bool end_gone, inbox_gone; /* released on this side */
   bool other_gone;           /* the other end has let go; what arrived before it still counts */
   bool lost;
   char why[160]; /* of lost */
   ps_header message;
-  ps_mirror *mirror; /* points of all slots, then outputs; near is the core's, far the carrier's */
-  size_t point, output; /* bytes from one slot's to the next one's */
+  ps__tray tray; /* near is the core's side, far the carrier's */
 };
 
 typedef ps_inbox desk;
@@ -46,70 +44,46 @@ static desk *desk_of(ps_link *link)
   return ((end *)link)->desk;
 }
 
-static void close_mirror(desk *shared)
+static void close_tray(desk *shared)
 {
-  shared->mirror->ops->close(shared->mirror, PS_NEAR);
-  shared->mirror->ops->close(shared->mirror, PS_FAR);
+  ps__tray_close(&shared->tray, PS_NEAR);
+  ps__tray_close(&shared->tray, PS_FAR);
 }
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
-static size_t outputs_at(const desk *own)
-{
-  return (size_t)own->slots * own->point;
-}
-
-static unsigned char *point_on(const desk *own, ps_side side, int slot)
-{
-  return own->mirror->memory[side] + (size_t)slot * own->point;
-}
-
-static unsigned char *output_on(const desk *own, ps_side side, int slot)
-{
-  return own->mirror->memory[side] + outputs_at(own) + (size_t)slot * own->output;
-}
-
 static void *link_point(ps_link *link, int slot)
 {
-  return point_on(desk_of(link), PS_NEAR, slot);
+  return ps__tray_point(&desk_of(link)->tray, PS_NEAR, slot);
 }
 
 static void *link_output(ps_link *link, int slot)
 {
-  return output_on(desk_of(link), PS_NEAR, slot);
+  return ps__tray_output(&desk_of(link)->tray, PS_NEAR, slot);
 }
 
 static ps_status desk_new(const ps_layout *layout, int slots, ps_role role,
                           const ps_backend *backend, desk **out)
 {
   desk *made = ps__alloc(sizeof *made);
-  ps_status status = PS_NO_MEMORY;
   if (made == NULL) {
-    return status;
+    return PS_NO_MEMORY;
   }
   made->layout = *layout;
-  made->slots = slots;
   made->role = role;
-  made->point = ps__vector_bytes(ps__x_bytes(layout));
-  made->output = ps__vector_bytes(ps__m_bytes(layout));
-  if (made->point > SIZE_MAX / PS_SLOTS_MAX / 2 || made->output > SIZE_MAX / PS_SLOTS_MAX / 2) {
-    ps__fail(status, "latents of %zu bytes do not fit in memory", ps__x_bytes(layout));
-    goto fail;
-  }
-  status = backend->mirror(backend, ps_backend_find("cpu"),
-                           (size_t)slots * (made->point + made->output), &made->mirror);
+  ps_status status = ps__tray_open(layout, slots, backend, ps_backend_find("cpu"), &made->tray);
   if (status != PS_OK) {
     goto fail;
   }
   status = ps__monitor_init(&made->monitor);
   if (status != PS_OK) {
-    goto fail_mirror;
+    goto fail_tray;
   }
   *out = made;
   return PS_OK;
 
-fail_mirror:
-  close_mirror(made);
+fail_tray:
+  close_tray(made);
 fail:
   ps__free(made);
   return status;
@@ -123,7 +97,7 @@ static void leave_desk(desk *shared, bool *mine)
   bool last = shared->end_gone && shared->inbox_gone;
   ps__monitor_leave(&shared->monitor);
   if (last) {
-    close_mirror(shared);
+    close_tray(shared);
     ps__monitor_destroy(&shared->monitor);
     ps__free(shared);
   }
@@ -141,28 +115,14 @@ static ps_status send_parts(const end *from, const ps_part *parts, int count)
              : ps__fail(PS_LOST, "the message could not be sent");
 }
 
-/* Brings some slots over to where the carrier reads them. */
-static ps_status bring_over(desk *own, size_t offset, size_t bytes, const ps_wait *wait)
+/* Brings what the message carries over to where the carrier reads it. */
+static ps_status bring_over(const ps__tray *tray, const ps_header *header)
 {
-  const ps_mirror_ops *ops = own->mirror->ops;
-  ps_status status = ops->send(own->mirror, PS_NEAR, offset, bytes);
+  ps_status status = ps__tray_send(tray, PS_NEAR, header);
   if (status == PS_OK) {
-    status = ops->settle(own->mirror, PS_NEAR, wait);
+    status = ps__tray_settle(tray, PS_NEAR, NULL);
   }
-  return status == PS_OK ? ops->receive(own->mirror, PS_FAR) : status;
-}
-
-static ps_status bring_message(desk *own, const ps_header *header)
-{
-  size_t count = (size_t)header->count;
-  ps_status status = PS_OK;
-  if (header->kind == PS_MSG_WORK || header->flags & PS_FLAG_MOVED) {
-    status = bring_over(own, 0, count * own->point, NULL);
-  }
-  if (status == PS_OK && header->kind == PS_MSG_OUTPUT) {
-    status = bring_over(own, outputs_at(own), count * own->output, NULL);
-  }
-  return status;
+  return status == PS_OK ? ps__tray_receive(tray, PS_FAR) : status;
 }
 
 static ps_status send_message(const end *from, const ps_header *header)
@@ -170,13 +130,12 @@ static ps_status send_message(const end *from, const ps_header *header)
   desk *own = from->desk;
   ps_part parts[PARTS_MAX] = {{header, sizeof *header}};
   int count = 1;
-  ps_status status = bring_message(own, header);
-  for (int slot = 0; header->kind == PS_MSG_OUTPUT && slot < header->count; ++slot) {
-    parts[count++] = (ps_part){output_on(own, PS_FAR, slot), header->bytes};
+  ps_status status = bring_over(&own->tray, header);
+  for (int slot = 0; ps__has_outputs(header) && slot < header->count; ++slot) {
+    parts[count++] = (ps_part){ps__tray_output(&own->tray, PS_FAR, slot), header->bytes};
   }
-  bool points = header->kind == PS_MSG_WORK || header->flags & PS_FLAG_MOVED;
-  for (int slot = 0; points && slot < header->count; ++slot) {
-    parts[count++] = (ps_part){point_on(own, PS_FAR, slot), ps__x_bytes(&own->layout)};
+  for (int slot = 0; ps__has_points(header) && slot < header->count; ++slot) {
+    parts[count++] = (ps_part){ps__tray_point(&own->tray, PS_FAR, slot), ps__x_bytes(&own->layout)};
   }
   return status == PS_OK ? send_parts(from, parts, count) : status;
 }
@@ -206,18 +165,10 @@ static ps_status shift(desk *own, desk_state from, desk_state to, const char *ot
 }
 
 /* What arrived goes over to where the core reads it. */
-static ps_status take_over(desk *own, const ps_header *header)
+static ps_status take_over(const ps__tray *tray, const ps_header *header)
 {
-  const ps_mirror_ops *ops = own->mirror->ops;
-  size_t count = (size_t)header->count;
-  ps_status status = PS_OK;
-  if (header->kind == PS_MSG_WORK || header->flags & PS_FLAG_MOVED) {
-    status = ops->send(own->mirror, PS_FAR, 0, count * own->point);
-  }
-  if (status == PS_OK && header->kind == PS_MSG_OUTPUT) {
-    status = ops->send(own->mirror, PS_FAR, outputs_at(own), count * own->output);
-  }
-  return status == PS_OK ? ops->receive(own->mirror, PS_NEAR) : status;
+  ps_status status = ps__tray_send(tray, PS_FAR, header);
+  return status == PS_OK ? ps__tray_receive(tray, PS_NEAR) : status;
 }
 
 /* ---- leader ---------------------------------------------------------------------------------- */
@@ -254,7 +205,7 @@ static ps_status leader_collect(ps_link *link, const ps_wait *wait, ps_header *r
     status = gone(own);
   }
   ps__monitor_leave(&own->monitor);
-  return status == PS_OK && reply->kind == PS_MSG_OUTPUT ? take_over(own, reply) : status;
+  return status == PS_OK && ps__has_outputs(reply) ? take_over(&own->tray, reply) : status;
 }
 
 /* ---- follower -------------------------------------------------------------------------------- */
@@ -275,11 +226,11 @@ static ps_status follower_take(ps_link *link, const ps_wait *wait, ps_header *me
     own->state = message->kind == PS_MSG_WORK ? TAKEN : IDLE;
     status = PS_OK;
   } else if (own->other_gone) {
-    *message = (ps_header){.magic = PS_MAGIC, .version = PS_WIRE_VERSION, .kind = PS_MSG_DONE};
+    *message = ps__done_message();
     status = PS_OK;
   }
   ps__monitor_leave(&own->monitor);
-  return status == PS_OK && message->kind == PS_MSG_WORK ? take_over(own, message) : status;
+  return status == PS_OK && message->kind == PS_MSG_WORK ? take_over(&own->tray, message) : status;
 }
 
 static ps_status follower_reply(ps_link *link, const ps_header *reply)
@@ -302,12 +253,12 @@ static size_t message_bytes(const desk *own, const ps_header *header)
   if (!work && !output) {
     return sizeof *header;
   }
-  if (header->count < 1 || header->count > own->slots || header->bytes > room ||
+  if (header->count < 1 || header->count > own->tray.slots.count || header->bytes > room ||
       (work && header->bytes != room)) {
     return 0;
   }
-  bool moved = output && (header->flags & PS_FLAG_MOVED);
-  size_t slot = (size_t)header->bytes + (moved ? ps__x_bytes(&own->layout) : 0);
+  size_t slot = (size_t)header->bytes;
+  slot += output && ps__has_points(header) ? ps__x_bytes(&own->layout) : 0;
   return sizeof *header + (size_t)header->count * slot;
 }
 
@@ -338,15 +289,13 @@ static ps_status check_message(const desk *own, const ps_header *header, size_t 
 
 static void take_in(desk *own, const ps_header *header, const unsigned char *payload)
 {
-  bool output = header->kind == PS_MSG_OUTPUT;
-  bool points = header->kind == PS_MSG_WORK || (output && header->flags & PS_FLAG_MOVED);
   size_t x_bytes = ps__x_bytes(&own->layout);
-  for (int slot = 0; output && slot < header->count; ++slot) {
-    memcpy(output_on(own, PS_FAR, slot), payload, header->bytes);
+  for (int slot = 0; ps__has_outputs(header) && slot < header->count; ++slot) {
+    memcpy(ps__tray_output(&own->tray, PS_FAR, slot), payload, header->bytes);
     payload += header->bytes;
   }
-  for (int slot = 0; points && slot < header->count; ++slot) {
-    memcpy(point_on(own, PS_FAR, slot), payload, x_bytes);
+  for (int slot = 0; ps__has_points(header) && slot < header->count; ++slot) {
+    memcpy(ps__tray_point(&own->tray, PS_FAR, slot), payload, x_bytes);
     payload += x_bytes;
   }
   if (header->kind == PS_MSG_DONE) {
@@ -451,18 +400,6 @@ static const ps_link_ops follower_ops = {
     .close = link_close,
 };
 
-static ps_status check_open(const ps_layout *layout, int slots, ps_role role)
-{
-  ps_status status = ps__layout_check(layout);
-  if (status == PS_OK && (slots < 1 || slots > PS_SLOTS_MAX)) {
-    status = ps__fail(PS_INVALID, "%d slots: must be 1 to %d", slots, PS_SLOTS_MAX);
-  }
-  if (status == PS_OK && role != PS_LEADS && role != PS_FOLLOWS) {
-    status = ps__fail(PS_INVALID, "role %d: must be PS_LEADS or PS_FOLLOWS", (int)role);
-  }
-  return status;
-}
-
 ps_status ps_host_open(const ps_layout *layout, int slots, ps_role role, int same_clock,
                        const ps_backend *backend, const ps_carrier *carrier, ps_link **link,
                        ps_inbox **inbox)
@@ -470,8 +407,9 @@ ps_status ps_host_open(const ps_layout *layout, int slots, ps_role role, int sam
   end *made = NULL;
   *link = NULL;
   *inbox = NULL;
-  ps_status status = check_open(layout, slots, role);
-  if (status != PS_OK) {
+  ps_status status = PS_OK;
+  if (role != PS_LEADS && role != PS_FOLLOWS) {
+    status = ps__fail(PS_INVALID, "role %d: must be PS_LEADS or PS_FOLLOWS", (int)role);
     goto fail;
   }
   desk *shared;

@@ -11,19 +11,24 @@
 
 #include "backend/cuda_api.h"
 
+typedef struct ps__nccl_config {
+  size_t size;
+  unsigned int magic, version;
+  int blocking, cgaClusterSize, minCTAs, maxCTAs;
+  const char *netName;
+  int splitShare;
+} ps__nccl_config;
+
+#ifndef PS__REAL_NCCL_H /* `make check-abi` has these from nccl.h */
 typedef struct ncclComm *ncclComm_t;
 
 typedef struct ncclUniqueId {
   char internal[128];
 } ncclUniqueId;
 
-typedef struct ncclConfig_t {
-  size_t size;
-  unsigned int magic, version;
-  int blocking, cgaClusterSize, minCTAs, maxCTAs;
-  const char *netName;
-  int splitShare;
-} ncclConfig_t;
+typedef ps__nccl_config ncclConfig_t;
+typedef int ncclResult_t, ncclDataType_t;
+#endif
 
 enum {
   PS__NCCL_OK = 0,
@@ -40,16 +45,17 @@ enum {
   X(unique_id, ncclGetUniqueId, 0, (ncclUniqueId * id))                                            \
   X(init, ncclCommInitRankConfig, 0,                                                               \
     (ncclComm_t * comm, int ranks, ncclUniqueId id, int rank, ncclConfig_t *config))               \
-  X(async_error, ncclCommGetAsyncError, 0, (ncclComm_t comm, int *result))                         \
+  X(async_error, ncclCommGetAsyncError, 0, (ncclComm_t comm, ncclResult_t * result))               \
   X(send, ncclSend, 0,                                                                             \
-    (const void *from, size_t count, int type, int peer, ncclComm_t comm, CUstream stream))        \
+    (const void *from, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,               \
+     CUstream stream))                                                                             \
   X(recv, ncclRecv, 0,                                                                             \
-    (void *to, size_t count, int type, int peer, ncclComm_t comm, CUstream stream))                \
+    (void *to, size_t count, ncclDataType_t type, int peer, ncclComm_t comm, CUstream stream))     \
   X(group_end, ncclGroupEnd, 0, (void))                                                            \
   X(abort, ncclCommAbort, 0, (ncclComm_t comm))
 
 typedef struct ps__nccl_api {
-#define X(field, symbol, optional, arguments) int(*field) arguments;
+#define X(field, symbol, optional, arguments) ncclResult_t(*field) arguments;
   PS__NCCL_MAP(X)
 #undef X
 } ps__nccl_api;

@@ -10,8 +10,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "core/internal.h"
 #include "platform/sync.h"
+#include "transport/tray.h"
 
 typedef enum channel_state {
   EMPTY,   /* nothing said yet, or the last reply was collected */
@@ -24,10 +24,8 @@ typedef struct channel {
   ps__monitor monitor;
   channel_state state;
   bool leader_gone, follower_gone;
-  int slots;
   ps_header message, reply;
-  ps_mirror *mirror;    /* points of all slots, then outputs of all slots */
-  size_t point, output; /* bytes from one slot's to the next one's */
+  ps__tray tray; /* near is the leader's side */
 } channel;
 
 typedef struct end {
@@ -45,20 +43,12 @@ static channel *channel_of(ps_link *link)
 
 static void *link_point(ps_link *link, int slot)
 {
-  const channel *shared = channel_of(link);
-  return shared->mirror->memory[((end *)link)->side] + (size_t)slot * shared->point;
-}
-
-static size_t outputs_at(const channel *shared)
-{
-  return (size_t)shared->slots * shared->point;
+  return ps__tray_point(&channel_of(link)->tray, ((end *)link)->side, slot);
 }
 
 static void *link_output(ps_link *link, int slot)
 {
-  const channel *shared = channel_of(link);
-  return shared->mirror->memory[((end *)link)->side] + outputs_at(shared) +
-         (size_t)slot * shared->output;
+  return ps__tray_output(&channel_of(link)->tray, ((end *)link)->side, slot);
 }
 
 static ps_status channel_new(const ps_layout *layout, int slots, const ps_backend *leader,
@@ -68,29 +58,20 @@ static ps_status channel_new(const ps_layout *layout, int slots, const ps_backen
   if (shared == NULL) {
     return PS_NO_MEMORY;
   }
-  shared->slots = slots;
-  shared->point = ps__vector_bytes(ps__x_bytes(layout));
-  shared->output = ps__vector_bytes(ps__m_bytes(layout));
-  ps_status status = PS_NO_MEMORY;
-  if (shared->point > SIZE_MAX / PS_SLOTS_MAX / 2 || shared->output > SIZE_MAX / PS_SLOTS_MAX / 2) {
-    ps__fail(status, "latents of %zu bytes do not fit in memory", ps__x_bytes(layout));
-    goto fail;
-  }
-  status = leader->mirror(leader, follower, (size_t)slots * (shared->point + shared->output),
-                          &shared->mirror);
+  ps_status status = ps__tray_open(layout, slots, leader, follower, &shared->tray);
   if (status != PS_OK) {
     goto fail;
   }
   status = ps__monitor_init(&shared->monitor);
   if (status != PS_OK) {
-    goto fail_mirror;
+    goto fail_tray;
   }
   *made = shared;
   return PS_OK;
 
-fail_mirror:
-  shared->mirror->ops->close(shared->mirror, PS_NEAR);
-  shared->mirror->ops->close(shared->mirror, PS_FAR);
+fail_tray:
+  ps__tray_close(&shared->tray, PS_NEAR);
+  ps__tray_close(&shared->tray, PS_FAR);
 fail:
   ps__free(shared);
   return status;
@@ -100,16 +81,6 @@ static void channel_free(channel *shared)
 {
   ps__monitor_destroy(&shared->monitor);
   ps__free(shared);
-}
-
-static ps_status send_points(channel *shared, ps_side from, const ps_header *message)
-{
-  return shared->mirror->ops->send(shared->mirror, from, 0, (size_t)message->count * shared->point);
-}
-
-static ps_status receive(channel *shared, ps_side to)
-{
-  return shared->mirror->ops->receive(shared->mirror, to);
 }
 
 /* ---- leader ---------------------------------------------------------------------------------- */
@@ -132,8 +103,8 @@ static ps_status leader_post(ps_link *link, const ps_header *message)
 {
   channel *shared = channel_of(link);
   ps_status status = may_post(shared);
-  if (status == PS_OK && message->kind == PS_MSG_WORK) {
-    status = send_points(shared, PS_NEAR, message);
+  if (status == PS_OK) {
+    status = ps__tray_send(&shared->tray, PS_NEAR, message);
   }
   if (status == PS_OK) {
     ps__monitor_enter(&shared->monitor);
@@ -162,7 +133,7 @@ static ps_status leader_collect(ps_link *link, const ps_wait *wait, ps_header *r
     status = ps__fail(PS_LOST, "the follower has left");
   }
   ps__monitor_leave(&shared->monitor);
-  return status == PS_OK ? receive(shared, PS_NEAR) : status;
+  return status == PS_OK ? ps__tray_receive(&shared->tray, PS_NEAR) : status;
 }
 
 /* ---- follower -------------------------------------------------------------------------------- */
@@ -177,10 +148,7 @@ static ps_status follower_take(ps_link *link, const ps_wait *wait, ps_header *me
     status = ps__monitor_wait(&shared->monitor, wait, &slice);
   }
   if (shared->leader_gone) {
-    memset(message, 0, sizeof *message);
-    message->magic = PS_MAGIC;
-    message->version = PS_WIRE_VERSION;
-    message->kind = PS_MSG_DONE;
+    *message = ps__done_message();
     status = PS_OK;
   } else if (shared->state == POSTED) {
     *message = shared->message;
@@ -188,7 +156,8 @@ static ps_status follower_take(ps_link *link, const ps_wait *wait, ps_header *me
     status = PS_OK;
   }
   ps__monitor_leave(&shared->monitor);
-  return status == PS_OK && message->kind == PS_MSG_WORK ? receive(shared, PS_FAR) : status;
+  return status == PS_OK && message->kind == PS_MSG_WORK ? ps__tray_receive(&shared->tray, PS_FAR)
+                                                         : status;
 }
 
 /* A reply to the message that was taken can be made: the leader is still there. */
@@ -219,17 +188,9 @@ static int leader_has_left(void *ctx)
 static ps_status send_outputs(channel *shared, const ps_header *reply)
 {
   ps_wait wait = {0, leader_has_left, shared};
-  const ps_mirror_ops *ops = shared->mirror->ops;
-  ps_status status = PS_OK;
-  if (reply->flags & PS_FLAG_MOVED) {
-    status = send_points(shared, PS_FAR, reply);
-  }
+  ps_status status = ps__tray_send(&shared->tray, PS_FAR, reply);
   if (status == PS_OK) {
-    status = ops->send(shared->mirror, PS_FAR, outputs_at(shared),
-                       (size_t)reply->count * shared->output);
-  }
-  if (status == PS_OK) {
-    status = ops->settle(shared->mirror, PS_FAR, &wait);
+    status = ps__tray_settle(&shared->tray, PS_FAR, &wait);
   }
   if (status == PS_INTERRUPTED) {
     status = ps__fail(PS_ABANDONED, "the leader went on without this follower");
@@ -276,7 +237,7 @@ static ps_status follower_reply(ps_link *link, const ps_header *reply)
 static void close_end(ps_link *link, bool leader)
 {
   channel *shared = channel_of(link);
-  shared->mirror->ops->close(shared->mirror, leader ? PS_NEAR : PS_FAR);
+  ps__tray_close(&shared->tray, leader ? PS_NEAR : PS_FAR);
   ps__monitor_enter(&shared->monitor);
   bool last = leader ? shared->follower_gone : shared->leader_gone;
   shared->leader_gone = shared->leader_gone || leader;
@@ -321,7 +282,7 @@ static end *end_new(const ps_link_ops *ops, channel *shared, ps_side side)
 {
   end *made = ps__alloc(sizeof *made);
   if (made != NULL) {
-    ps_link base = {.ops = ops, .slots = shared->slots, .same_clock = 1};
+    ps_link base = {.ops = ops, .slots = shared->tray.slots.count, .same_clock = 1};
     *made = (end){.base = base, .channel = shared, .side = side};
   }
   return made;
@@ -339,21 +300,14 @@ ps_status ps_threads_open_on(const ps_layout *layout, int slots, const ps_backen
                              ps_link **follower_end)
 {
   *leader_end = *follower_end = NULL;
-  ps_status status = ps__layout_check(layout);
-  if (status != PS_OK) {
-    return status;
-  }
   if (strcmp(leader_backend->name, follower_backend->name) != 0) {
     return ps__fail(PS_DEVICE,
                     "a leader on %s and a follower on %s: all ranks must be on the CPU, "
                     "or all on CUDA devices",
                     leader_backend->name, follower_backend->name);
   }
-  if (slots < 1 || slots > PS_SLOTS_MAX) {
-    return ps__fail(PS_INVALID, "%d slots: must be 1 to %d", slots, PS_SLOTS_MAX);
-  }
   channel *shared;
-  status = channel_new(layout, slots, leader_backend, follower_backend, &shared);
+  ps_status status = channel_new(layout, slots, leader_backend, follower_backend, &shared);
   if (status != PS_OK) {
     return status;
   }
@@ -372,8 +326,8 @@ ps_status ps_threads_open_on(const ps_layout *layout, int slots, const ps_backen
 fail_leader:
   ps__free(leader);
 fail_channel:
-  shared->mirror->ops->close(shared->mirror, PS_NEAR);
-  shared->mirror->ops->close(shared->mirror, PS_FAR);
+  ps__tray_close(&shared->tray, PS_NEAR);
+  ps__tray_close(&shared->tray, PS_FAR);
   channel_free(shared);
   return PS_NO_MEMORY;
 }

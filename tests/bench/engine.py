@@ -4,6 +4,7 @@ The denoiser only waits, so that ranks truly overlap on a machine with few cores
 figure, in turns within one run, stand the same sleeps behind a bare barrier of Python threads.
 
     python tests/bench/engine.py
+    python tests/bench/engine.py --modes threads processes
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import diffusers
 import numpy as np
 import torch
 from _table import arguments, show, verdict, write
+from _waiting import WAIT, Waiting
 
 import parastep
 
-WAIT = 0.020  # seconds a forward
 STEPS = 50
 
 
@@ -57,14 +58,6 @@ def sampled(ranks: int) -> tuple[float, int]:
     began = time.perf_counter()
     _, report = parastep.sample(program, denoiser, x, ranks=ranks, tolerance=math.inf, max_stride=1)
     return time.perf_counter() - began, report.rounds
-
-
-class Waiting(diffusers.SD3Transformer2DModel):
-    """A transformer of StableDiffusion3Pipeline that waits in place of computing."""
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
-        time.sleep(WAIT)
-        return (hidden_states * 0.9,)
 
 
 def waiting_pipeline() -> diffusers.StableDiffusion3Pipeline:
@@ -105,32 +98,41 @@ def host_alone(pipe: Any) -> float:
     return (seconds - barrier(1, STEPS)) / STEPS * 1e3
 
 
-def piped(pipe: Any, ranks: int) -> tuple[float, int]:
+def piped(parallel: Any) -> tuple[float, int]:
     """Seconds and rounds of a call through `parallelize`."""
-    devices = ["cpu"] * ranks
-    with parastep.parallelize(pipe, devices, tolerance=math.inf, max_stride=1) as parallel:
-        call(parallel)  # replicas are made once, at the first call
-        began = time.perf_counter()
-        call(parallel)
-        return time.perf_counter() - began, parallel.report.rounds
+    began = time.perf_counter()
+    call(parallel)
+    return time.perf_counter() - began, parallel.report.rounds
 
 
-def measure(repeats: int) -> tuple[list[list[Any]], list[dict[str, Any]]]:
+def parallel_pipeline(pipe: Any, ranks: int, mode: str) -> Any:
+    """After a first call, which makes the replicas and starts the workers."""
+    made = parastep.parallelize(pipe, ["cpu"] * ranks, tolerance=math.inf, max_stride=1, mode=mode)
+    call(made)
+    return made
+
+
+def measure(repeats: int, modes: list[str]) -> tuple[list[list[Any]], list[dict[str, Any]]]:
     pipe = waiting_pipeline()
     rows, figures = [], []
     goals = {("sample", p): 1.02 for p in (2, 4, 8)}
-    goals |= {("parallelize", 2): 1.05, ("parallelize", 4): 1.05, ("parallelize", 8): 1.10}
+    for mode in modes:
+        goals |= {(mode, 2): 1.05, (mode, 4): 1.05, (mode, 8): 1.10}
     for (kind, ranks), goal in goals.items():
+        parallel = None if kind == "sample" else parallel_pipeline(pipe, ranks, kind)
         ratios, overheads, hosts = [], [], []
         for _ in range(repeats):
-            seconds, rounds = sampled(ranks) if kind == "sample" else piped(pipe, ranks)
+            seconds, rounds = sampled(ranks) if parallel is None else piped(parallel)
             bare = barrier(ranks, rounds)
             ratios.append(seconds / bare)
             overheads.append((seconds - bare) / rounds * 1e3)
-            hosts.append(host_alone(pipe) * STEPS / rounds if kind == "parallelize" else 0.0)
+            hosts.append(host_alone(pipe) * STEPS / rounds if parallel is not None else 0.0)
+        if parallel is not None:
+            parallel.close()
         ratio = statistics.median(ratios)
         overhead, host = statistics.median(overheads), statistics.median(hosts)
         times = [f"{overhead:.2f}", f"{host:.2f}"]
+        kind = kind if parallel is None else f"parallelize, {kind}"
         rows.append([kind, ranks, rounds, f"{ratio:.3f}", *times, goal, verdict(ratio, goal)])
         figures.append({"through": kind, "ranks": ranks, "rounds": rounds, "ratio": ratio,
                         "overhead_ms": overhead, "host_ms": host, "target": goal})  # fmt: skip
@@ -138,10 +140,10 @@ def measure(repeats: int) -> tuple[list[list[Any]], list[dict[str, Any]]]:
 
 
 def main() -> None:
-    options = arguments("engine", repeats=5)
+    options = arguments("engine", repeats=5, modes=["threads"])
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rows, figures = measure(options.repeats)
+    rows, figures = measure(options.repeats, options.modes)
     # The last but two: what the untouched pipeline's own iterations of a round take without us.
     columns = ["through", "ranks", "rounds", "wall / bare", "ms more a round", "host's own ms"]
     columns += ["target", ""]

@@ -1,5 +1,6 @@
 /* test_nccl.c - the nccl transport on the stand-in libraries: runs over pairs, pairs kept from run
- * to run, ranks that never arrive, fail or fall silent, and every call of NCCL failing once.
+ * to run, ranks that never arrive, fail or fall silent, every call of NCCL failing once, and faults
+ * drawn at random (`make chaos`).
  */
 #include <math.h>
 #include <pthread.h>
@@ -27,6 +28,11 @@ static void sleep_ms(int ms)
 {
   const struct timespec pause = {ms / 1000, (ms % 1000) * 1000000L};
   nanosleep(&pause, NULL);
+}
+
+static int draw(uint64_t *random, int below)
+{
+  return (int)(fabs(stage_random(random)) * below) % below;
 }
 
 static void begin(void)
@@ -75,7 +81,7 @@ static void evaluate(int step, const void *point, void *output)
   CHECK_EQ(fake->fake_write(output, x, sizeof x), 0);
 }
 
-typedef enum conduct { HONEST, RAISES, FALLS_SILENT, LEAVES } conduct;
+typedef enum conduct { HONEST, RAISES, FALLS_SILENT, LEAVES, NOT_A_NUMBER, CONDUCTS } conduct;
 
 /* The follower's process: a thread with a device of its own. */
 typedef struct other {
@@ -89,13 +95,13 @@ typedef struct other {
   bool stop; /* changed atomically: who is silent may leave */
 } other;
 
-static void serve(other *self, ps_pair *pair)
+static void serve(other *self, ps_pair *pair, const ps_backend *backend)
 {
   ps_link *link;
   ps_follower *follower;
   ps_work work = {.count = 1};
   ps_wait wait = within(self->patience_ms);
-  self->status = ps_nccl_open(pair, &layout, 2, &link);
+  self->status = ps_nccl_open(pair, backend, &layout, 2, &link);
   self->status =
       self->status == PS_OK ? ps_follower_create(&layout, link, &follower) : self->status;
   if (self->status != PS_OK) {
@@ -115,6 +121,10 @@ static void serve(other *self, ps_pair *pair)
     if (now && self->does == LEAVES) {
       break;
     }
+    if (now && self->does == NOT_A_NUMBER && self->status == PS_OK && work.count > 0) {
+      const float nan = NAN;
+      CHECK_EQ(fake->fake_write(work.output[0], &nan, sizeof nan), 0);
+    }
     if (self->status == PS_OK && work.count > 0) {
       self->status = now && self->does == RAISES
                          ? ps_follower_fail(follower, "the model fell over")
@@ -133,7 +143,7 @@ static void *live(void *ctx)
   CHECK_OK(ps_cuda_open(1, &backend));
   self->connected = ps_nccl_connect(self->id, PS_FOLLOWS, backend, &wait, &pair);
   for (int run = 0; self->connected == PS_OK && run < self->runs; ++run) {
-    serve(self, pair);
+    serve(self, pair, backend);
   }
   if (self->connected == PS_OK) {
     ps_nccl_close(pair);
@@ -218,9 +228,9 @@ TEST(runs_over_one_pair)
   ps_leader_destroy(leader);
   for (int run = 0; run < RUNS; ++run) {
     ps_link *link, *second;
-    CHECK_OK(ps_nccl_open(pair, &layout, 2, &link));
+    CHECK_OK(ps_nccl_open(pair, backend, &layout, 2, &link));
     CHECK_STR(link->ops->transport, "nccl");
-    CHECK_STATUS(ps_nccl_open(pair, &layout, 2, &second), PS_STATE);
+    CHECK_STATUS(ps_nccl_open(pair, backend, &layout, 2, &second), PS_STATE);
     CHECK_OK(lead(backend, link, run == 1 ? INFINITY : 0.0, 0, x, &report, &leader));
     CHECK_EQ(report.failed, 0);
     CHECK(report.evaluations[1] > 0);
@@ -255,14 +265,19 @@ static void check_loss(conduct does, int at, ps_status expected)
   CHECK_OK(ps_nccl_connect(id, PS_LEADS, backend, &wait, &pair));
   CHECK_OK(lead(backend, NULL, 0, 0, alone, &report, &leader));
   ps_leader_destroy(leader);
-  CHECK_OK(ps_nccl_open(pair, &layout, 2, &link));
+  CHECK_OK(ps_nccl_open(pair, backend, &layout, 2, &link));
   CHECK_OK(lead(backend, link, 0, 300 * INT64_C(1000000), x, &report, &leader));
   CHECK_EQ(report.failed, 1);
   CHECK_EQ(report.failures[0].status, expected);
   CHECK_BYTES(x, alone, sizeof x);
   ps_leader_destroy(leader);
   if (expected == PS_DEADLINE) { /* something was on its way: the pair is gone with the run */
-    CHECK_STATUS(ps_nccl_open(pair, &layout, 2, &link), PS_LOST);
+    CHECK(!ps_nccl_alive(pair));
+    CHECK_OK(ps_nccl_open(pair, backend, &layout, 2, &link));
+    CHECK_OK(lead(backend, link, 0, 0, x, &report, &leader));
+    CHECK_EQ(report.failures[0].status, PS_LOST);
+    CHECK_BYTES(x, alone, sizeof x);
+    ps_leader_destroy(leader);
   }
   finish(&follower);
   ps_nccl_close(pair);
@@ -329,7 +344,7 @@ TEST(a_process_that_is_gone)
   start(&follower, id, FALLS_SILENT, 1, 1, 2000);
   CHECK_OK(ps_cuda_open(0, &backend));
   CHECK_OK(ps_nccl_connect(id, PS_LEADS, backend, &wait, &pair));
-  CHECK_OK(ps_nccl_open(pair, &layout, 2, &link));
+  CHECK_OK(ps_nccl_open(pair, backend, &layout, 2, &link));
   CHECK_EQ(pthread_create(&thread, NULL, lose_soon, pair), 0);
   CHECK_OK(lead(backend, link, 0, 0, x, &report, &leader));
   CHECK_EQ(report.failed, 1);
@@ -365,7 +380,7 @@ static void try_failure(const char *function, int n, int result)
   fake_nccl->fake_nccl_fail(function, n, result);
   start(&follower, id, HONEST, -1, 1, 300);
   ps_status status = ps_nccl_connect(id, PS_LEADS, backend, &wait, &pair);
-  if (status == PS_OK && ps_nccl_open(pair, &layout, 2, &link) == PS_OK) {
+  if (status == PS_OK && ps_nccl_open(pair, backend, &layout, 2, &link) == PS_OK) {
     CHECK_OK(lead(backend, link, 0, 300 * INT64_C(1000000), x, &report, &leader));
     CHECK_BYTES(x, alone, sizeof x);
     ps_leader_destroy(leader);
@@ -386,6 +401,65 @@ TEST_WITHIN(every_call_fails_once, 300)
       try_failure(functions[k], n, 6);
     }
   }
+}
+
+/* ---- faults at random ------------------------------------------------------------------------ */
+
+/* One accident of a follower, of NCCL or of the process, at a moment drawn at random. */
+static void survive(uint64_t *random, const float *alone, const ps_backend *backend)
+{
+  static const char *const functions[] = {"ncclCommInitRankConfig", "ncclSend", "ncclRecv",
+                                          "ncclCommGetAsyncError"};
+  enum { CALLS = sizeof functions / sizeof *functions, LOST = CONDUCTS + CALLS };
+  unsigned char id[PS_NCCL_ID_BYTES];
+  ps_pair *pair;
+  ps_link *link;
+  ps_leader *leader;
+  ps_report report;
+  ps_wait wait = within(300);
+  float x[SIZE];
+  other follower;
+  pthread_t thread;
+  int what = draw(random, LOST + 1), when = draw(random, STEPS);
+  conduct does = what < CONDUCTS ? (conduct)what : HONEST;
+  bool loses = what == LOST;
+  CHECK_OK(ps_nccl_id(id));
+  if (what >= CONDUCTS && !loses) {
+    fake_nccl->fake_nccl_fail(functions[what - CONDUCTS], 1 + 2 * when, 6);
+  }
+  start(&follower, id, does, when, 2, 300);
+  ps_status status = ps_nccl_connect(id, PS_LEADS, backend, &wait, &pair);
+  loses = loses && status == PS_OK && pthread_create(&thread, NULL, lose_soon, pair) == 0;
+  for (int run = 0; status == PS_OK && run < 2; ++run) {
+    CHECK_OK(ps_nccl_open(pair, backend, &layout, 2, &link));
+    CHECK_OK(lead(backend, link, 0, 60 * INT64_C(1000000), x, &report, &leader));
+    CHECK_BYTES(x, alone, sizeof x);
+    ps_leader_destroy(leader);
+  }
+  if (loses) {
+    CHECK_EQ(pthread_join(thread, NULL), 0);
+  }
+  ps_nccl_close(pair);
+  finish(&follower);
+  fake_nccl->fake_nccl_fail("", 0, 0);
+}
+
+TEST_WITHIN(chaos, 600)
+{
+  const ps_backend *backend;
+  ps_leader *leader;
+  ps_report report;
+  float alone[SIZE];
+  uint64_t random = 1234;
+  begin();
+  CHECK_OK(ps_cuda_open(0, &backend));
+  CHECK_OK(lead(backend, NULL, 0, 0, alone, &report, &leader));
+  ps_leader_destroy(leader);
+  for (int left = runner_faults() / 2; left > 0; --left) {
+    survive(&random, alone, backend);
+  }
+  backend->release(backend);
+  end();
 }
 
 TEST(without_the_library)

@@ -39,11 +39,19 @@ class Counts(ctypes.Structure):
 
 def build(folder: pathlib.Path) -> pathlib.Path:
     """Compiles the stand-in driver; it is loaded by path, before anyone asks for libcuda.so.1."""
+    return _compile(folder / "libcuda.so.1", "engine", "libcuda")
+
+
+def build_nccl(folder: pathlib.Path) -> pathlib.Path:
+    """The stand-in for NCCL, to be loaded after the driver's."""
+    return _compile(folder / "libnccl.so.2", "libnccl")
+
+
+def _compile(library: pathlib.Path, *names: str) -> pathlib.Path:
     flags = (ROOT / "compile_flags.txt").read_text().split()
-    sources = [f"tests/gpu/fake/{name}.c" for name in ("engine", "libcuda")]
-    library = folder / "libcuda.so.1"
+    sources = [f"tests/gpu/fake/{name}.c" for name in names]
     command = ["gcc", "-shared", *flags, "-O1", "-fPIC", "-fvisibility=default", "-Wl,-Bsymbolic"]
-    command += ["-Wl,-soname,libcuda.so.1", *sources, "-o", str(library)]
+    command += [f"-Wl,-soname,{library.name}", *sources, "-o", str(library)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return library
 

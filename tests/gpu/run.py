@@ -28,15 +28,18 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FAKES = ("libcuda.so.1", "libcublas.so.13", "libnccl.so.2")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
+PROCESSES = ("spawned", "group")  # functions of processes.py
 
 # Seconds that one command of a part may take. The first three parts are programs in C, the others
-# functions of parts.py. What is proved comes first, what is measured after it.
+# functions of parts.py and processes.py. What is proved comes first, what is measured after it.
 PARTS = {
     "kernels": 60,
     "sanitizer": 60,
     "nccl": 60,
     "exact": 90,
     "hosts": 90,
+    "spawned": 90,
+    "group": 90,
     "rounds": 60,
     "denoisers": 150,
     "one_gpu": 90,
@@ -89,7 +92,8 @@ def commands(part: str, count: int, programs: pathlib.Path, dry: bool) -> Iterat
         missing = "" if count > 1 else "one device"
         yield Command("nccl, cuda:0 and cuda:1", [nccl, "0", "1"], limit, missing)
     else:
-        words = [sys.executable, "tests/gpu/parts.py", part, str(count)]
+        file = "processes" if part in PROCESSES else "parts"
+        words = [sys.executable, f"tests/gpu/{file}.py", part, str(count)]
         yield Command(part, words + (["--dry"] if dry else []), limit)
 
 

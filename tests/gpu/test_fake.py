@@ -6,14 +6,11 @@ ends with a look at what it has to say.
 
 from __future__ import annotations
 
-import gc
-import shutil
 import threading
 import time
 import warnings
 from typing import Any
 
-import fake_arrays
 import numpy as np
 import pytest
 from fake_arrays import Exchanged, Plain, Setting
@@ -22,39 +19,6 @@ import parastep
 from parastep import _core
 
 STEPS = 12
-
-
-def _driver_is_loaded() -> bool:
-    with open("/proc/self/maps") as maps:
-        return any("libcuda.so" in line for line in maps)
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if shutil.which("gcc") is None:
-        pytest.skip("no gcc to build the stand-in driver with")
-    if _driver_is_loaded():
-        pytest.skip("a CUDA driver is loaded already")
-    return fake_arrays.load(fake_arrays.build(tmp_path_factory.mktemp("fake")))
-
-
-@pytest.fixture
-def fake(library: Any) -> Any:
-    library.fake_set(Setting(2, 1, 1, 7))
-    fake_arrays.Array.fake = library
-    library.fake_drain()
-    before = library.fake_count()
-    yield library
-    gc.collect()  # exceptions hold frames, and these what they held
-    library.fake_hang(-1)
-    library.fake_fail(b"", 0, 0)
-    for _ in range(2):  # what outlasted its run is buried by the next one
-        library.fake_drain()
-        _core.copy(Plain.of(np.zeros(1, "f4")))
-    library.fake_drain()
-    assert library.fake_complaint() is None
-    after = library.fake_count()
-    assert (after.blocks, after.pinned) == (before.blocks, before.pinned)
 
 
 def euler(steps: int = STEPS) -> Any:

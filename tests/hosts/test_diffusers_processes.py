@@ -36,6 +36,7 @@ from hosting import (  # noqa: E402
 )
 
 import parastep  # noqa: E402
+from parastep.diffusers import _by_workers as by_workers  # noqa: E402
 
 pytestmark = pytest.mark.timeout(280)  # a worker imports torch and diffusers, which takes seconds
 
@@ -102,6 +103,7 @@ def test_calls(together: Any) -> None:
         assert together.report.rounds == rounds_without_limit(9, RANKS)
         assert distance(result, own("sd", 9).result) < 0.3
         assert together.report.bytes_sent > 0 and len(together.report.timeline) > 9
+        assert together.report.transports == ["", "host", "host"]
         assert all(line.begin <= line.end for line in together.report.timeline)
     finally:
         together._options["tolerance"] = 0.0
@@ -229,7 +231,7 @@ def test_arguments_that_cannot_be_sent(together: Any) -> None:
     assert len(texts) == 1
 
 
-def test_pipelines_that_cannot_be_sent() -> None:
+def test_pipelines_that_cannot_be_sent(caplog: pytest.LogCaptureFixture) -> None:
     class Local(torch.nn.Identity):
         """A class that no other process can import."""
 
@@ -240,6 +242,23 @@ def test_pipelines_that_cannot_be_sent() -> None:
     assert torch.equal(result, own("sd", 6).result)
     assert "Local" in together.report.fallback and "mode='threads'" in together.report.fallback
     assert together.report.evaluations == [6, 0, 0] and len(texts) == 1
+    with parallel(pipe, RANKS, mode="processes") as together:
+        together._auto = True  # as where mode="auto" has chosen processes
+        with caplog.at_level("WARNING"):
+            check_good_call(together)
+        assert together.report.transports == ["", "threads", "threads"]
+    (line,) = caplog.messages
+    assert "ranks are threads" in line and "Local" in line
+
+
+def test_auto_means_processes_on_devices_of_ones_own() -> None:
+    def chosen(*names: str) -> bool:
+        return by_workers("auto", [torch.device(name) for name in names])
+
+    assert chosen("cuda:0", "cuda:1") and not chosen("cuda:0")
+    assert not chosen("cuda:0", "cuda:1", "cuda:0") and not chosen("cpu", "cpu")
+    assert by_workers("processes", [torch.device("cpu")])
+    assert not by_workers("threads", [torch.device("cuda", k) for k in range(2)])
 
 
 def open_descriptors() -> set[str]:

@@ -1,0 +1,351 @@
+/* pair.c - communicators of two ranks: NCCL's library, connecting, sending, waiting, giving up.
+ *
+ * Whoever starts processes connects pairs and keeps them from run to run; nccl.c sends a run's
+ * messages over them.  Nothing waits for the other end but connect and ps__pair_wait, which poll; a
+ * wait that nobody ends is ended by aborting the communicator, which costs that follower alone.
+ */
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+#include "transport/pair.h"
+
+/* ---- the library ----------------------------------------------------------------------------- */
+
+static ps__nccl_api nccl;
+
+static const char *const sonames[] = {"libnccl.so.2", "libnccl.so", NULL};
+
+static const ps__dl_entry entries[] = {
+#define X(field, symbol, optional, arguments) {#symbol, offsetof(ps__nccl_api, field), optional},
+    PS__NCCL_MAP(X)
+#undef X
+};
+
+static ps__dl_library library = {
+    .what = "NCCL",
+    .sonames = sonames,
+    .entries = entries,
+    .count = sizeof entries / sizeof *entries,
+    .table = &nccl,
+};
+
+static ps_status load(int *version)
+{
+  ps_status status = ps__dl_load(&library);
+  *version = 0;
+  if (status == PS_OK && nccl.version(version) != PS__NCCL_OK) {
+    status = ps__fail(PS_UNSUPPORTED, "NCCL does not tell its version");
+  }
+  if (status == PS_OK && *version < PS__NCCL_OLDEST) {
+    status = ps__fail(PS_UNSUPPORTED, "NCCL %d.%d is too old: 2.18 or later is needed",
+                      *version / 10000, *version / 100 % 100);
+  }
+  return status;
+}
+
+int ps_nccl_version(void)
+{
+  int version;
+  return load(&version) == PS_OK ? version : 0;
+}
+
+ps_status ps_nccl_id(unsigned char *id)
+{
+  ncclUniqueId made;
+  int version;
+  ps_status status = load(&version);
+  if (status == PS_OK && nccl.unique_id(&made) != PS__NCCL_OK) {
+    status = ps__fail(PS_UNSUPPORTED, "NCCL makes no id for a pair; is a network interface up?");
+  }
+  if (status == PS_OK) {
+    memcpy(id, &made, sizeof made);
+  }
+  return status;
+}
+
+/* ---- pairs ----------------------------------------------------------------------------------- */
+
+bool ps__pair_is_lost(const ps_pair *pair)
+{
+  return __atomic_load_n(&pair->lost, __ATOMIC_ACQUIRE) == 2;
+}
+
+void ps_nccl_lost(ps_pair *pair, const char *why)
+{
+  int none = 0;
+  if (__atomic_compare_exchange_n(&pair->lost, &none, 1, false, __ATOMIC_ACQ_REL,
+                                  __ATOMIC_ACQUIRE)) {
+    snprintf(pair->why, sizeof pair->why, "%s", why);
+    __atomic_store_n(&pair->lost, 2, __ATOMIC_RELEASE);
+  }
+}
+
+typedef struct doomed {
+  ncclComm_t comm;
+  const ps__device *device;
+} doomed;
+
+static void *abort_comm(void *ctx)
+{
+  doomed *it = ctx;
+  ps__scope scope;
+  if (ps__device_enter(it->device, &scope) == PS_OK) {
+    nccl.abort(it->comm);
+    ps__device_leave(&scope);
+  }
+  ps__free(it);
+  return NULL;
+}
+
+/* Aborting may take its time, or for ever where the driver hangs: a thread of its own waits for it.
+ * Where there is none to be had, the communicator is left behind. */
+static void abort_apart(ps_pair *pair)
+{
+  pthread_t thread;
+  doomed *it = pair->comm != NULL ? ps__alloc(sizeof *it) : NULL;
+  if (it == NULL) {
+    return;
+  }
+  *it = (doomed){pair->comm, pair->rank->device};
+  pair->comm = NULL;
+  if (pthread_create(&thread, NULL, abort_comm, it) == 0) {
+    pthread_detach(thread);
+  } else {
+    ps__free(it);
+  }
+}
+
+ps_status ps__pair_lose(ps_pair *pair, const char *why)
+{
+  ps_nccl_lost(pair, why);
+  abort_apart(pair);
+  return ps__fail(PS_LOST, "%s", ps__pair_is_lost(pair) ? pair->why : why);
+}
+
+void ps__pair_release(ps_pair *pair)
+{
+  if (__atomic_sub_fetch(&pair->references, 1, __ATOMIC_ACQ_REL) == 0) {
+    abort_apart(pair);
+    ps__stream_free(pair->rank->device, pair->stream);
+    pair->rank->base.release(&pair->rank->base);
+    ps__free(pair);
+  }
+}
+
+void ps__pair_retain(ps_pair *pair)
+{
+  __atomic_add_fetch(&pair->references, 1, __ATOMIC_ACQ_REL);
+}
+
+int ps_nccl_alive(const ps_pair *pair)
+{
+  return __atomic_load_n(&pair->lost, __ATOMIC_ACQUIRE) == 0;
+}
+
+/* What a run has left in the stream of a pair that is lost ends with the communicator alone. */
+void ps_nccl_close(ps_pair *pair)
+{
+  if (pair != NULL) {
+    if (ps__pair_is_lost(pair) && !__atomic_load_n(&pair->linked, __ATOMIC_ACQUIRE)) {
+      abort_apart(pair);
+    }
+    ps__pair_release(pair);
+  }
+}
+
+/* ---- waiting --------------------------------------------------------------------------------- */
+
+/* What a wait of the pair looks at between slices, besides what the caller wants. */
+typedef struct watch {
+  ps_pair *pair;
+  const ps_wait *wait; /* the caller's, or NULL */
+  bool failed;         /* the communicator has */
+} watch;
+
+static int look(void *ctx)
+{
+  watch *w = ctx;
+  int result = PS__NCCL_OK;
+  if (ps__pair_is_lost(w->pair) || w->pair->comm == NULL) {
+    return 1;
+  }
+  w->failed = nccl.async_error(w->pair->comm, &result) != PS__NCCL_OK ||
+              (result != PS__NCCL_OK && result != PS__NCCL_IN_PROGRESS);
+  return w->failed || (w->wait != NULL && w->wait->check != NULL && w->wait->check(w->wait->ctx));
+}
+
+static ps_status judge(const watch *w, ps_status status)
+{
+  if (status == PS_INTERRUPTED && w->failed) {
+    return ps__pair_lose(w->pair, "NCCL reports an error of the connection");
+  }
+  return status == PS_INTERRUPTED && ps__pair_is_lost(w->pair)
+             ? ps__pair_lose(w->pair, w->pair->why)
+             : status;
+}
+
+ps_status ps__pair_wait(ps_pair *pair, CUevent event, const ps_wait *wait)
+{
+  watch w = {pair, wait, false};
+  ps_wait ours = {wait != NULL ? wait->deadline_ns : 0, look, &w};
+  return judge(&w, ps__device_wait(pair->rank->device, event, &ours));
+}
+
+static void nap(void)
+{
+  const struct timespec pause = {0, 50 * 1000};
+  nanosleep(&pause, NULL);
+}
+
+/* A call of a communicator that does not block is over when it is no more in progress.  Outside of
+ * the device's scope, since check may run code of others. */
+static ps_status finish_call(ps_pair *pair, int result, const ps_wait *wait, const char *what)
+{
+  const int64_t slice_ns = 50 * 1000 * 1000;
+  int64_t slice_end = ps_now_ns() + slice_ns;
+  while (result == PS__NCCL_IN_PROGRESS) {
+    int64_t now = ps_now_ns();
+    if (ps__pair_is_lost(pair)) {
+      return ps__pair_lose(pair, pair->why);
+    }
+    if (wait->deadline_ns != 0 && now >= wait->deadline_ns) {
+      return ps__fail(PS_DEADLINE, "the deadline passed while %s", what);
+    }
+    if (now >= slice_end) {
+      slice_end = now + slice_ns;
+      if (wait->check != NULL && wait->check(wait->ctx)) {
+        return ps__fail(PS_INTERRUPTED, "interrupted while %s", what);
+      }
+    }
+    nap();
+    if (nccl.async_error(pair->comm, &result) != PS__NCCL_OK) {
+      break;
+    }
+  }
+  if (result != PS__NCCL_OK) {
+    char words[96];
+    snprintf(words, sizeof words, "NCCL fails with %d while %s", result, what);
+    return ps__pair_lose(pair, words);
+  }
+  return PS_OK;
+}
+
+/* May wait for this process's own threads. */
+ps_status ps__pair_transfer(ps_pair *pair, bool send, void *p, size_t bytes)
+{
+  const int64_t patience_ns = INT64_C(10) * 1000000000;
+  ps_wait wait = {ps_now_ns() + patience_ns, NULL, NULL};
+  int peer = pair->role == PS_LEADS ? 1 : 0;
+  ps__scope scope;
+  if (pair->comm == NULL) {
+    return ps__pair_lose(pair, "the connection was given up");
+  }
+  ps_status status = ps__device_enter(pair->rank->device, &scope);
+  if (status != PS_OK) {
+    return status;
+  }
+  int result = send ? nccl.send(p, bytes, PS__NCCL_BYTES, peer, pair->comm, pair->stream)
+                    : nccl.recv(p, bytes, PS__NCCL_BYTES, peer, pair->comm, pair->stream);
+  ps__device_leave(&scope);
+  status = finish_call(pair, result, &wait, send ? "sending" : "receiving");
+  return status == PS_DEADLINE ? ps__pair_lose(pair, ps_last_error()) : status;
+}
+
+/* ---- connecting ------------------------------------------------------------------------------ */
+
+static ps_status init(ps_pair *pair, const unsigned char *id, const ps_wait *wait)
+{
+  ncclUniqueId there;
+  ncclConfig_t config = {
+      .size = sizeof config,
+      .magic = (unsigned)PS__NCCL_MAGIC,
+      .version = PS__NCCL_OLDEST,
+      .blocking = 0,
+      .cgaClusterSize = PS__NCCL_UNDEFINED,
+      .minCTAs = PS__NCCL_UNDEFINED,
+      .maxCTAs = 4, /* a latent of a few MB needs no more, and the rest is the model's */
+      .splitShare = PS__NCCL_UNDEFINED,
+  };
+  ps__scope scope;
+  memcpy(&there, id, sizeof there);
+  ps_status status = ps__device_enter(pair->rank->device, &scope);
+  if (status != PS_OK) {
+    return status;
+  }
+  int result = nccl.init(&pair->comm, 2, there, pair->role == PS_LEADS ? 0 : 1, &config);
+  if (result != PS__NCCL_OK && result != PS__NCCL_IN_PROGRESS) {
+    nccl.group_end(); /* an early failure leaves the library's group open in this thread */
+  }
+  ps__device_leave(&scope);
+  return finish_call(pair, result, wait, "connecting to the other rank");
+}
+
+ps_status ps__pair_mark(const ps_pair *pair, CUevent event)
+{
+  const ps__device *device = pair->rank->device;
+  ps__scope scope;
+  ps_status status = ps__device_enter(device, &scope);
+  if (status == PS_OK) {
+    status = ps__cuda_check(device, ps__cuda.event_record(event, pair->stream), "an event");
+    ps__device_leave(&scope);
+  }
+  return status;
+}
+
+/* The first messages connect for good, which a round should not wait for. */
+static ps_status greet(ps_pair *pair, const ps_wait *wait)
+{
+  enum { BYTES = 64 };
+  CUdeviceptr block;
+  CUevent done;
+  ps__device *device = pair->rank->device;
+  bool leads = pair->role == PS_LEADS;
+  ps_status status = ps__event_new(device, &done);
+  if (status != PS_OK) {
+    return status;
+  }
+  status = ps__device_alloc(device, BYTES, &block);
+  if (status == PS_OK) {
+    status = ps__pair_transfer(pair, leads, (void *)(uintptr_t)block, BYTES);
+    status =
+        status == PS_OK ? ps__pair_transfer(pair, !leads, (void *)(uintptr_t)block, BYTES) : status;
+    ps_status marked =
+        ps__pair_mark(pair, done); /* the block is freed behind it, whatever came of these */
+    status = status == PS_OK ? marked : status;
+    status = status == PS_OK ? ps__pair_wait(pair, done, wait) : status;
+    ps__device_free_after(device, done);
+    ps__device_free(device, block);
+  }
+  ps__event_free(device, done);
+  return status;
+}
+
+ps_status ps_nccl_connect(const unsigned char *id, ps_role role, const ps_backend *backend,
+                          const ps_wait *wait, ps_pair **out)
+{
+  static const ps_wait forever = {0, NULL, NULL};
+  int version;
+  *out = NULL;
+  wait = wait != NULL ? wait : &forever;
+  if (strcmp(backend->name, "cuda") != 0) {
+    return ps__fail(PS_DEVICE, "NCCL joins CUDA devices, and this rank is on %s", backend->name);
+  }
+  ps_status status = load(&version);
+  ps_pair *pair = status == PS_OK ? ps__alloc(sizeof *pair) : NULL;
+  if (pair == NULL) {
+    return status != PS_OK ? status : PS_NO_MEMORY;
+  }
+  *pair = (ps_pair){.references = 1, .role = role, .rank = ps__cuda_rank_of(backend)};
+  backend->retain(backend);
+  status = ps__stream_new(pair->rank->device, &pair->stream);
+  status = status == PS_OK ? init(pair, id, wait) : status;
+  status = status == PS_OK ? greet(pair, wait) : status;
+  if (status != PS_OK) {
+    ps__pair_release(pair);
+    return status;
+  }
+  *out = pair;
+  return PS_OK;
+}

@@ -1,0 +1,35 @@
+/* pair.h - a communicator of two ranks, between pair.c, which makes it, and nccl.c, which sends a
+ * run's messages over it.
+ */
+#ifndef PS_PAIR_H
+#define PS_PAIR_H
+
+#include "backend/cuda.h"
+#include "transport/nccl_api.h"
+
+struct ps_pair {
+  int references; /* the caller's, and that of a link; changed atomically */
+  ps_role role;
+  ps__cuda_rank *rank; /* retained */
+  CUstream stream;
+  ncclComm_t comm; /* NULL once it is aborted */
+  bool linked;     /* changed atomically */
+  int lost;        /* changed atomically; why is written before it */
+  char why[160];
+};
+
+void ps__pair_retain(ps_pair *pair);
+void ps__pair_release(ps_pair *pair);
+
+bool ps__pair_is_lost(const ps_pair *pair);
+/* Gives the communicator up; PS_LOST, with the first reason there was. */
+ps_status ps__pair_lose(ps_pair *pair, const char *why);
+
+/* A message into the pair's stream; never waits for the other end. */
+ps_status ps__pair_transfer(ps_pair *pair, bool send, void *p, size_t bytes);
+/* Puts the event behind all work of the pair. */
+ps_status ps__pair_mark(const ps_pair *pair, CUevent event);
+/* Until the event, the pair's loss, or what the caller's wait (or NULL) says. */
+ps_status ps__pair_wait(ps_pair *pair, CUevent event, const ps_wait *wait);
+
+#endif
