@@ -24,6 +24,7 @@ from .api import describe, serve
 from .ktracing import NotTraceableError, Traced, noise_ahead, to_d, to_denoised
 from .quiet import name_of
 from .report import Report
+from .speculation import Speculation
 from .stacking import Stacking
 from .threads import HostContext
 
@@ -61,7 +62,7 @@ class Host:
         return None
 
 
-class Sampling:
+class Sampling(Speculation):
     """One run of a sampler function; also the model that it is handed."""
 
     def __init__(
@@ -77,12 +78,11 @@ class Sampling:
 
         `reason`, where there is one, is why the model is to be asked alone from the start.
         """
+        super().__init__(reason)
         self._model, self._lanes, self._options = model, list(lanes), options
         self._host = host or Host()
-        self.reason = reason
         self.calls = 0  # of the model, by the sampler
         self.evaluated = 0  # times that it ran
-        self.leader: _core.Leader | None = None
         self._interrupted: BaseException | None = None  # in a follower's thread
         self._threads: dict[int, threading.Thread] = {}
         self._arguments: dict[str, Any] = {}
@@ -168,7 +168,7 @@ class Sampling:
                 **self._options,
             )
         except (NotTraceableError, _core.Error) as error:
-            self._give_up(str(error))
+            self.give_up(str(error))
             return
         self._arguments = dict(extra_args)
         self._levels = rows.levels
@@ -200,23 +200,6 @@ class Sampling:
                 thread.join(0.02 if self._interrupted is not None else until - time.monotonic())
         if self._interrupted is not None:
             self._host.cancel(False)
-
-    def _give_up(self, reason: str) -> None:
-        """From here on the model is asked alone."""
-        if self.reason is None:
-            self.reason = reason
-            if self.leader is not None:
-                self.leader.stop(reason)
-
-    def _told(self, ask: Callable[..., Any], *args: Any) -> Any:
-        """What the core says; an error of its own ends speculation, not the run."""
-        try:
-            return ask(*args)
-        except (_core.LostError, _core.InterruptedRunError):
-            raise
-        except (_core.Error, BufferError) as error:
-            self._give_up(str(error))
-            return None
 
     # ---- followers -------------------------------------------------------------------------------
 
@@ -295,11 +278,11 @@ class Sampling:
         """Ends speculation where this is not the call that followers evaluated ahead."""
         given = self._arguments
         if step >= len(self._levels) or not torch.equal(sigma, self._sigma(step, x)):
-            self._give_up("the sampler asks at other noise levels than it did when it was traced")
+            self.give_up("the sampler asks at other noise levels than it did when it was traced")
         elif arguments.keys() != given.keys() or any(arguments[k] is not given[k] for k in given):
-            self._give_up("the sampler changes the arguments of the model")
+            self.give_up("the sampler changes the arguments of the model")
         elif (reason := self._host.altered()) is not None:
-            self._give_up(reason)
+            self.give_up(reason)
 
     def _check_interrupt(self) -> None:
         if self._interrupted is not None:

@@ -31,6 +31,7 @@ from .seam import (
     named_arguments,
     sample_in,
 )
+from .speculation import Speculation
 from .tracing import Traced, trace_rows
 from .watch import Watch
 
@@ -46,7 +47,7 @@ class _First(NamedTuple):
     traced: Traced
 
 
-class Leading:
+class Leading(Speculation):
     """Hooks on the user's pipeline for one call.
 
     `begin` is called when the loop begins, before its first denoiser call: the time for followers.
@@ -62,11 +63,10 @@ class Leading:
         begin: Callable[[], None],
         open_lane: Callable[[], None],
     ) -> None:
+        super().__init__()
         self.pipe, self.call, self.options = pipe, call, options
         self.generator, self._begin, self._open_lane = generator, begin, open_lane
-        self.leader: _core.Leader | None = None
         self.active = call.ranks > 1 or call.lane  # the core is asked
-        self.reason: str | None = None  # why it is not any more
         self.steps = 0  # calls of the scheduler's step so far
         self.evaluated = 0  # those whose denoisers ran
         self.submitted = 0  # and whose output the core took
@@ -109,12 +109,8 @@ class Leading:
             hooks.wrap_method(scheduler, "scale_model_input", self._scale)
 
     def give_up(self, reason: str) -> None:
-        """From here on the pipeline runs as it would without us."""
-        if self.reason is None:
-            self.active, self.reason = False, reason
-            self._leave_batch()
-            if self.leader is not None:
-                self.leader.stop(reason)
+        self.active = False
+        super().give_up(reason)
 
     def complete(self) -> None:
         """The pipeline returned. Denoiser calls without a step were those of another scheduler."""
@@ -126,16 +122,6 @@ class Leading:
         """The call is over, one way or another: followers leave."""
         if self.leader is not None:
             self.leader.finish()
-
-    def _told(self, ask: Callable[..., Any], *args: Any) -> Any:
-        """What the core says; an error of its own ends speculation, not the pipeline's call."""
-        try:
-            return ask(*args)
-        except (_core.LostError, _core.InterruptedRunError):
-            raise
-        except (_core.Error, BufferError) as error:
-            self.give_up(str(error))
-            return None
 
     # ---- encoders --------------------------------------------------------------------------------
 
