@@ -1,8 +1,8 @@
 """A node's description as the host wants it: its V3 schema, or the older class attributes.
 
-A node here is a class with `node_id`, `display_name`, `description`, `category`, `aliases`, inputs
-and outputs in the older notation, {name: (type, options)} and ((type, name), ...), and a static
-method `run`; `cached` is False where it is to run whenever the graph does.
+A node here is a class with `node_id`, `display_name`, `description`, `category`, `aliases`, inputs,
+optional inputs and outputs in the older notation, {name: (type, options)} and ((type, name), ...),
+and a static method `run`; `cached` is False where it is to run whenever the graph does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ except ImportError:  # a host without V3 nodes
 def old_node(node: Any) -> type:
     """The class that NODE_CLASS_MAPPINGS wants."""
     members = {
-        "INPUT_TYPES": classmethod(lambda cls: {"required": node.inputs}),
+        "INPUT_TYPES": classmethod(
+            lambda cls: {"required": node.inputs, "optional": node.optional}
+        ),
         "RETURN_TYPES": tuple(kind for kind, _ in node.outputs),
         "RETURN_NAMES": tuple(name for _, name in node.outputs),
         "FUNCTION": "run",
@@ -57,7 +59,13 @@ def _v3_node(node: Any) -> type:
             "category": node.category,
             "description": node.description,
             "search_aliases": list(node.aliases),
-            "inputs": [_input(name, *described) for name, described in node.inputs.items()],
+            "inputs": [
+                *(_input(name, *described) for name, described in node.inputs.items()),
+                *(
+                    _input(name, kind, {**options, "optional": True})
+                    for name, (kind, options) in node.optional.items()
+                ),
+            ],
             "outputs": [_type(kind).Output(display_name=name) for kind, name in node.outputs],
             "not_idempotent": not node.cached,
         }

@@ -22,6 +22,7 @@ class ParaStepReport:
         "model": ("MODEL", {"tooltip": "The model that the sampler was given."}),
         "latent": ("LATENT", {"tooltip": "What the sampler made; so the node runs after it."}),
     }
+    optional: dict[str, Any] = {}
     outputs = (("LATENT", "latent"), ("STRING", "report"), ("IMAGE", "timeline"))
 
     @staticmethod

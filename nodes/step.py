@@ -74,11 +74,34 @@ class ParaStep:
             },
         ),
     }
+    # Not among the required ones, so that graphs saved before it was there still run.
+    optional: dict[str, Any] = {
+        "max_stride": (
+            "INT",
+            {
+                "default": 0,
+                "min": 0,
+                "max": 64,
+                "advanced": True,
+                "tooltip": "1: every step is evaluated on some device and verified, and one "
+                "device alone gains nothing. More: evaluations lie at most so many steps apart. "
+                "0: as far apart as the quality allows.",
+            },
+        ),
+    }
     outputs = (("MODEL", "model"),)
 
     @staticmethod
     def run(
-        model: Any, devices: str, quality: str, tolerance: float, policy: str, order: int
+        model: Any,
+        devices: str,
+        quality: str,
+        tolerance: float,
+        policy: str,
+        order: int,
+        max_stride: int = 0,
     ) -> tuple[Any]:
-        limit = tolerance if quality == _OWN else quality
-        return (host().patch(model, devices, tolerance=limit, policy=policy, order=order),)
+        options: dict[str, Any] = {"policy": policy, "order": order}
+        options["tolerance"] = tolerance if quality == _OWN else quality
+        options["max_stride"] = max_stride or None
+        return (host().patch(model, devices, **options),)

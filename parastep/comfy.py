@@ -23,7 +23,7 @@ import torch
 from . import _core
 from .api import describe
 from .comfy_lanes import Lane, make_lanes, without_host_split
-from .comfy_replicas import add_replicas, patcher_on, refresh_replicas
+from .comfy_replicas import Replicas, add_replicas, patcher_on
 from .comfy_serial import reason_against
 from .ksampling import Host, Sampling, may_stride
 from .ktracing import Traced, trace
@@ -80,7 +80,7 @@ def patch(
     for kind in (wrappers.SAMPLER_SAMPLE, wrappers.PREPARE_SAMPLING):
         model.wrappers.get(kind, {}).pop(KEY, None)  # of a node before this one
     model.add_wrapper_with_key(wrappers.SAMPLER_SAMPLE, KEY, steps)
-    model.add_wrapper_with_key(wrappers.PREPARE_SAMPLING, KEY, refresh_replicas)
+    model.add_wrapper_with_key(wrappers.PREPARE_SAMPLING, KEY, steps.replicas.prepare)
     return model
 
 
@@ -176,6 +176,7 @@ class ParaStep:
 
     def __init__(self, devices: list[torch.device], options: dict[str, Any]) -> None:
         self.devices, self.options = devices, options
+        self.replicas = Replicas(devices)
         self.report: Report | None = None
 
     def __deepcopy__(self, memo: Any) -> ParaStep:
@@ -218,8 +219,9 @@ class ParaStep:
             patcher = functools.partial(
                 patcher_on, guider.model_patcher, extra_args.get("model_options", {})
             )
-            lanes, missing = make_lanes(model, extra_args, self.devices[1:], patcher)
-            for line in missing:
+            devices, short = self.replicas.with_room()
+            lanes, missing = make_lanes(model, extra_args, devices, patcher)
+            for line in dict.fromkeys([*short, *missing]):
                 _log.warning("ParaStep: %s", line)
         run = Sampling(model, lanes, core, host, reason)
         rows = functools.partial(_rows, stock, model, sigmas, extra_args, options)

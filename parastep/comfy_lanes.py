@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .kguidance import Function, with_function
+
 _OF_THE_HOST = ("multigpu_clones", "multigpu_thread_pool")  # its own split of CFG over GPUs
 
 
@@ -39,10 +41,16 @@ class Lane:
         transformer_options = options.get("transformer_options", {})
         if "sample_sigmas" in transformer_options:
             transformer_options["sample_sigmas"] = self._here(transformer_options["sample_sigmas"])
+        if self._elsewhere:
+            _move_patches(options, device)
         self.extra_args["model_options"] = options
 
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, sigma: torch.Tensor, after_guidance: Function | None = None
+    ) -> torch.Tensor:
         arguments = {**self.extra_args, "model_options": copied(self.extra_args["model_options"])}
+        if after_guidance is not None:
+            arguments = with_function(arguments, after_guidance)
         return self.model(x.to(self.device), sigma.to(self.device), **arguments).to(x.device)
 
     def _guider(self, guider: Any, patcher: Any) -> Any:
@@ -97,6 +105,23 @@ class Lane:
         if hasattr(value, "_copy_with") and hasattr(value, "cond"):
             return value._copy_with(self._here(value.cond))
         return value
+
+
+def _move_patches(options: dict[str, Any], device: torch.device) -> None:
+    """Patches that hold weights of their own (a hypernetwork's) get a copy of them on the device,
+    where the host, which knows one device a patch, would move them back and forth.
+    """
+
+    def moved(patch: Any) -> Any:
+        return copy.deepcopy(patch).to(device) if hasattr(patch, "to") else patch
+
+    transformer_options = options.get("transformer_options", {})
+    for patches in transformer_options.get("patches", {}).values():
+        patches[:] = [moved(patch) for patch in patches]
+    for patches in transformer_options.get("patches_replace", {}).values():
+        patches.update({place: moved(patch) for place, patch in patches.items()})
+    if "model_function_wrapper" in options:
+        options["model_function_wrapper"] = moved(options["model_function_wrapper"])
 
 
 def copied(options: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 
 from . import _core
 from .api import describe, serve
+from .kguidance import Guidance, Unguided, added_functions, call_after_guidance, with_function
 from .ktracing import NotTraceableError, Traced, noise_ahead, to_d, to_denoised
 from .quiet import name_of
 from .report import Report
@@ -28,7 +29,8 @@ from .speculation import Speculation
 from .stacking import Stacking
 from .threads import HostContext
 
-Lane = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, sigma (B,)) -> denoised
+# (x, sigma (B,)) -> denoised; a third argument is a function to be called after guidance.
+Lane = Callable[..., torch.Tensor]
 Function = Callable[..., torch.Tensor]
 
 _PATIENCE = 10.0  # seconds for followers that are at work when the leader's loop is left
@@ -89,6 +91,8 @@ class Sampling(Speculation):
         self._levels = torch.empty(0)
         self._noise: list[torch.Tensor] | None = None
         self._noise_given = 0
+        self._guidance: Guidance | None = None  # of a sampler that uses the unguided output as well
+        self._functions: list[Any] = []  # by which it learns of that
         self._seconds = 0.0
 
     def __getattr__(self, name: str) -> Any:
@@ -158,11 +162,13 @@ class Sampling(Speculation):
             program = rows.program(noise=self._noise is not None)
             if not self._lanes and not program.strides:
                 return
+            if rows.e is not None:
+                self._guidance = Guidance(rows.b, rows.e)
             devices = [x.device, *(getattr(lane, "device", x.device) for lane in self._lanes)]
             places = [d.index if d.type == "cuda" else -1 for d in devices]
             self.leader = _core.Leader(
                 program,
-                x,
+                self._latents(x),
                 ranks=len(devices),
                 devices=places if x.is_cuda else None,
                 **self._options,
@@ -213,8 +219,36 @@ class Sampling(Speculation):
             raise
 
     def _d(self, model: Lane, step: int, point: torch.Tensor) -> torch.Tensor:
-        sigma = self._sigma(step, point)
-        return to_d(point, sigma, model(point, sigma))
+        if self._guidance is None:
+            sigma = self._sigma(step, point)
+            return to_d(point, sigma, model(point, sigma))
+        x, other = point.chunk(2)
+        sigma, unguided = self._sigma(step, x), Unguided()
+        output = self._output(x, sigma, model(x, sigma, unguided), unguided)
+        # The parts are guessed alike up to rounding and the core's own guesses of d + q; by the
+        # slope with which it rebases, the second output is one at its own point.
+        output[len(x) :] += (other - x) * (0.5 / float(self._levels[step]))
+        if step >= self.calls:  # and not the first round's check, at the call itself
+            self._guidance.take(step, output)
+        return output
+
+    def _latents(self, x: torch.Tensor) -> torch.Tensor:
+        """As the core has them."""
+        return (x if self._guidance is None else torch.cat([x, x])).contiguous()
+
+    def _output(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        denoised: torch.Tensor,
+        unguided: Unguided | None,
+    ) -> torch.Tensor:
+        """As the core has it: d, or (d, d + q)."""
+        d = to_d(x, sigma, denoised)
+        if unguided is None:
+            return d
+        assert unguided.seen is not None
+        return torch.cat([d, to_d(x, sigma, unguided.seen.to(x.device))])
 
     def _sigma(self, step: int, x: torch.Tensor) -> torch.Tensor:
         return self._levels[step].to(x.device).repeat(len(x))
@@ -224,30 +258,59 @@ class Sampling(Speculation):
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **arguments: Any) -> torch.Tensor:
         step, self.calls = self.calls, self.calls + 1
         if self.leader is None or self.reason is not None:
-            return self._evaluate(x, sigma, arguments)
+            return self._evaluate(x, sigma, None, arguments)
         self._watch(step, x, sigma, arguments)
         if self.reason is None and (answer := self._ask(step, x, arguments)) is not None:
-            return self._host.settle(to_denoised(x, sigma, answer), sigma, arguments)
+            return self._answered(x, sigma, answer, arguments)
         began = _core.now_ns()
-        denoised = self._evaluate(x, sigma, arguments)
+        unguided = Unguided() if self._guidance is not None else None
+        denoised = self._evaluate(x, sigma, unguided, arguments)
+        if unguided is not None and unguided.seen is None:
+            self.give_up("the guider tells nobody of its unguided output")
         if self.reason is None:
-            self._told(self.leader.submit, to_d(x, sigma, denoised), began)
+            output = self._output(x, sigma, denoised, unguided)
+            self._told(self.leader.submit, output, began)
+            if self._guidance is not None:
+                self._guidance.take(step, output)
         self._check_interrupt()
         return denoised
 
     def _evaluate(
-        self, x: torch.Tensor, sigma: torch.Tensor, arguments: dict[str, Any]
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        unguided: Unguided | None,
+        arguments: dict[str, Any],
     ) -> torch.Tensor:
         self.evaluated += 1
+        if unguided is not None:
+            arguments = with_function(arguments, unguided)
         return self._model(x, sigma, **arguments)
+
+    def _answered(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        answer: torch.Tensor,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        """Denoised latents by the core's answer, of which the sampler's functions are told."""
+        d, *unguided = answer.split(len(x))
+        denoised = to_denoised(x, sigma, d)
+        if self._guidance is not None:
+            self._guidance.take(self.calls - 1, answer)
+            given = (x, sigma, denoised, to_denoised(x, sigma, *unguided))
+            call_after_guidance(self._functions, *given)
+        return self._host.settle(denoised, sigma, arguments)
 
     def _ask(self, step: int, x: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor | None:
         """d of this call by a verified output, or interpolated; None: to be evaluated."""
         assert self.leader is not None
         self._give_noise(step)
+        x = self._latents(x)
         answer = torch.empty_like(x, memory_format=torch.contiguous_format)
         while True:
-            answered = self._told(self.leader.ask, step, x.contiguous(), answer)
+            answered = self._told(self.leader.ask, step, x, answer)
             self._check_interrupt()
             if answered is not None or self.reason is not None:
                 return answer if answered else None
@@ -256,7 +319,7 @@ class Sampling(Speculation):
     def _evaluate_ahead(self, arguments: dict[str, Any]) -> None:
         """A round in which the model runs at guesses ahead of this call, as in a follower."""
         assert self.leader is not None
-        model = partial(self._evaluate, arguments=arguments)
+        model = partial(self._evaluate, unguided=None, arguments=arguments)
         work = self._told(self.leader.work) or []
         outputs = [self._d(model, step, point) for step, point in work]
         for take, given in ((self.leader.fill, outputs), (self.leader.submit, None)):
@@ -264,18 +327,24 @@ class Sampling(Speculation):
                 self._told(take, given)
 
     def _give_noise(self, step: int) -> None:
-        """Noise of the rows that the next guesses may pass."""
-        if self._noise is None or self.leader is None:
-            return
-        horizon = min(self.leader.horizon, len(self._noise))
-        for later in range(max(self._noise_given, step), horizon):
-            self._told(self.leader.noise, later, self._noise[later])
-        self._noise_given = max(self._noise_given, horizon)
+        """Noise of the rows that the next guesses may pass; what q adds is told anew each time."""
+        assert self.leader is not None
+        horizon = min(self.leader.horizon, len(self._levels))
+        if self._guidance is not None:
+            for later, z in enumerate(self._guidance.ahead(step, horizon), step):
+                drawn = 0.0 if self._noise is None else self._latents(self._noise[later])
+                self._told(self.leader.noise, later, z + drawn)
+        elif self._noise is not None:
+            for later in range(max(self._noise_given, step), horizon):
+                self._told(self.leader.noise, later, self._noise[later])
+            self._noise_given = max(self._noise_given, horizon)
 
     def _watch(
         self, step: int, x: torch.Tensor, sigma: torch.Tensor, arguments: dict[str, Any]
     ) -> None:
         """Ends speculation where this is not the call that followers evaluated ahead."""
+        if step == 0 and self._guidance is not None:
+            self._learn_functions(arguments)
         given = self._arguments
         if step >= len(self._levels) or not torch.equal(sigma, self._sigma(step, x)):
             self.give_up("the sampler asks at other noise levels than it did when it was traced")
@@ -283,6 +352,15 @@ class Sampling(Speculation):
             self.give_up("the sampler changes the arguments of the model")
         elif (reason := self._host.altered()) is not None:
             self.give_up(reason)
+
+    def _learn_functions(self, arguments: dict[str, Any]) -> None:
+        """The options with the sampler's functions are those that the next calls are to have."""
+        before, now = (a.get("model_options") or {} for a in (self._arguments, arguments))
+        functions = added_functions(before, now)
+        if functions is None:
+            return self.give_up("the sampler changes the options of the model")
+        self._functions = functions
+        self._arguments = {**self._arguments, "model_options": now}
 
     def _check_interrupt(self) -> None:
         if self._interrupted is not None:

@@ -6,8 +6,9 @@ for the first latent and for each answer, so that a latent it hands to the model
 with which these went into it. No sampler is re-implemented. With sigma the noise level of a call, D
 its denoised output and d = (x - D) / sigma, the rows read
 
-    x_{j+1} = sum_k ( a[j, k] x_{j-k} + b[j, k] d_{j-k} ) + z_j
+    x_{j+1} = sum_k ( a[j, k] x_{j-k} + b[j, k] d_{j-k} + e[j, k] q_{j-k} ) + z_j
 
+with q the unguided output less the guided one, d, where a sampler works with both (`kguidance`).
 One row is one model call, whatever the steps of the sampler. Rows serve guesses alone: a sampler
 that is not affine makes worse ones, never a wrong picture. Called by `comfy`; knows no host.
 """
@@ -27,6 +28,7 @@ import torch
 
 from . import _core
 from .api import describe
+from .kguidance import added_functions, call_after_guidance
 from .noise import Draws
 
 Array = npt.NDArray[np.float64]
@@ -51,14 +53,16 @@ class Traced:
     b: Array  # (N, H)
     error: float  # of the worst row on its own run, in units of the next noise level
     draws: bool  # it draws noise somewhere
+    e: Array | None = None  # (N, H); None: the unguided output is not used
 
     def program(self, noise: bool = False) -> _core.Program:
         """s is the noise level; g = 0.5 / s is half the slope that holds the denoised output fixed.
 
-        With `noise` each row adds z_j as it is: `noise_ahead` gives it ready to be added.
+        With `noise` each row adds z_j as it is: `noise_ahead` gives it ready to be added; likewise
+        what q adds.
         """
         s = self.levels.double().numpy()
-        c = np.ones(len(s)) if noise else None
+        c = np.ones(len(s)) if noise or self.e is not None else None
         return _core.Program(self.a, self.b, c, s, 0.5 / s)
 
 
@@ -77,18 +81,19 @@ def _beside(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 class StandIn:
-    """Stands in for the model in a run of a sampler: notes where it is asked, answers d_j.
+    """Stands in for the model in a run of a sampler: notes where it is asked, answers d_j and q_j.
 
     Everything else that a sampler looks up on its model, the guider and the noise schedule behind
     it, is the real one's.
     """
 
     def __init__(
-        self, model: Any, answer: Callable[[int, torch.Tensor], torch.Tensor | float]
+        self, model: Any, answer: Callable[[int], tuple[torch.Tensor | float, torch.Tensor | float]]
     ) -> None:
         self._model, self._answer = model, answer
         self.most = 0  # model calls that are let through
-        self.functions = 0  # after guidance that the host has already, not the sampler
+        self.options: dict[str, Any] = {}  # of the model, before the sampler
+        self.guided_alone = True  # the sampler does not look at the unguided output
         self.x: list[torch.Tensor] = []
         self.sigma: list[torch.Tensor] = []
 
@@ -100,12 +105,19 @@ class StandIn:
     ) -> torch.Tensor:
         if len(self.x) == self.most:
             raise NotTraceableError(_ADAPTIVE)
-        if len((model_options or {}).get("sampler_post_cfg_function", ())) > self.functions:
-            raise NotTraceableError("the sampler works with the unguided output as well (CFG++)")
-        d = self._answer(len(self.x), x)
+        functions = added_functions(self.options, model_options or {})
+        if functions is None:
+            raise NotTraceableError("the sampler changes the options of the model")
+        d, q = self._answer(len(self.x))
         self.x.append(x.clone())
         self.sigma.append(sigma.reshape(-1)[0].clone())
-        return x - self.sigma[-1].to(x.dtype) * d
+        denoised = x - self.sigma[-1].to(x.dtype) * d
+        if functions:
+            self.guided_alone = False
+            unguided = x - self.sigma[-1].to(x.dtype) * (d + q)
+            if not call_after_guidance(functions, x, sigma, denoised, unguided):
+                raise NotTraceableError("the sampler changes the output of the model")
+        return denoised
 
 
 def trace(
@@ -137,7 +149,7 @@ def _traced(
 ) -> Traced:
     draws = _Zeros()
     one = torch.zeros(1, 1, 1, 1, device=sigmas.device)
-    asked = StandIn(model, lambda j, x: 0.0)
+    asked = StandIn(model, lambda j: (0.0, 0.0))
     _run(function, asked, one, sigmas, extra_args, options, draws)
     levels = torch.stack(asked.sigma).cpu() if asked.sigma else one.flatten()[:0].cpu()
     count = len(levels)
@@ -145,12 +157,13 @@ def _traced(
         raise NotTraceableError(f"{count} model call{'s' * (count != 1)} leave nothing to gain")
     if not bool((levels > 0).all()):
         raise NotTraceableError("the sampler asks for a model output at noise level 0")
+    parts = 1 if asked.guided_alone else 2
     try:
-        x = _on_basis(function, model, sigmas.double(), extra_args, options, draws, levels)
+        x = _on_basis(function, model, sigmas.double(), extra_args, options, draws, levels, parts)
     except RuntimeError:  # one that computes in float32 by itself and meets float64
-        x = _on_basis(function, model, sigmas.float(), extra_args, options, draws, levels)
-    a, b, error = _rows(x, levels.double().numpy())
-    return Traced(levels, a, b, error, draws.seen)
+        x = _on_basis(function, model, sigmas.float(), extra_args, options, draws, levels, parts)
+    a, b, *e, error = _rows(x, levels.double().numpy(), parts)
+    return Traced(levels, a, b, error, draws.seen, *e)
 
 
 def _on_basis(
@@ -161,15 +174,17 @@ def _on_basis(
     options: dict[str, Any],
     draws: _Zeros,
     levels: torch.Tensor,
+    parts: int,
 ) -> Array:
-    """The latents x_0 .. x_N of a run on basis vectors, (N + 1, 1 + N); sigmas gives the dtype.
+    """The latents x_0 .. x_N of a run on basis vectors, (N + 1, 1 + parts N); sigmas gives the
+    dtype.
 
-    Column 0 belongs to the function's first latent, column 1 + l to d_l.
+    Column 0 belongs to the function's first latent, column 1 + l to d_l, 1 + N + l to q_l.
     """
     count = len(levels)
-    units = torch.eye(count + 1, dtype=sigmas.dtype, device=sigmas.device)
-    units = units.reshape(count + 1, 1, 1, 1, count + 1)
-    asked = StandIn(model, lambda j, x: units[min(1 + j, count)])
+    units = torch.eye(1 + 2 * count, dtype=sigmas.dtype, device=sigmas.device)
+    units = units[:, : 1 + parts * count].reshape(1 + 2 * count, 1, 1, 1, 1 + parts * count)
+    asked = StandIn(model, lambda j: (units[1 + j % count], units[1 + count + j % count]))
     result = _run(function, asked, units[0].clone(), sigmas, extra_args, options, draws)
     found = torch.stack(asked.sigma).float().cpu()
     if len(found) != count or not torch.allclose(found, levels, rtol=1e-4):
@@ -180,28 +195,32 @@ def _on_basis(
     return x
 
 
-def _rows(x: Array, s: Array) -> tuple[Array, Array, float]:
-    """Rows of the shortest history that explains the latents x (N + 1, 1 + N), on the basis.
+def _rows(x: Array, s: Array, parts: int) -> tuple[Any, ...]:
+    """Rows (a, b, error) of the shortest history that explains the latents x (N + 1, 1 + parts N)
+    on the basis; (a, b, e, error) where an output has two parts.
 
-    Column 0 of x is the first latent, of about s_0 in size, column 1 + l is d_l, of about 1.
+    Column 0 of x is the first latent, of about s_0 in size, the others are of about 1.
     """
-    fits = [_fit(x, s, h) for h in range(1, min(_LONGEST, len(s)) + 1)]
+    fits = [_fit(x, s, h, parts) for h in range(1, min(_LONGEST, len(s)) + 1)]
     limit = max(_EXACT, _NEAR * min(error for *_, error in fits))
-    return next(fit for fit in fits if fit[2] <= limit)
+    return next(fit for fit in fits if fit[-1] <= limit)
 
 
-def _fit(x: Array, s: Array, history: int) -> tuple[Array, Array, float]:
-    count = len(s)
-    a, b, worst = np.zeros((count, history)), np.zeros((count, history)), 0.0
+def _fit(x: Array, s: Array, history: int, parts: int) -> tuple[Any, ...]:
+    count, worst = len(s), 0.0
+    a, *of_outputs = np.zeros((1 + parts, count, history))
     for j in range(count):
         back = j - np.arange(min(history, j + 1))
-        size = np.ones(count + 1)
-        size[0], size[1 + back] = s[0], 0.0  # what b accounts for is left out of the fit
+        columns = [1 + part * count + back for part in range(parts)]
+        size = np.ones(x.shape[1])
+        size[0], size[np.concatenate(columns)] = s[0], 0.0  # outputs are left out of the fit
         weights = np.linalg.lstsq((x[back] * size).T, x[j + 1] * size, rcond=None)[0]
         rest = x[j + 1] - weights @ x[back]
-        a[j, : len(back)], b[j, : len(back)] = weights, rest[1 + back]
+        a[j, : len(back)] = weights
+        for rows, at in zip(of_outputs, columns):
+            rows[j, : len(back)] = rest[at]
         worst = max(worst, float(np.linalg.norm(rest * size)) / s[min(j + 1, count - 1)])
-    return a, b, worst
+    return (a, *of_outputs, worst)
 
 
 def noise_ahead(
@@ -220,7 +239,7 @@ def noise_ahead(
     """
     if options.get("noise_sampler") is not None:
         raise NotTraceableError("the sampler is given a source of noise that cannot be copied")
-    asked = StandIn(model, lambda j, x: 0.0)
+    asked = StandIn(model, lambda j: (0.0, 0.0))
     devices = [x.device] if x.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
@@ -265,7 +284,7 @@ def _run(
     }
     options = copy.copy(options)
     model.most = _MOST_CALLS * len(sigmas)
-    model.functions = len(extra_args.get("model_options", {}).get("sampler_post_cfg_function", ()))
+    model.options = extra_args.get("model_options", {})
     if zeros is not None and "noise_sampler" in inspect.signature(function).parameters:
         options["noise_sampler"] = lambda *_: torch.randn_like(x)
     with zeros if zeros is not None else contextlib.nullcontext():

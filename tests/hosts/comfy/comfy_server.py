@@ -79,7 +79,7 @@ class Server:
                 command, cwd=PATH, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
 
-    def wait(self, seconds: float = 120.0) -> None:
+    def wait(self, seconds: float = 300.0) -> None:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if self.process.poll() is not None:

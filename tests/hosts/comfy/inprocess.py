@@ -23,6 +23,7 @@ def load_host() -> None:
     assert spec is not None and spec.loader is not None
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     sys.path.insert(0, PATH)
+    torch.set_num_threads(1)  # those of all lanes would wait for each other, and for the machine
     arguments, sys.argv = sys.argv, sys.argv[:1]
     try:
         importlib.import_module("comfy.options")

@@ -81,12 +81,33 @@ def sample_adaptive(model, x, sigmas, extra_args=None, callback=None, disable=No
     return x
 
 
-def sample_unguided(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """Adds a function after guidance, as the CFG++ samplers do."""
-    extra = dict(extra_args or {})
+def _after_guidance(extra, function):
+    """Arguments with a function after guidance, as the CFG++ samplers have one."""
     options = dict(extra.get("model_options", {}))
-    options["sampler_post_cfg_function"] = [lambda args: args["denoised"]]
-    extra["model_options"] = options
+    before = options.get("sampler_post_cfg_function", [])
+    options |= {"sampler_post_cfg_function": [*before, function]}
+    return {**extra, "model_options": {**options, "disable_cfg1_optimization": True}}
+
+
+def sample_euler_cfg_pp(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """For variance-exploding schedules."""
+    unguided = None
+
+    def function(args):
+        nonlocal unguided
+        unguided = args["uncond_denoised"]
+        return args["denoised"]
+
+    extra = _after_guidance(extra_args or {}, function)
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, _one(x, sigmas[i]), **extra)
+        x = denoised + (x - unguided) / sigmas[i] * sigmas[i + 1]
+    return x
+
+
+def sample_changing(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Has a function after guidance that changes what the model returns."""
+    extra = _after_guidance(extra_args or {}, lambda args: 0.99 * args["denoised"])
     return sample_euler(model, x, sigmas, extra, callback, disable)
 
 
@@ -95,4 +116,5 @@ SAMPLERS = {
     "heun": sample_heun,
     "dpmpp_2m": sample_dpmpp_2m,
     "euler_ancestral": sample_euler_ancestral,
+    "euler_cfg_pp": sample_euler_cfg_pp,
 }

@@ -173,6 +173,65 @@ def test_functions_of_the_model():
         parallel(exact(build(), "sd15", change=change))
 
 
+class Hypernetwork:
+    """Patches keys and values of attention, as the host's hypernetworks do, with its own weights
+    on one device.
+    """
+
+    def __init__(self):
+        self.layers, self.device = {}, "cpu"
+
+    def layer(self, width):
+        if width not in self.layers:
+            generator = torch.Generator().manual_seed(width)
+            self.layers[width] = 0.05 * torch.randn(width, width, generator=generator)
+        return self.layers[width]
+
+    def __call__(self, q, k, v, extra_options):
+        layer = self.layer(k.shape[-1])
+        return q, k + k @ layer, v + v @ layer
+
+    def to(self, to):
+        if isinstance(to, torch.device):  # or a dtype
+            self.device = to
+        return self
+
+
+@pytest.mark.parametrize("devices", [["cpu"] * 3, ["cpu", "cpu:1", "cpu:2"]])
+def test_hypernetworks(devices):
+    from inprocess import sample
+
+    patch = Hypernetwork()
+
+    def with_patches(model):
+        model = model.clone()
+        model.set_model_attn1_patch(patch)
+        model.set_model_attn2_patch(patch)
+        return model
+
+    model = build()
+    assert not torch.equal(sample(model, "sd15"), sample(with_patches(model), "sd15"))
+    for given in ({"change": with_patches}, {"after": with_patches}):
+        parallel(exact(model, "sd15", devices=devices, **given))
+        assert str(patch.device) == "cpu"  # a lane elsewhere has a copy
+
+
+def test_two_patched_models_in_one_graph():
+    """Each has its report, and neither touches the other's samples."""
+    from inprocess import sample
+
+    from parastep.comfy import of_model, patch
+
+    first, second = build("eps"), build("flow")
+    ours = [patch(model, ["cpu"] * 3, tolerance=0.0) for model in (first, second)]
+    for sampler in ("euler", "dpmpp_2m"):
+        for kind, model, own in (("eps", ours[0], first), ("flow", ours[1], second)):
+            given = {"sampler": sampler, "steps": 6 if kind == "eps" else 9}
+            assert torch.equal(sample(model, kind, **given), sample(own, kind, **given))
+    assert [of_model(model).report.steps for model in ours] == [6, 9]
+    parallel(of_model(ours[0]).report)
+
+
 def test_what_keeps_state_runs_serially():
     def counting(model):
         model, seen = model.clone(), 0

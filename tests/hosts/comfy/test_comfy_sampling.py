@@ -42,7 +42,7 @@ class Model:
 
     def __call__(self, x, sigma, model_options=None, seed=None, **more):
         self.calls += 1
-        return denoise(x, sigma)
+        return guided(x, sigma, (model_options or {}).get("sampler_post_cfg_function", ()))
 
 
 def denoise(x, sigma):
@@ -53,13 +53,24 @@ def denoise(x, sigma):
     return (0.25 * x + s2 * mean) / width
 
 
+def guided(x, sigma, functions):
+    """With another unguided output, of which the functions are told, as a host does."""
+    denoised = denoise(x, sigma)
+    unguided = 0.9 * denoised - 0.1 * torch.sin(x / (1 + sigma.reshape(-1, 1, 1, 1)))
+    for function in functions:
+        denoised = function({"denoised": denoised, "uncond_denoised": unguided})
+    return denoised
+
+
+def lane(x, sigma, *functions):
+    return guided(x, sigma, functions)
+
+
 def latents(batch=2):
     return torch.randn(batch, 4, 4, 4, generator=torch.Generator().manual_seed(1)) * SIGMAS[0]
 
 
-def run(
-    function, ranks=4, lane=denoise, host=None, model=None, lanes=None, sigmas=SIGMAS, **options
-):
+def run(function, ranks=4, lane=lane, host=None, model=None, lanes=None, sigmas=SIGMAS, **options):
     """(result, Sampling) of a run with `ranks`."""
     model = model or Model()
     lanes = [lane] * (ranks - 1) if lanes is None else lanes
@@ -118,13 +129,23 @@ def test_euler_is_known_by_heart():
     assert np.allclose(program.g * program.s, 0.5) and not program.c.any()
 
 
+def test_rows_of_a_sampler_that_uses_the_unguided_output():
+    rows = traced(ksamplers.sample_euler_cfg_pp)
+    s = SIGMAS.double().numpy()
+    # x' = D + s' / s (x - U), with D = x - s d and U = x - s (d + q)
+    assert np.allclose(rows.a, 1) and np.allclose(rows.b[:, 0], np.diff(s), atol=1e-6)
+    assert rows.e is not None and np.allclose(rows.e[:, 0], s[1:], atol=1e-6)
+    assert rows.program().c.all() and not rows.program().strides
+    assert traced(ksamplers.sample_euler).e is None
+
+
 def test_levels_are_those_of_the_loop_bit_for_bit():
     for function in ksamplers.SAMPLERS.values():
         seen = []
 
         def model(x, sigma, seen=seen, **more):
             seen.append(sigma[0].clone())
-            return x * 0.9
+            return Model()(x, sigma, **more)
 
         function(model, latents(), SIGMAS.clone(), dict(ARGUMENTS))
         assert torch.equal(torch.stack(seen), traced(function).levels)
@@ -154,7 +175,7 @@ def test_noise_ahead_is_what_the_loop_draws():
     "function, words",
     [
         (ksamplers.sample_adaptive, "chooses its noise levels"),
-        (ksamplers.sample_unguided, "CFG"),
+        (ksamplers.sample_changing, "changes the output"),
         (lambda *args, **more: 1 / 0, "ZeroDivisionError"),
         (lambda model, x, sigmas, **more: x, "0 model calls"),
     ],
@@ -209,6 +230,34 @@ def test_no_limit_takes_as_few_rounds_as_there_can_be():
         assert sampling.report.rounds == 1 + math.ceil((steps - 1) / 4)
 
 
+def test_the_unguided_output_is_right_in_every_answer():
+    """Whether a call is answered or evaluated, the sampler's function sees the output at x."""
+
+    def checking(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        seen = []
+
+        def function(args):
+            seen.append(args["uncond_denoised"])
+            return args["denoised"]
+
+        options = {"sampler_post_cfg_function": [function]}
+        extra = {**extra_args, "model_options": {**extra_args["model_options"], **options}}
+        for i in range(len(sigmas) - 1):
+            sigma = sigmas[i].repeat(len(x))
+            denoised = model(x, sigma, **extra)
+            if isinstance(model, Sampling):
+                true = []
+                lane(x, sigma, lambda args, true=true: true.append(args["uncond_denoised"]))
+                assert (seen[-1] - true[0]).abs().max() < 0.1 * float(sigmas[i])
+            x = denoised + (x - seen[-1]) / sigmas[i] * sigmas[i + 1]
+        assert len(seen) == len(sigmas) - 1
+        return x
+
+    _, sampling = run(checking, tolerance=0.02)
+    assert sampling.report.fallback is None
+    assert sampling.report.rounds < 0.8 * sampling.report.steps
+
+
 def test_callbacks_see_true_latents():
     seen = []
     sampling = Sampling(Model(), [denoise] * 3, {"tolerance": 0.02})
@@ -224,7 +273,7 @@ def test_callbacks_see_true_latents():
 
 
 def test_serial_with_the_reason():
-    for function in (ksamplers.sample_adaptive, ksamplers.sample_unguided):
+    for function in (ksamplers.sample_adaptive, ksamplers.sample_changing):
         result, sampling = run(function, tolerance=0.02)
         alone = function(Model(), latents(), SIGMAS.clone(), dict(ARGUMENTS))
         assert torch.equal(result, alone)
@@ -279,7 +328,7 @@ def test_without_strides_one_device_is_the_sampler_alone(options):
         assert sampling.report.fallback is None
 
 
-@pytest.mark.parametrize("name", ["euler_ancestral", "heun"])
+@pytest.mark.parametrize("name", ["euler_ancestral", "heun", "euler_cfg_pp"])
 def test_samplers_that_draw_or_return_to_a_level_stay_at_stride_1(name):
     result, sampling = run(ksamplers.SAMPLERS[name], 1, tolerance=0.1)
     assert torch.equal(result, own(name)) and sampling.leader is None

@@ -29,6 +29,8 @@ def test_nodes_are_declared(server):
     assert step["category"] == report["category"] == "advanced/multigpu"
     inputs = step["input"]["required"]
     assert list(inputs) == ["model", "devices", "quality", "tolerance", "policy", "order"]
+    assert list(step["input"]["optional"]) == ["max_stride"]  # graphs of before have none
+    inputs = {**inputs, **step["input"]["optional"]}
     assert all(options.get("tooltip") for _, options in inputs.values())
     kind, options = inputs["quality"]
     words = kind if isinstance(kind, list) else options["options"]
@@ -81,6 +83,16 @@ def test_one_device_and_three(server):
         pairs = list(zip(own, run.outputs["end"]["latent"]))
         assert sum((a - b) ** 2 for a, b in pairs) < 1e-3 * sum(a * a for a, _ in pairs)
     assert rounds[1] < rounds[0] < 30
+
+
+def test_every_step_verified(server):
+    given = {"scheduler": "simple", "steps": 30}
+    for devices, one in (("cpu", True), ("cpu cpu cpu", False)):
+        node = {"quality": "balanced", "devices": devices, "max_stride": 1}
+        words = server.run(graphs.basic("flow", **given, with_node=node)).outputs["words"]
+        (text,) = words["text"]
+        assert "interpolated" not in text
+        assert (int(text.split()[3]) == 30) == one, text
 
 
 def test_progress_and_previews_are_the_hosts_own(server):
@@ -194,6 +206,7 @@ def test_advanced_and_custom_samplers(server):
         **base,
         "noise": graphs.node("RandomNoise", noise_seed=4),
         "guider": graphs.node("CFGGuider", **common, cfg=2.5),
+        "third": graphs.node("TinyText", kind="flow", seed=3),
         "solver": graphs.node("KSamplerSelect", sampler_name="dpmpp_2m"),
         "sigmas": graphs.node(
             "BasicScheduler", model=["model", 0], scheduler="simple", steps=9, denoise=1.0
@@ -207,5 +220,13 @@ def test_advanced_and_custom_samplers(server):
             latent_image=["latent", 0],
         ),
     }
-    own = server.run(custom).outputs["end"]["digest"]
-    assert server.run(graphs.insert(custom, EXACT)).outputs["end"]["digest"] == own
+    alone = graphs.node("BasicGuider", model=["model", 0], conditioning=["positive", 0])
+    texts = {"cond1": ["positive", 0], "cond2": ["third", 0], "negative": ["negative", 0]}
+    strengths = {"cfg_conds": 3.0, "cfg_cond2_negative": 2.0, "style": "regular"}
+    dual = graphs.node("DualCFGGuider", model=["model", 0], **texts, **strengths)
+    for guider in (custom["guider"], alone, dual):
+        graph = {**custom, "guider": guider}
+        own = server.run(graph).outputs["end"]["digest"]
+        ours = server.run(graphs.insert(graph, EXACT)).outputs
+        assert ours["end"]["digest"] == own
+        assert "serially" not in ours["words"]["text"][0]
