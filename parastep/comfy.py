@@ -10,6 +10,7 @@ multi-GPU clones where it has them. Used by the node pack in `nodes/`; imports t
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
 import math
@@ -299,6 +300,18 @@ class _Comfy(Host):
         return {k: v for k, v in vars(self._guider).items() if isinstance(v, plain)}
 
 
+def _alpha(schedule: Any, levels: torch.Tensor) -> Any:
+    """Scales of the clean latent at each noise level, by how the host adds noise to one: 1, or
+    1 - sigma in flow models. None where it does not say.
+    """
+    clean = torch.ones(len(levels), 1)
+    try:
+        noisy = schedule.noise_scaling(levels.clone(), torch.zeros_like(clean), clean)
+    except Exception:  # a class of another pack's own
+        return None
+    return noisy.flatten().double().cpu().numpy()
+
+
 def _rows(
     stock: Any,
     model: Any,
@@ -314,8 +327,12 @@ def _rows(
         if key in kept:
             return kept[key]
     except TypeError:  # an option that cannot be hashed
-        return trace(stock, model, sigmas, extra_args, options)
-    found = kept[key] = trace(stock, model, sigmas, extra_args, options)
+        key = None
+    found = trace(stock, model, sigmas, extra_args, options)
+    found = dataclasses.replace(found, alpha=_alpha(schedule, found.levels))
+    if key is None:
+        return found
+    kept[key] = found
     while len(kept) > _TRACES:
         del kept[next(iter(kept))]
     return found

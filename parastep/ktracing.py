@@ -54,6 +54,7 @@ class Traced:
     error: float  # of the worst row on its own run, in units of the next noise level
     draws: bool  # it draws noise somewhere
     e: Array | None = None  # (N, H); None: the unguided output is not used
+    alpha: Array | None = None  # (N,) scales of the clean latent in those noisy ones; None: all 1
 
     def program(self, noise: bool = False) -> _core.Program:
         """s is the noise level; g = 0.5 / s is half the slope that holds the denoised output fixed.
@@ -63,7 +64,7 @@ class Traced:
         """
         s = self.levels.double().numpy()
         c = np.ones(len(s)) if noise or self.e is not None else None
-        return _core.Program(self.a, self.b, c, s, 0.5 / s)
+        return _core.Program(self.a, self.b, c, s, 0.5 / s, self.alpha)
 
 
 def to_d(x: torch.Tensor, sigma: torch.Tensor, denoised: torch.Tensor) -> torch.Tensor:

@@ -1,110 +1,169 @@
-"""ComfyUI's samplers on the trained demo model: rounds and distance, and what one rank costs.
+"""ComfyUI's samplers on the trained demo models: rounds and distance, and what one rank costs.
 
-    COMFYUI_PATH=... python tests/bench/comfyui.py [--seeds 2] [--steps 20 30 50] [--ranks 2 4 8]
-        [--max-stride 1]
+    COMFYUI_PATH=... python tests/bench/comfyui.py [--models image video sound] [--seeds 1]
+        [--steps 20 30 50] [--ranks 1 2 4 8] [--tolerance 0.02] [--max-stride 1] [--jobs 2]
 
-Distance is the relative L2 distance of the final latents to the untouched sampler's, guidance 3,
-karras schedule. Runs in the host's own code in this process, on the CPU.
+One table a model, a line for each sampler and number of steps. A cell has the rounds, and the
+relative L2 distance of the final latents to the untouched sampler's, the mean over seeds. Guidance
+is the demo's own. Runs in the host's own code, on the CPU, a model in a process; what one rank
+costs is measured alone, before.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import pathlib
 import statistics
 import sys
 import time
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "hosts" / "comfy"))
 
 SAMPLERS = ("euler", "dpmpp_2m", "dpmpp_2m_sde", "heun", "uni_pc", "euler_ancestral")
+MODELS = {  # the kind of the tests' loader, and the schedule that its users would choose
+    "image": ("demo", "karras"),
+    "video": ("demo_video", "sgm_uniform"),
+    "sound": ("demo_sound", "simple"),
+}
 
 
-def compare(steps: int, ranks: int, seeds: int, tolerance: float, max_stride: int | None) -> None:
-    import inprocess
-    from tiny_pack import models
-
-    from parastep.comfy import of_model, patch
-
-    model = models.build("demo")
-    for sampler in SAMPLERS:
-        calls, rounds, distances = 0, [], []
-        for seed in range(seeds):
-            given = {
-                "sampler": sampler,
-                "scheduler": "karras",
-                "steps": steps,
-                "seed": seed,
-                "positive": models.conditioning("demo", seed % 10),
-                "negative": models.conditioning("demo", -1),
-            }
-            own = inprocess.sample(model, "demo", **given)
-            ours = patch(model, ["cpu"] * ranks, tolerance=tolerance, max_stride=max_stride)
-            found = inprocess.sample(ours, "demo", **given)
-            report = of_model(ours).report
-            calls = report.steps
-            rounds.append(report.rounds)
-            distances.append(float((found - own).norm() / own.norm()))
-        mean = statistics.mean(distances)
-        print(
-            f"| {sampler} | {steps} | {ranks} | {calls} | {statistics.mean(rounds):.1f} "
-            f"| {mean:.1e} |",
-            flush=True,
-        )
-
-
-def cost_of_one_rank(repeats: int = 5) -> None:
-    """Seconds with the node over seconds without, one rank, a denoiser that waits 20 ms."""
-    import inprocess
-    from tiny_pack import models
-
-    from parastep.comfy import patch
-
-    model = models.build("eps", slow_ms=20.0)
-    with_node, ratios = patch(model, ["cpu"], max_stride=1), []
-    for _ in range(repeats):
-        seconds = []
-        for each in (model, with_node):
-            began = time.perf_counter()
-            inprocess.sample(each, "eps", steps=20)
-            seconds.append(time.perf_counter() - began)
-        ratios.append(seconds[1] / seconds[0])
-    print(f"one rank, 20 steps of 20 ms: {statistics.median(ratios):.4f} of the time without")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, nargs="+", default=[20, 30, 50])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--tolerance", type=float, default=0.02)
-    parser.add_argument("--max-stride", type=int, help="1: every step is evaluated by some rank")
-    given = parser.parse_args()
-
-    import comfy_server
+def load() -> None:
     import torch
 
-    if comfy_server.PATH is None:
-        print("left out: COMFYUI_PATH names no checkout of ComfyUI")
-        return
     torch.set_num_threads(1)
     import inprocess
 
     from parastep import demo
 
     # Before there are stand-ins for missing packages, of which transformers would take notice.
-    demo.load("image").load()
+    for name in demo.NAMES:
+        demo.load(name).load()
     inprocess.load_host()
-    logging.disable(logging.INFO)
-    print(f"ComfyUI {inprocess.version()}, tolerance {given.tolerance}")
-    cost_of_one_rank()
-    print(
-        "| sampler | steps | ranks | model calls | rounds | distance |\n|---|---|---|---|---|---|"
+    logging.disable(logging.WARNING)
+
+
+def cell(model: Any, own: Any, runs: list[dict[str, Any]], options: dict[str, Any]) -> str:
+    """Rounds and distance of these runs of a patched model; `own` are the untouched results."""
+    import inprocess
+
+    from parastep.comfy import of_model, patch
+
+    ours = patch(model, ["cpu"] * options["ranks"], **options["patch"])
+    rounds, distances = [], []
+    for stock, given in zip(own, runs):
+        found = inprocess.sample(ours, **given)
+        report = of_model(ours).report
+        rounds.append(report.rounds)
+        distances.append(float((found - stock).norm() / stock.norm()))
+    return f"{statistics.mean(rounds):.3g}, {statistics.mean(distances):.2g}"
+
+
+def table(name: str, given: argparse.Namespace) -> str:
+    """In a process of its own."""
+    load()
+    import inprocess
+    from tiny_pack import models
+
+    from parastep import demo
+
+    kind, scheduler = MODELS[name]
+    model, trained = models.build(kind), demo.load(name)
+    heads = [f"{ranks} rank{'s' * (ranks > 1)}" for ranks in given.ranks]
+    lines = [f"| {name}, {scheduler} | steps: calls | " + " | ".join(heads) + " |"]
+    lines.append("|---" * (2 + len(heads)) + "|")
+    for sampler in SAMPLERS:
+        for steps in given.steps:
+            runs = [
+                {
+                    "kind": kind,
+                    "sampler": sampler,
+                    "scheduler": scheduler,
+                    "steps": steps,
+                    "seed": seed,
+                    "cfg": trained.guidance,
+                    "positive": models.conditioning(kind, seed % 10),
+                    "negative": models.conditioning(kind, -1),
+                }
+                for seed in range(given.seeds)
+            ]
+            calls: list[int] = []
+            own = [counted(model, run, calls) for run in runs]
+            patch = {"tolerance": given.tolerance, "max_stride": given.max_stride}
+            cells = [cell(model, own, runs, {"ranks": r, "patch": patch}) for r in given.ranks]
+            lines.append(f"| {sampler} | {steps}: {calls[0]} | " + " | ".join(cells) + " |")
+            print(lines[-1], file=sys.stderr, flush=True)
+    return f"ComfyUI {inprocess.version()}, tolerance {given.tolerance}\n" + "\n".join(lines)
+
+
+def counted(model: Any, run: dict[str, Any], calls: list[int]) -> Any:
+    """The untouched sampler's result; `calls` gets the model calls that it takes."""
+    import inprocess
+
+    made = model.clone()
+    count = 0
+
+    def count_one(given: dict[str, Any]) -> Any:
+        nonlocal count
+        count += 1
+        return given["denoised"]
+
+    made.set_model_sampler_post_cfg_function(count_one)
+    result = inprocess.sample(made, **run)
+    calls.append(count)
+    return result
+
+
+def cost_of_one_rank(repeats: int) -> str:
+    """Seconds with the node over seconds without, one rank, a denoiser that waits 20 ms."""
+    load()
+    import inprocess
+    from tiny_pack import models
+
+    from parastep.comfy import patch
+
+    model, ratios, plain = models.build("eps", slow_ms=20.0), [], []
+    with_node = patch(model, ["cpu"], max_stride=1)
+    inprocess.sample(with_node, "eps", steps=2)
+    for repeat in range(repeats):
+        seconds = {}
+        for each in (model, with_node, model)[:: 1 - 2 * (repeat % 2)]:
+            began = time.perf_counter()
+            inprocess.sample(each, "eps", steps=20)
+            seconds.setdefault(each is with_node, []).append(time.perf_counter() - began)
+        ratios.append(seconds[True][0] / statistics.mean(seconds[False]))
+        plain.append(seconds[False][1] / seconds[False][0])
+    noise = statistics.median(abs(ratio - 1) for ratio in plain)
+    return (
+        f"one rank, 20 steps of 20 ms: {statistics.median(ratios):.4f} of the time without "
+        f"(two runs without differ by {noise:.4f}, {repeats} repetitions)"
     )
-    for steps in given.steps:
-        for ranks in given.ranks:
-            compare(steps, ranks, given.seeds, given.tolerance, given.max_stride)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, nargs="+", default=[20, 30, 50])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--max-stride", type=int, help="1: every step is evaluated by some rank")
+    parser.add_argument("--jobs", type=int, default=2, help="models at a time")
+    parser.add_argument("--repeats", type=int, default=9, help="of what one rank costs; 0: none")
+    given = parser.parse_args()
+
+    import comfy_server
+
+    if comfy_server.PATH is None:
+        print("left out: COMFYUI_PATH names no checkout of ComfyUI")
+        return
+    with multiprocessing.get_context("spawn").Pool(given.jobs, maxtasksperchild=1) as pool:
+        if given.repeats:
+            print(pool.apply(cost_of_one_rank, (given.repeats,)), flush=True)
+        for text in pool.starmap(table, [(name, given) for name in given.models], chunksize=1):
+            print("\n" + text, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Small models for the tests: three one-layer networks, the trained model of the demo, and real
+"""Small models for the tests: three one-layer networks, the trained models of the demo, and real
 model classes of ComfyUI with random weights. Imports the host.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -145,31 +146,59 @@ def _seconds() -> dict[str, torch.Tensor]:
 
 
 class DemoNet(torch.nn.Module):
-    """The trained digits of `parastep.demo`, a network of diffusers', as ComfyUI calls its own."""
+    """A trained model of `parastep.demo`, a network of diffusers', as ComfyUI calls its own."""
 
-    def __init__(self, dtype: Any = None, device: Any = None, operations: Any = None) -> None:
+    def __init__(
+        self, name: str, dtype: Any = None, device: Any = None, operations: Any = None
+    ) -> None:
         super().__init__()
         from parastep import demo
 
         self.dtype = dtype
-        self.unet = demo.load("image").load().unet
+        self.demo = demo.load(name)
+        pipe = self.demo.load()
+        self.network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
     def forward(
-        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, **more: Any
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor,
+        y: torch.Tensor | None = None,
+        **more: Any,
     ) -> torch.Tensor:
-        return self.unet(x, timesteps, context, return_dict=False)[0]
+        pooled = () if y is None else (y,)
+        return self.demo.forward(self.network, x, timesteps, context, *pooled)
+
+
+class DemoBase(TinyBase):
+    def extra_conds(self, **given: Any) -> dict[str, Any]:
+        made = super().extra_conds(**given)
+        if given.get("pooled_output") is not None:
+            made["y"] = comfy.conds.CONDRegular(given["pooled_output"])
+        return made
 
 
 class DemoLatent(comfy.latent_formats.LatentFormat):
-    latent_channels = 12
     scale_factor = 1.0
 
+    def __init__(self, channels: int) -> None:
+        self.latent_channels = channels
 
-def _demo() -> Any:
-    config = _ready(TinyConfig({}))
-    config.latent_format = DemoLatent()
-    eps = comfy.model_base.ModelType.EPS
-    return TinyBase(config, eps, device=DEVICE, unet_model=DemoNet)
+
+def _demo(name: str, kind: str, channels: int, **settings: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        config = _ready(TinyConfig({}))
+        config.latent_format = DemoLatent(channels)
+        config.sampling_settings = settings
+        model_type = getattr(comfy.model_base.ModelType, kind)
+        net = functools.partial(DemoNet, name)
+        return DemoBase(config, model_type, device=DEVICE, unet_model=net)
+
+    return make
+
+
+DEMOS = {"demo": "image", "demo_video": "video", "demo_sound": "sound"}
 
 
 _UNET = {
@@ -192,7 +221,9 @@ KINDS: dict[str, Kind] = {
     "eps": Kind(_net("EPS"), (4, 8, 8)),
     "v": Kind(_net("V_PREDICTION"), (4, 8, 8)),
     "flow": Kind(_net("FLOW"), (4, 8, 8)),
-    "demo": Kind(_demo, (12, 16, 16), width=32),
+    "demo": Kind(_demo("image", "EPS", 12), (12, 16, 16), width=32),
+    "demo_video": Kind(_demo("video", "V_PREDICTION", 40, zsnr=True), (40, 12, 12), width=32),
+    "demo_sound": Kind(_demo("sound", "FLOW", 1, shift=1.0), (1, 64, 64), width=32),
     "sd15": Kind(
         _real("SD15", use_linear_in_transformer=False, adm_in_channels=None, **_UNET), (4, 8, 8)
     ),
@@ -297,7 +328,7 @@ KINDS: dict[str, Kind] = {
 def build(kind: str, seed: int = 0, slow_ms: float = 0.0) -> Any:
     """A ModelPatcher that the host can clone for other devices; a forward waits `slow_ms` first."""
     model = KINDS[kind].make()
-    if kind != "demo":
+    if kind not in DEMOS:
         fill(model.diffusion_model, seed)
     model.eval()
     if slow_ms:
@@ -332,14 +363,14 @@ def fill(module: torch.nn.Module, seed: int) -> None:
 
 
 def conditioning(kind: str, seed: int, tokens: int = 4) -> list[Any]:
-    """Random text; of the demo model that of digit `seed`, and no digit for a seed of -1."""
-    if kind == "demo":
+    """Random text; of a demo model that of class `seed`, and no class for a seed of -1."""
+    if kind in DEMOS:
         from parastep import demo
 
-        image = demo.load("image")
-        (table,) = image.prompts
-        prompt, none = image.rows(table, [max(seed, 0)])
-        return [[prompt if seed >= 0 else none, {"pooled_output": None}]]
+        model = demo.load(DEMOS[kind])
+        rows = (model.rows(table, [max(seed, 0)])[seed < 0] for table in model.prompts)
+        prompt, pooled = [*rows, None][:2]
+        return [[prompt, {"pooled_output": pooled}]]
     generator = torch.Generator().manual_seed(1000 + seed)
     text = torch.randn(1, tokens, KINDS[kind].width, generator=generator)
     pooled = None
