@@ -321,18 +321,19 @@ def _rows(
 ) -> Traced:
     """The rows of a sampler function, kept for the next run with the same noise levels."""
     schedule = model.inner_model.inner_model.model_sampling
+
+    def made() -> Traced:
+        found = trace(stock, model, sigmas, extra_args, options)
+        return dataclasses.replace(found, alpha=_alpha(schedule, found.levels))
+
     kept = _traced.setdefault(schedule, {})
     key = (stock, tuple(sigmas.tolist()), tuple(sorted(options.items(), key=lambda item: item[0])))
     try:
         if key in kept:
             return kept[key]
     except TypeError:  # an option that cannot be hashed
-        key = None
-    found = trace(stock, model, sigmas, extra_args, options)
-    found = dataclasses.replace(found, alpha=_alpha(schedule, found.levels))
-    if key is None:
-        return found
-    kept[key] = found
+        return made()
+    found = kept[key] = made()
     while len(kept) > _TRACES:
         del kept[next(iter(kept))]
     return found

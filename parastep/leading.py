@@ -109,7 +109,9 @@ class Leading(Speculation):
             hooks.wrap_method(scheduler, "scale_model_input", self._scale)
 
     def give_up(self, reason: str) -> None:
-        self.active = False
+        if self.reason is None:
+            self.active = False
+            self._leave_batch()
         super().give_up(reason)
 
     def complete(self) -> None:
