@@ -175,7 +175,7 @@ class Server:
         thread = threading.Thread(target=body, daemon=True)
         thread.start()
         try:
-            if not opened.wait(20):
+            if not opened.wait(60):
                 raise RuntimeError("the websocket does not open")
             yield events
         finally:
