@@ -179,7 +179,11 @@ static bool must_evaluate(ps_leader *leader)
   } else if (leader->step - pace->first > 1) {
     pace->patience = pace->waits = 0;
   }
-  return pace->waits > 0 && pace->waits-- > 0;
+  if (pace->waits == 0) {
+    return false;
+  }
+  --pace->waits;
+  return true;
 }
 
 ps_status ps__pace_round(ps_leader *leader, bool *exact)

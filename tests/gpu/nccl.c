@@ -97,7 +97,7 @@ static void *follow(void *ctx)
     ps_link *link;
     ps_follower *follower;
     ps_wait wait = within(PATIENCE_S);
-    need(ps_nccl_open(self.pair, &layout, 1, &link), "the follower's link");
+    need(ps_nccl_open(self.pair, self.backend, &layout, 1, &link), "the follower's link");
     need(ps_follower_create(&layout, link, &follower), "follower");
     need(ps_serve(follower, 1, evaluate, &self, &wait, PS_F16), "following");
     ps_follower_destroy(follower);
@@ -174,7 +174,7 @@ static int check_run(end *self, const uint16_t *alone, uint16_t *x)
   ps_link *link;
   ps_leader *leader;
   ps_report report;
-  need(ps_nccl_open(self->pair, &layout, 1, &link), "the leader's link");
+  need(ps_nccl_open(self->pair, self->backend, &layout, 1, &link), "the leader's link");
   int64_t began = ps_now_ns();
   lead(self, link, x, &report, &leader);
   double seconds = (double)(ps_now_ns() - began) / 1e9;

@@ -246,7 +246,8 @@ class Processes:
         call.far = {1: rank}
         rank.begin(b"")
         leader = leader_of(rank.carrier()[0], **options)
-        assert self.link.wait(lambda: 1 in call._arrived, time.monotonic() + 20)
+        with call._changed:
+            assert call._changed.wait_for(lambda: 1 in call._arrived, 20)
         rank.open(leader.inbox(1), Plain.of(latents()))
         try:
             result = lead(leader, Plain.of(latents()))
