@@ -27,6 +27,7 @@ import torch
 import parastep
 from parastep import _core
 from parastep.api import serve
+from parastep.stacking import Stacking
 from parastep.threads import HostContext
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -235,9 +236,9 @@ def _ask_us(x: torch.Tensor) -> float:
     steps, ranks = (20, 4) if DRY else (400, 8)
     program = parastep.Program.euler(np.linspace(10.0, 0.0, steps + 1))
     leader = _core.Leader(program, x, ranks=ranks, tolerance=math.inf, max_stride=1)
-    lanes, times = HostContext(), []
+    lanes, times, half_of = HostContext(), [], Stacking(lambda x, step, rank: x * 0.5)
     for rank in range(1, ranks):
-        body = partial(serve, leader.follower(rank), lambda x, step, rank: x * 0.5)
+        body = partial(serve, leader.follower(rank), half_of)
         lanes.start(body, f"rank-{rank}", device=x.device)
     try:
         for step in range(steps):
