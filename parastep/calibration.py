@@ -22,7 +22,7 @@ from .report import Report
 from .tolerance import Tolerance, number_of
 
 # From loose to tight, three a decade; between two neighbours the search goes on by bisection.
-GRID = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)
+GRID = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)
 WORST_BELOW = 7.0  # dB that a single run may lie below the target
 
 

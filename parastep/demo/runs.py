@@ -71,8 +71,15 @@ class Job:
             return self.run(wrapped, self.steps, rule, ranks)
 
 
+def warmup_within(rounds: int, steps: int, ranks: int) -> int:
+    """The published rule's longest warm-up that takes no more rounds than these."""
+    fitting = [w for w in range(1, steps) if w + math.ceil((steps - w) / ranks) <= rounds]
+    return max(fitting, default=1)
+
+
 def compare(job: Job, bar: tqdm[Any], **options: Any) -> list[Run]:
-    """The sequential run, ours on several ranks, the published rule, and fewer steps instead.
+    """The sequential run, ours on several ranks, and at equal rounds the published rule and fewer
+    steps instead.
 
     `options` are `parallelize`'s, for our own runs. Every rank has one thread of torch, so that the
     wall times of up to 2 ranks count on a machine with 2 cores; beside them stands a sequential run
@@ -95,8 +102,9 @@ def compare(job: Job, bar: tqdm[Any], **options: Any) -> list[Run]:
     torch.set_num_threads(1)
     add(job.parallel(pipe, f"{OURS}, exact", 2, **{**options, "tolerance": 0.0}))
     ours = [add(job.parallel(pipe, OURS, ranks, **options)) for ranks in RANKS]
-    for ranks in RANKS[1:]:
-        add(job.parallel(pipe, PUBLISHED, ranks, policy="paper"))
+    for run in ours[1:]:
+        warmup = warmup_within(run.rounds, job.steps, run.ranks)
+        add(job.parallel(pipe, PUBLISHED, run.ranks, policy="paper", warmup=warmup))
     add(job.run(pipe, max(1, ours[-1].rounds), FEWER))
     return runs
 

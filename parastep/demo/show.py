@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from .. import plot
 from . import image, sound, video
-from .runs import OURS, Run, shown
+from .runs import FEWER, OURS, RANKS, Run, shown
 
 PAUSE = 0.12  # seconds between two words
 
@@ -20,7 +20,8 @@ PAUSE = 0.12  # seconds between two words
 def label(run: Run, exact: Run) -> str:
     psnr = run.psnr(exact)
     off = "" if psnr == math.inf else f", {psnr:.0f} dB"
-    return f"{run.name}: {run.rounds} rounds{off}"
+    name = run.name if run.rule == FEWER else run.rule
+    return f"{name}: {run.rounds} rounds{off}"
 
 
 def pictures(run: Run) -> np.ndarray:
@@ -44,7 +45,8 @@ def panel(axes: list[Any], title: str, runs: list[Run], draw: Callable[[Run], np
         axis.imshow(draw(run), interpolation="bicubic", cmap="magma", aspect="equal")
         axis.set_axis_off()
         axis.set_title(label(run, runs[0]), loc="left", fontsize=8)
-    axes[0].set_title(f"{title}\n{axes[0].get_title(loc='left')}", loc="left", fontsize=8)
+    first = f"{title}, {RANKS[-1]} ranks\n{axes[0].get_title(loc='left')}"
+    axes[0].set_title(first, loc="left", fontsize=8)
 
 
 def overview(found: dict[str, list[Run]], path: pathlib.Path) -> None:
