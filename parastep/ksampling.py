@@ -88,7 +88,7 @@ class Sampling(Speculation):
         self._interrupted: BaseException | None = None  # in a follower's thread
         self._threads: dict[int, threading.Thread] = {}
         self._arguments: dict[str, Any] = {}
-        self._levels = torch.empty(0)
+        self._levels = self._sigmas = torch.empty(0)  # (N,) of the calls; (N, B), with the latents
         self._noise: list[torch.Tensor] | None = None
         self._noise_given = 0
         self._guidance: Guidance | None = None  # of a sampler that uses the unguided output as well
@@ -178,6 +178,7 @@ class Sampling(Speculation):
             return
         self._arguments = dict(extra_args)
         self._levels = rows.levels
+        self._sigmas = rows.levels.to(x.device)[:, None].repeat(1, len(x))
         context = HostContext()
         for rank, lane in enumerate(self._lanes, 1):
             follow = Stacking(partial(self._follow, lane))
@@ -251,7 +252,7 @@ class Sampling(Speculation):
         return torch.cat([d, to_d(x, sigma, unguided.seen.to(x.device))])
 
     def _sigma(self, step: int, x: torch.Tensor) -> torch.Tensor:
-        return self._levels[step].to(x.device).repeat(len(x))
+        return self._sigmas[step].to(x.device, copy=True)
 
     # ---- the model that the sampler calls --------------------------------------------------------
 
@@ -346,7 +347,7 @@ class Sampling(Speculation):
         if step == 0 and self._guidance is not None:
             self._learn_functions(arguments)
         given = self._arguments
-        if step >= len(self._levels) or not torch.equal(sigma, self._sigma(step, x)):
+        if step >= len(self._levels) or not torch.equal(sigma, self._sigmas[step]):
             self.give_up("the sampler asks at other noise levels than it did when it was traced")
         elif arguments.keys() != given.keys() or any(arguments[k] is not given[k] for k in given):
             self.give_up("the sampler changes the arguments of the model")
