@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import comfy_graphs as graphs
@@ -32,6 +33,18 @@ def test_both_forms_are_the_same_graph(name):
         plain = [value for value in given.values() if not isinstance(value, list)]
         left = [value for value in node["widgets_values"] if value not in ("fixed", "default")]
         assert left == [value for value in plain if value != "default"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_node_lies_on_another(name):
+    title = 30  # above a node's position
+    boxes = []
+    for node in json.loads((FOLDER / f"{name}.json").read_text())["nodes"]:
+        (x, y), (width, height) = node["pos"], node["size"]
+        boxes.append((x, y - title, x + width, y + height))
+    for (left, top, right, bottom), other in itertools.combinations(boxes, 2):
+        apart = right < other[0] or other[2] < left or bottom < other[1] or other[3] < top
+        assert apart
 
 
 def without_weights(graph, kind):
