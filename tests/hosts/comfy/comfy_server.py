@@ -48,7 +48,13 @@ class Run:
 
 
 class Server:
-    def __init__(self, base: pathlib.Path, arguments: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        base: pathlib.Path,
+        arguments: tuple[str, ...] = (),
+        ahead: tuple[pathlib.Path, ...] = (),
+    ) -> None:
+        """`ahead` are folders that its Python looks into before all others."""
         assert PATH is not None
         self.base, self.client = base, uuid.uuid4().hex
         self.url = f"127.0.0.1:{_free_port()}"
@@ -71,7 +77,7 @@ class Server:
             "sqlite:///:memory:",
         ]
         command += ["--listen", "127.0.0.1", "--port", self.url.split(":")[1], *page, *arguments]
-        paths = [str(HERE / "stand_in"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        paths = [*map(str, ahead), str(HERE / "stand_in"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         one = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
         environment = {**os.environ, **one, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         with self.log.open("w") as log:
