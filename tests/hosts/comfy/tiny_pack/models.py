@@ -346,12 +346,13 @@ def build_again(kind: str, seed: int, slow_ms: float, disable_dynamic: bool = Fa
 def fill(module: torch.nn.Module, seed: int) -> None:
     """Random weights of the usual size; those of norms are 1, biases small.
 
-    Buffers of sizes or positions that a constructor left empty are set as well.
+    All that a file of weights has is set, buffers among it: constructors leave that empty. Other
+    buffers are what a constructor computes.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, value in [*module.named_parameters(), *module.named_buffers()]:
-            if not value.is_floating_point() or "freqs" in name or "rotary" in name:
+        for name, value in module.state_dict().items():
+            if not value.is_floating_point():
                 continue
             if value.ndim > 1:
                 size = 1 / max(value[0].numel(), 1) ** 0.5
