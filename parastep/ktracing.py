@@ -36,6 +36,7 @@ Array = npt.NDArray[np.float64]
 _LONGEST = 4  # latents and answers that a row looks back on; the longest of the host's samplers
 _EXACT = 1e-7  # units of the noise level that a row of the sampler's own may be off by
 _NEAR = 10.0  # times the longest rows' error that shorter ones may have
+_SAME_LEVEL = 1e-2  # of a level: what float32 may lose of a small one; any choice of levels is more
 _MOST_CALLS = 8  # a step; a sampler that makes more chooses them by what the model returns
 _ADAPTIVE = "the sampler chooses its noise levels by what the model returns"
 
@@ -188,7 +189,7 @@ def _on_basis(
     asked = StandIn(model, lambda j: (units[1 + j % count], units[1 + count + j % count]))
     result = _run(function, asked, units[0].clone(), sigmas, extra_args, options, draws)
     found = torch.stack(asked.sigma).float().cpu()
-    if len(found) != count or not torch.allclose(found, levels, rtol=1e-4):
+    if len(found) != count or not torch.allclose(found, levels, rtol=_SAME_LEVEL):
         raise NotTraceableError(_ADAPTIVE)
     x = torch.stack([*asked.x, result]).reshape(count + 1, -1).double().cpu().numpy()
     if not np.isfinite(x).all():

@@ -77,7 +77,8 @@ class Server:
             "sqlite:///:memory:",
         ]
         command += ["--listen", "127.0.0.1", "--port", self.url.split(":")[1], *page, *arguments]
-        paths = [*map(str, ahead), str(HERE / "stand_in"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        paths = [*map(str, ahead), str(HERE / "stand_in"), str(ROOT)]
+        paths.append(os.environ.get("PYTHONPATH", ""))
         one = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
         environment = {**os.environ, **one, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         with self.log.open("w") as log:

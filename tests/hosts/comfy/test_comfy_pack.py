@@ -8,10 +8,10 @@ import math
 import shutil
 import subprocess
 import sys
-import tomllib
 
 import comfy_graphs as graphs
 import pytest
+import tomllib
 from comfy_server import PATH, ROOT, PromptError, Server
 from conftest import NO_HOST
 

@@ -109,7 +109,7 @@ def test_progress_and_previews_are_the_hosts_own(server):
 
 
 def test_cancel_and_go_on(server):
-    """Cancelling answers within a second or so of a step, and the next prompt runs as ever."""
+    """Cancelling answers in the steps of a second, and the next prompt runs as ever."""
     own = server.run(graphs.basic("flow", scheduler="simple")).outputs["end"]["digest"]
     slow = graphs.basic("flow", scheduler="simple", steps=200, slow_ms=50, with_node=EXACT)
     with server.listening() as events:
@@ -118,8 +118,10 @@ def test_cancel_and_go_on(server):
         while time.monotonic() < until and sum(name == "progress" for name, _ in events) < 3:
             time.sleep(0.01)
         server.post("/interrupt", {})
+        done = sum(name == "progress" for name, _ in events)
         with pytest.raises(PromptError, match="interrupted"):
-            server.result(prompt, 20)
+            server.result(prompt, 60)
+        assert sum(name == "progress" for name, _ in events) - done < 1000 / 50
     again = server.run(graphs.basic("flow", scheduler="simple", with_node=EXACT))
     assert again.outputs["end"]["digest"] == own
     assert "went on serially" not in again.outputs["words"]["text"][0]
@@ -141,11 +143,17 @@ def test_errors_say_what_to_do(server):
 def test_unload_and_run_again(server):
     graph = graphs.basic("sd15", with_node=EXACT)
     first = server.run(graph).outputs["end"]["digest"]
+    cached = server.watch(graph).of("execution_cached")[0]["nodes"]
+    assert {"model", "parastep"} <= set(cached)
     server.post("/free", {"unload_models": True, "free_memory": True})
-    graph["sampler"]["inputs"]["seed"] += 1
-    server.run(graph)
-    graph["sampler"]["inputs"]["seed"] -= 1
-    assert server.run(graph).outputs["end"]["digest"] == first
+    until = time.monotonic() + 60
+    while "model" in cached and time.monotonic() < until:  # the host does it when it is idle
+        time.sleep(0.1)
+        again = server.watch(graph)
+        cached = again.of("execution_cached")[0]["nodes"]
+    assert not {"model", "parastep", "sampler"} & set(cached)
+    assert again.outputs["end"]["digest"] == first
+    assert "on 4 ranks" in again.outputs["words"]["text"][0]
 
 
 def test_a_cached_rerun_still_reports(server):
