@@ -89,6 +89,7 @@ class Sampling(Speculation):
         self._threads: dict[int, threading.Thread] = {}
         self._arguments: dict[str, Any] = {}
         self._levels = self._sigmas = torch.empty(0)  # (N,) of the calls; (N, B), with the latents
+        self._values: list[float] = []  # the same numbers
         self._noise: list[torch.Tensor] | None = None
         self._noise_given = 0
         self._guidance: Guidance | None = None  # of a sampler that uses the unguided output as well
@@ -177,7 +178,7 @@ class Sampling(Speculation):
             self.give_up(str(error))
             return
         self._arguments = dict(extra_args)
-        self._levels = rows.levels
+        self._levels, self._values = rows.levels, rows.levels.tolist()
         self._sigmas = rows.levels.to(x.device)[:, None].repeat(1, len(x))
         context = HostContext()
         for rank, lane in enumerate(self._lanes, 1):
@@ -228,7 +229,7 @@ class Sampling(Speculation):
         output = self._output(x, sigma, model(x, sigma, unguided), unguided)
         # The parts are guessed alike up to rounding and the core's own guesses of d + q; by the
         # slope with which it rebases, the second output is one at its own point.
-        output[len(x) :] += (other - x) * (0.5 / float(self._levels[step]))
+        output[len(x) :] += (other - x) * (0.5 / self._values[step])
         if step >= self.calls:  # and not the first round's check, at the call itself
             self._guidance.take(step, output)
         return output
@@ -347,7 +348,7 @@ class Sampling(Speculation):
         if step == 0 and self._guidance is not None:
             self._learn_functions(arguments)
         given = self._arguments
-        if step >= len(self._levels) or not torch.equal(sigma, self._sigmas[step]):
+        if step >= len(self._levels) or sigma.tolist() != [self._values[step]] * len(x):
             self.give_up("the sampler asks at other noise levels than it did when it was traced")
         elif arguments.keys() != given.keys() or any(arguments[k] is not given[k] for k in given):
             self.give_up("the sampler changes the arguments of the model")

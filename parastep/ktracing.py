@@ -70,7 +70,7 @@ class Traced:
 
 def to_d(x: torch.Tensor, sigma: torch.Tensor, denoised: torch.Tensor) -> torch.Tensor:
     """(x - denoised) / sigma: the noise in x, or a flow's velocity; sigma is (B,)."""
-    return (x - denoised) / _beside(sigma, x)
+    return (x - denoised).div_(_beside(sigma, x))
 
 
 def to_denoised(x: torch.Tensor, sigma: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,8 @@ def to_denoised(x: torch.Tensor, sigma: torch.Tensor, d: torch.Tensor) -> torch.
 
 
 def _beside(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return sigma.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+    sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+    return sigma if sigma.dtype == x.dtype else sigma.to(x.dtype)
 
 
 class StandIn:

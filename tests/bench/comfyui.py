@@ -3,10 +3,10 @@
     COMFYUI_PATH=... python tests/bench/comfyui.py [--models image video sound] [--seeds 1]
         [--steps 20 30 50] [--ranks 1 2 4 8] [--tolerance 0.02] [--max-stride 1] [--jobs 2]
 
-One table a model, a line for each sampler and number of steps. A cell has the rounds, and the
-relative L2 distance of the final latents to the untouched sampler's, the mean over seeds. Guidance
-is the demo's own. Runs in the host's own code, on the CPU, a model in a process; what one rank
-costs is measured alone, before.
+One table a model, a line for each sampler and number of steps, with the untouched sampler's model
+calls. A cell has the rounds, and the relative L2 distance of the final latents to those of the
+untouched sampler, if there is any, the mean over seeds. Guidance is the demo's own. Runs in the
+host's own code, on the CPU, a model in a process; what one rank costs is measured alone, before.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def cell(model: Any, own: Any, runs: list[dict[str, Any]], options: dict[str, An
         report = of_model(ours).report
         rounds.append(report.rounds)
         distances.append(float((found - stock).norm() / stock.norm()))
-    return f"{statistics.mean(rounds):.3g}, {statistics.mean(distances):.2g}"
+    told = f"{statistics.mean(rounds):.3g}"
+    return f"{told}, {statistics.mean(distances):.2g}" if any(distances) else told
 
 
 def table(name: str, given: argparse.Namespace) -> str:
@@ -71,9 +72,9 @@ def table(name: str, given: argparse.Namespace) -> str:
 
     kind, scheduler = MODELS[name]
     model, trained = models.build(kind), demo.load(name)
-    heads = [f"{ranks} rank{'s' * (ranks > 1)}" for ranks in given.ranks]
-    lines = [f"| {name}, {scheduler} | steps: calls | " + " | ".join(heads) + " |"]
-    lines.append("|---" * (2 + len(heads)) + "|")
+    heads = [f"{ranks} ranks" if ranks > 1 else "1 device" for ranks in given.ranks]
+    lines = [f"| {name}, {scheduler} | " + " | ".join(heads) + " |"]
+    lines.append("|---" * (1 + len(heads)) + "|")
     for sampler in SAMPLERS:
         for steps in given.steps:
             runs = [
@@ -93,7 +94,7 @@ def table(name: str, given: argparse.Namespace) -> str:
             own = [counted(model, run, calls) for run in runs]
             patch = {"tolerance": given.tolerance, "max_stride": given.max_stride}
             cells = [cell(model, own, runs, {"ranks": r, "patch": patch}) for r in given.ranks]
-            lines.append(f"| {sampler} | {steps}: {calls[0]} | " + " | ".join(cells) + " |")
+            lines.append(f"| {sampler}, {steps}: {calls[0]} | " + " | ".join(cells) + " |")
             print(lines[-1], file=sys.stderr, flush=True)
     return f"ComfyUI {inprocess.version()}, tolerance {given.tolerance}\n" + "\n".join(lines)
 
@@ -117,29 +118,45 @@ def counted(model: Any, run: dict[str, Any], calls: list[int]) -> Any:
 
 
 def cost_of_one_rank(repeats: int) -> str:
-    """Seconds with the node over seconds without, one rank, a denoiser that waits 20 ms."""
+    """What the node adds with one rank where every step is evaluated, a denoiser that waits 20 ms:
+    wall time over that without, and CPU time, which another's work on the machine disturbs less.
+    """
     load()
     import inprocess
     from tiny_pack import models
 
     from parastep.comfy import patch
 
-    model, ratios, plain = models.build("eps", slow_ms=20.0), [], []
-    with_node = patch(model, ["cpu"], max_stride=1)
-    inprocess.sample(with_node, "eps", steps=2)
-    for repeat in range(repeats):
-        seconds = {}
-        for each in (model, with_node, model)[:: 1 - 2 * (repeat % 2)]:
-            began = time.perf_counter()
-            inprocess.sample(each, "eps", steps=20)
-            seconds.setdefault(each is with_node, []).append(time.perf_counter() - began)
-        ratios.append(seconds[True][0] / statistics.mean(seconds[False]))
-        plain.append(seconds[False][1] / seconds[False][0])
-    noise = statistics.median(abs(ratio - 1) for ratio in plain)
-    return (
-        f"one rank, 20 steps of 20 ms: {statistics.median(ratios):.4f} of the time without "
-        f"(two runs without differ by {noise:.4f}, {repeats} repetitions)"
-    )
+    steps, wait = 20, 20.0
+    model = models.build("eps", slow_ms=wait)
+    stock = "without"
+    ways = {
+        stock: model,
+        "max_stride 1": patch(model, ["cpu"], max_stride=1),
+        "strided": patch(model, ["cpu"], tolerance=1e-9),
+    }
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for repeat in range(-1, repeats):
+        for name in list(ways)[:: 1 - 2 * (repeat % 2)]:
+            began = time.perf_counter(), time.thread_time()
+            inprocess.sample(ways[name], "eps", steps=steps)
+            ended = time.perf_counter(), time.thread_time()
+            if repeat >= 0:  # the first round is a warm-up
+                spent[name].append((ended[0] - began[0], ended[1] - began[1]))
+    own = statistics.median(1e3 * cpu / steps for _, cpu in spent[stock])
+    lines = [
+        f"one rank, {steps} steps of {wait:g} ms and {own:.2f} ms of CPU, {repeats} repetitions"
+    ]
+    for name in list(ways)[1:]:
+        pairs = list(zip(spent[name], spent[stock]))
+        ratios = [with_node[0] / without[0] for with_node, without in pairs]
+        error = 1.25 * statistics.stdev(ratios) / len(ratios) ** 0.5  # of a median
+        cpu = statistics.median(1e3 * (w[1] - o[1]) / steps for w, o in pairs)
+        lines.append(
+            f"{name}: wall {statistics.median(ratios):.4f} +- {error:.4f} of that without, "
+            f"CPU {cpu:.3f} ms more a step ({100 * cpu / wait:.2f} %)"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
