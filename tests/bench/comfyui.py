@@ -1,4 +1,4 @@
-"""ComfyUI's samplers on the trained demo models: rounds and distance, and what one rank costs.
+"""ComfyUI's samplers on the trained demo models: rounds and distance; what the node costs.
 
     COMFYUI_PATH=... python tests/bench/comfyui.py [--models image video sound] [--seeds 1]
         [--steps 20 30 50] [--ranks 1 2 4 8] [--tolerance 0.02] [--max-stride 1] [--jobs 2]
@@ -6,7 +6,8 @@
 One table a model, a line for each sampler and number of steps, with the untouched sampler's model
 calls. A cell has the rounds, and the relative L2 distance of the final latents to those of the
 untouched sampler, if there is any, the mean over seeds. Guidance is the demo's own. Runs in the
-host's own code, on the CPU, a model in a process; what one rank costs is measured alone, before.
+host's own code, on the CPU, a model in a process; what one rank costs, and the time of a graph on
+the real server, is measured alone, before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import multiprocessing
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -159,6 +161,45 @@ def cost_of_one_rank(repeats: int) -> str:
     return "\n".join(lines)
 
 
+def wall_of_graphs(repeats: int) -> str:
+    """Seconds of a prompt on the real server, with the node and without, a denoiser that waits."""
+    import comfy_graphs as graphs
+    import comfy_server
+
+    steps, wait = 30, 100.0
+    ways: dict[str, dict[str, Any] | None] = {"without": None}
+    for count in (1, 2, 4):
+        devices = {"quality": "balanced", "devices": "cpu " * count}
+        ways[f"{count} rank{'s' * (count > 1)}"] = devices
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    rounds = dict.fromkeys(ways, steps)
+    with tempfile.TemporaryDirectory() as folder:
+        server = comfy_server.Server(pathlib.Path(folder))
+        try:
+            server.wait()
+            for repeat in range(-1, repeats):  # each with a seed of its own; the first is a warm-up
+                order = list(ways)[repeat % len(ways) :] + list(ways)[: repeat % len(ways)]
+                for name in order:  # another each time: the host collects garbage every 10 s
+                    node = ways[name]
+                    given = {"scheduler": "simple", "steps": steps, "slow_ms": wait}
+                    graph = graphs.basic("flow", seed=repeat + 2, **given)
+                    if (
+                        node is not None
+                    ):  # with a report, which draws a picture, where none is timed
+                        graph = graphs.insert(graph, node, report=repeat < 0)
+                    began = time.perf_counter()
+                    outputs = server.run(graph).outputs
+                    if repeat >= 0:
+                        seconds[name].append(time.perf_counter() - began)
+                    elif node is not None:
+                        rounds[name] = int(outputs["words"]["text"][0].split()[3])
+        finally:
+            server.stop()
+    took = {name: statistics.median(each) for name, each in seconds.items()}
+    told = [f"{n} {took[n]:.2f} s ({rounds[n]} rounds)" for n in ways]
+    return f"a graph, euler, {steps} steps of {wait:g} ms, {repeats} times: " + ", ".join(told)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
@@ -168,7 +209,7 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=0.02)
     parser.add_argument("--max-stride", type=int, help="1: every step is evaluated by some rank")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time")
-    parser.add_argument("--repeats", type=int, default=9, help="of what one rank costs; 0: none")
+    parser.add_argument("--repeats", type=int, default=9, help="of the times; 0: none")
     given = parser.parse_args()
 
     import comfy_server
@@ -179,6 +220,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(given.jobs, maxtasksperchild=1) as pool:
         if given.repeats:
             print(pool.apply(cost_of_one_rank, (given.repeats,)), flush=True)
+            print(wall_of_graphs(given.repeats), flush=True)
         for text in pool.starmap(table, [(name, given) for name in given.models], chunksize=1):
             print("\n" + text, flush=True)
 

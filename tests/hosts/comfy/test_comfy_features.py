@@ -216,6 +216,32 @@ def test_hypernetworks(devices):
         assert str(patch.device) == "cpu"  # a lane elsewhere has a copy
 
 
+class Replacement(Hypernetwork):
+    """Takes the place of an attention, as IP-adapters do."""
+
+    def __call__(self, q, k, v, extra_options):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return out + out @ self.layer(out.shape[-1])
+
+
+@pytest.mark.parametrize("devices", [["cpu"] * 3, ["cpu", "cpu:1", "cpu:2"]])
+def test_a_replaced_attention(devices):
+    from inprocess import sample
+
+    patch = Replacement()
+
+    def replaced(model):
+        model = model.clone()
+        model.set_model_attn2_replace(patch, "middle", 0)
+        return model
+
+    model = build()
+    assert not torch.equal(sample(model, "sd15"), sample(replaced(model), "sd15"))
+    for given in ({"change": replaced}, {"after": replaced}):
+        parallel(exact(model, "sd15", devices=devices, **given))
+        assert str(patch.device) == "cpu"
+
+
 def test_two_patched_models_in_one_graph():
     """Each has its report, and neither touches the other's samples."""
     from inprocess import sample

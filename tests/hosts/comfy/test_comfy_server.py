@@ -36,6 +36,8 @@ def test_nodes_are_declared(server):
     words = kind if isinstance(kind, list) else options["options"]
     assert words == [*NAMES, "own tolerance"]
     assert "CANNOT RUN" not in step["description"]
+    if "search_aliases" in step:  # which older versions do not have
+        assert "multi GPU" in step["search_aliases"] and "drift" in report["search_aliases"]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,7 @@ def test_fewer_rounds(server):
     words = ours.outputs["words"]["text"][0]
     steps, rounds = (int(words.split()[k]) for k in (0, 3))
     assert steps == 20 and rounds < 14, words
+    assert f"ParaStep: {words.splitlines()[0]}" in server.log.read_text()
     pairs = list(zip(own.outputs["end"]["latent"], ours.outputs["end"]["latent"]))
     assert sum((a - b) ** 2 for a, b in pairs) < 1e-3 * sum(a * a for a, _ in pairs)
 

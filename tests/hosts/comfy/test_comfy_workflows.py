@@ -47,6 +47,13 @@ def test_no_node_lies_on_another(name):
         assert apart
 
 
+def test_they_are_in_the_template_browser(server):
+    assert sorted(server.get("/workflow_templates")["parastep"]) == sorted(NAMES)
+    for name in NAMES:
+        told = server.get(f"/api/workflow_templates/parastep/{name}.json")
+        assert told == json.loads((FOLDER / f"{name}.json").read_text())
+
+
 def without_weights(graph, kind):
     """The graph with tiny models of the tests in place of files that no test downloads: what loads,
     encodes text, decodes and saves is replaced, the rest is as the file has it.
