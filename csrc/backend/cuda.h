@@ -1,12 +1,12 @@
 /* cuda.h - a rank's backend on a CUDA device, for the files that make it up: cuda.c,
- * cuda_mirror.c, cuda_cublas.c and cuda_plain.c. */
+ * cuda_mirror.c, and for passes cuda_kernels.c, cuda_cublas.c and cuda_plain.c. */
 #ifndef PS_CUDA_H
 #define PS_CUDA_H
 
 #include "backend/device.h"
 #include "parastep_backend.h"
 
-typedef struct ps__blas ps__blas; /* cuda_cublas.c */
+typedef struct ps__blas ps__blas; /* cublas.h */
 
 typedef struct ps__cuda_rank {
   ps_backend base;
@@ -44,6 +44,9 @@ static inline CUdeviceptr ps__address(const void *p)
 /* Puts the done event behind what was given to the stream; inside of enter. */
 ps_status ps__cuda_mark(ps__cuda_rank *rank);
 
+/* On the device and the rank's stream; inside of enter. */
+ps_status ps__cuda_copy(ps__cuda_rank *rank, CUdeviceptr to, CUdeviceptr from, size_t bytes);
+
 /* At least bytes of scratch. */
 ps_status ps__cuda_scratch(ps__cuda_rank *rank, size_t bytes);
 
@@ -54,10 +57,20 @@ ps_status ps__cuda_staged(ps__cuda_rank *rank, size_t bytes);
 ps_status ps__cuda_mirror(const ps_backend *near, const ps_backend *far, size_t bytes,
                           ps_mirror **mirror);
 
-/* cuda_cublas.c: passes by cuBLAS, where there is one.  Arguments have been checked. */
+/* cuda_kernels.c: passes by kernels of this build.  Arguments of these and the following have been
+ * checked; in_place: an output is an input too. */
+ps_status ps__kernel_lincomb(ps__cuda_rank *rank, size_t n, int outs, int terms,
+                             const double *weight, const ps_term *in, void *const *out,
+                             ps_dtype out_dtype, bool in_place);
+ps_status ps__kernel_sweep(ps__cuda_rank *rank, const ps_sweep *sweep, const ps_wait *wait,
+                           ps_swept *swept);
+
+/* cublas.c: a rank's handle, where there is a cuBLAS. */
 int ps__blas_version(void);                 /* as 1301 for 13.1; 0: there is none */
 ps__blas *ps__blas_new(ps__device *device); /* or NULL */
 void ps__blas_free(ps__device *device, ps__blas *gone);
+
+/* cuda_cublas.c: passes by it. */
 ps_status ps__blas_lincomb(ps__cuda_rank *rank, size_t n, int outs, int terms, const double *weight,
                            const ps_term *in, void *const *out, ps_dtype out_dtype);
 ps_status ps__blas_sweep(ps__cuda_rank *rank, const ps_sweep *sweep, const ps_wait *wait,

@@ -11,136 +11,11 @@
  */
 #include <limits.h>
 #include <math.h>
-#include <pthread.h>
 
-#include "backend/cublas_api.h"
-#include "backend/cuda.h"
+#include "backend/cublas.h"
 #include "backend/half.h"
 
-enum { WORKSPACE = 4 << 20, ROOM = 64 << 20, BLOCK = 4096, ITEMS_MAX = 64, IDLE_MAX = 16 };
-
-static ps__blas_api blas;
-
-static const char *const sonames[] = {"libcublas.so.13", "libcublas.so.12", "libcublas.so.11",
-                                      "libcublas.so", NULL};
-
-static const ps__dl_entry entries[] = {
-#define X(field, symbol, optional, arguments) {#symbol, offsetof(ps__blas_api, field), optional},
-    PS__BLAS_MAP(X)
-#undef X
-};
-
-static ps__dl_library library = {
-    .what = "cuBLAS",
-    .sonames = sonames,
-    .entries = entries,
-    .count = sizeof entries / sizeof *entries,
-    .table = &blas,
-};
-
-struct ps__blas {
-  cublasHandle_t handle;
-  CUdeviceptr workspace; /* of our own: cuBLAS would take one at a standstill of the device */
-};
-
-static ps_status check(const ps__cuda_rank *rank, cublasStatus_t result, const char *what)
-{
-  return result == PS__BLAS_OK ? PS_OK
-                               : ps__fail(result == PS__BLAS_NO_MEMORY ? PS_NO_MEMORY : PS_DEVICE,
-                                          "cuda:%d: %s: cuBLAS fails with %d",
-                                          rank->device->ordinal, what, (int)result);
-}
-
-/* ---- life ------------------------------------------------------------------------------------ */
-
-int ps__blas_version(void)
-{
-  int major = 0, minor = 0;
-  if (ps__dl_load(&library) != PS_OK || blas.property(PS__BLAS_MAJOR, &major) != PS__BLAS_OK ||
-      blas.property(PS__BLAS_MINOR, &minor) != PS__BLAS_OK) {
-    return 0;
-  }
-  return major * 100 + minor;
-}
-
-/* Handles that nobody uses: making one takes long, and destroying one waits for the whole device.
- */
-static pthread_mutex_t idling = PTHREAD_MUTEX_INITIALIZER;
-static struct {
-  cublasHandle_t handle[IDLE_MAX];
-  int count;
-} idle[PS__DEVICES_MAX];
-
-static cublasHandle_t take_handle(const ps__device *device)
-{
-  cublasHandle_t handle = NULL;
-  ps__scope scope;
-  pthread_mutex_lock(&idling);
-  if (idle[device->ordinal].count > 0) {
-    handle = idle[device->ordinal].handle[--idle[device->ordinal].count];
-  }
-  pthread_mutex_unlock(&idling);
-  if (handle == NULL && ps__device_enter(device, &scope) == PS_OK) {
-    if (blas.create(&handle) != PS__BLAS_OK) {
-      handle = NULL;
-    }
-    ps__device_leave(&scope);
-  }
-  return handle;
-}
-
-static void give_handle(const ps__device *device, cublasHandle_t handle)
-{
-  ps__scope scope;
-  pthread_mutex_lock(&idling);
-  bool kept = idle[device->ordinal].count < IDLE_MAX;
-  if (kept) {
-    idle[device->ordinal].handle[idle[device->ordinal].count++] = handle;
-  }
-  pthread_mutex_unlock(&idling);
-  if (!kept && ps__device_enter(device, &scope) == PS_OK) {
-    blas.destroy(handle);
-    ps__device_leave(&scope);
-  }
-}
-
-ps__blas *ps__blas_new(ps__device *device)
-{
-  ps__blas *made = ps__dl_load(&library) == PS_OK ? ps__alloc(sizeof *made) : NULL;
-  if (made == NULL) {
-    return NULL;
-  }
-  *made = (ps__blas){take_handle(device), 0};
-  if (made->handle == NULL || ps__device_alloc(device, WORKSPACE, &made->workspace) != PS_OK) {
-    ps__blas_free(device, made);
-    return NULL;
-  }
-  return made;
-}
-
-void ps__blas_free(ps__device *device, ps__blas *gone)
-{
-  if (gone == NULL) {
-    return;
-  }
-  ps__device_free(device, gone->workspace);
-  if (gone->handle != NULL) {
-    give_handle(device, gone->handle);
-  }
-  ps__free(gone);
-}
-
-/* Work goes to the rank's stream from now on; inside of enter.  Naming a stream takes the workspace
- * away. */
-static ps_status aim(ps__cuda_rank *rank)
-{
-  ps__blas *own = rank->blas;
-  cublasStatus_t result = blas.set_stream(own->handle, rank->stream);
-  if (result == PS__BLAS_OK) {
-    result = blas.set_workspace(own->handle, (void *)(uintptr_t)own->workspace, (size_t)WORKSPACE);
-  }
-  return check(rank, result, "naming its stream");
-}
+enum { ROOM = 64 << 20, BLOCK = 4096, ITEMS_MAX = 64 };
 
 /* ---- numbers --------------------------------------------------------------------------------- */
 
@@ -199,13 +74,6 @@ static CUdeviceptr moved(CUdeviceptr p, size_t elements, ps_dtype dtype)
 static size_t apart(size_t bytes)
 {
   return (bytes + 255) / 256 * 256;
-}
-
-static ps_status copy(ps__cuda_rank *rank, CUdeviceptr to, CUdeviceptr from, size_t bytes)
-{
-  return to == from ? PS_OK
-                    : ps__cuda_check(rank->device, ps__cuda.copy(to, from, bytes, rank->stream),
-                                     "copying");
 }
 
 /* ---- lincomb --------------------------------------------------------------------------------- */
@@ -292,12 +160,12 @@ static ps_status gather(ps__cuda_rank *rank, const product *p, int k, size_t at,
   ps_status status = PS_OK;
   for (int j = 0; j < p->terms && status == PS_OK; ++j) {
     if (uses(p, k, j)) {
-      status = copy(rank, p->inputs + used++ * bytes,
-                    moved(ps__address(p->in[j].data), at, p->dtype), bytes);
+      status = ps__cuda_copy(rank, p->inputs + used++ * bytes,
+                             moved(ps__address(p->in[j].data), at, p->dtype), bytes);
     }
   }
   for (int part = 1; part < parts_of(p->dtype) && status == PS_OK; ++part) {
-    status = copy(rank, p->inputs + (size_t)part * used * bytes, p->inputs, used * bytes);
+    status = ps__cuda_copy(rank, p->inputs + (size_t)part * used * bytes, p->inputs, used * bytes);
   }
   return status;
 }
@@ -314,13 +182,13 @@ static ps_status multiply(ps__cuda_rank *rank, const product *p, int first, int 
     size_t bytes = (size_t)count * rows * ps_dtype_size(p->dtype);
     return ps__cuda_check(rank->device, ps__cuda.set(to, 0, bytes, rank->stream), "clearing");
   }
-  cublasStatus_t result = blas.gemm(
+  cublasStatus_t result = ps__cublas.gemm(
       rank->blas->handle, PS__BLAS_AS_IS, PS__BLAS_AS_IS, (int)rows, count, inner, &alpha,
       (void *)(uintptr_t)p->inputs, type, (int)rows, 0,
       (void *)(uintptr_t)moved(p->weights, *at, p->dtype), type, inner, 0, &beta,
       (void *)(uintptr_t)to, type, (int)rows, 0, 1, compute_of(p->dtype), PS__BLAS_ANY_WAY);
   *at += (size_t)inner * (size_t)count;
-  return check(rank, result, "a lincomb");
+  return ps__blas_check(rank, result, "a lincomb");
 }
 
 /* An output that is an input is written once all have been read. */
@@ -335,8 +203,8 @@ static ps_status combine_rows(ps__cuda_rank *rank, const product *p, void *const
     status = status == PS_OK ? multiply(rank, p, first, end, rows, &weight) : status;
   }
   for (int k = 0; k < p->outs && status == PS_OK; ++k) {
-    status =
-        copy(rank, moved(ps__address(out[k]), at, p->dtype), p->outputs + (size_t)k * bytes, bytes);
+    status = ps__cuda_copy(rank, moved(ps__address(out[k]), at, p->dtype),
+                           p->outputs + (size_t)k * bytes, bytes);
   }
   return status;
 }
@@ -346,7 +214,7 @@ static ps_status combine_rows(ps__cuda_rank *rank, const product *p, void *const
 static ps_status combine(ps__cuda_rank *rank, const product *p, void *const *out, size_t n,
                          size_t weight_bytes)
 {
-  ps_status status = aim(rank);
+  ps_status status = ps__blas_aim(rank);
   if (status == PS_OK) {
     status = ps__cuda_check(
         rank->device, ps__cuda.copy_from_host(p->weights, rank->staged, weight_bytes, rank->stream),
@@ -416,10 +284,11 @@ static ps_status add_scaled(ps__cuda_rank *rank, ps_dtype dtype, size_t n, doubl
 {
   factor alpha = factor_of(scale, dtype);
   cudaDataType type = type_of(dtype), real = dtype == PS_F64 ? PS__BLAS_F64 : PS__BLAS_F32;
-  return check(rank,
-               blas.axpy(rank->blas->handle, (int)n, &alpha, real, (void *)(uintptr_t)x, type, 1,
-                         (void *)(uintptr_t)y, type, 1, real),
-               "a scaled sum");
+  return ps__blas_check(rank,
+                        ps__cublas.axpy(rank->blas->handle, (int)n, &alpha, real,
+                                        (void *)(uintptr_t)x, type, 1, (void *)(uintptr_t)y, type,
+                                        1, real),
+                        "a scaled sum");
 }
 
 static ps_status fill_columns(ps__cuda_rank *rank, const squares *q)
@@ -429,14 +298,15 @@ static ps_status fill_columns(ps__cuda_rank *rank, const squares *q)
   CUdeviceptr at = q->column;
   ps_status status = PS_OK;
   if (s->guess != NULL) {
-    status = copy(rank, at, ps__address(s->x), bytes);
-    status = status == PS_OK ? copy(rank, at + bytes, ps__address(s->x), bytes) : status;
+    status = ps__cuda_copy(rank, at, ps__address(s->x), bytes);
+    status = status == PS_OK ? ps__cuda_copy(rank, at + bytes, ps__address(s->x), bytes) : status;
     status = status == PS_OK
                  ? add_scaled(rank, q->dtype, q->n, -1, ps__address(s->guess), at + bytes)
                  : status;
     at += 2 * bytes;
   }
-  return status == PS_OK && s->m != NULL ? copy(rank, at, ps__address(s->m), bytes) : status;
+  return status == PS_OK && s->m != NULL ? ps__cuda_copy(rank, at, ps__address(s->m), bytes)
+                                         : status;
 }
 
 /* Blocks of so many rows of an item, count of them from the element on. */
@@ -451,12 +321,13 @@ static ps_status square(ps__cuda_rank *rank, const squares *q, size_t element, s
   if (rows == 0 || count == 0) {
     return PS_OK;
   }
-  return check(rank,
-               blas.gemm(rank->blas->handle, PS__BLAS_TURNED, PS__BLAS_AS_IS, c, c, (int)rows, &one,
-                         from, type, (int)q->n, (long long)rows, from, type, (int)q->n,
-                         (long long)rows, &none, to, real, c, (long long)c * c, (int)count,
-                         compute_of(q->dtype), PS__BLAS_ANY_WAY),
-               "sums of squares");
+  return ps__blas_check(rank,
+                        ps__cublas.gemm(rank->blas->handle, PS__BLAS_TURNED, PS__BLAS_AS_IS, c, c,
+                                        (int)rows, &one, from, type, (int)q->n, (long long)rows,
+                                        from, type, (int)q->n, (long long)rows, &none, to, real, c,
+                                        (long long)c * c, (int)count, compute_of(q->dtype),
+                                        PS__BLAS_ANY_WAY),
+                        "sums of squares");
 }
 
 /* Inside of enter: all sums, and their way to the host. */
@@ -464,7 +335,7 @@ static ps_status measure(ps__cuda_rank *rank, const squares *q)
 {
   size_t whole = q->s->size / BLOCK, rest = q->s->size % BLOCK;
   size_t each = (size_t)q->columns * (size_t)q->columns;
-  ps_status status = aim(rank);
+  ps_status status = ps__blas_aim(rank);
   status = status == PS_OK ? fill_columns(rank, q) : status;
   for (size_t item = 0; item < q->s->items && status == PS_OK; ++item) {
     size_t begin = item * q->s->size, sum = item * q->blocks * each;
@@ -527,16 +398,16 @@ static ps_status answer(ps__cuda_rank *rank, const squares *q)
   void *made = s->out != NULL ? s->out : s->keep_m;
   ps_status status = PS_OK;
   if (made != NULL) {
-    status = copy(rank, ps__address(made), ps__address(s->m), bytes);
+    status = ps__cuda_copy(rank, ps__address(made), ps__address(s->m), bytes);
     if (status == PS_OK && s->guess != NULL && s->slope != 0) {
       status = add_scaled(rank, q->dtype, q->n, s->slope, q->column + bytes, ps__address(made));
     }
     if (status == PS_OK && s->keep_m != NULL) {
-      status = copy(rank, ps__address(s->keep_m), ps__address(made), bytes);
+      status = ps__cuda_copy(rank, ps__address(s->keep_m), ps__address(made), bytes);
     }
   }
   return status == PS_OK && s->keep_x != NULL
-             ? copy(rank, ps__address(s->keep_x), ps__address(s->x), bytes)
+             ? ps__cuda_copy(rank, ps__address(s->keep_x), ps__address(s->x), bytes)
              : status;
 }
 

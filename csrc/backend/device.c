@@ -12,21 +12,8 @@
 
 ps__cuda_api ps__cuda;
 
-static const char *const sonames[] = {"libcuda.so.1", "libcuda.so", NULL};
-
-static const ps__dl_entry entries[] = {
-#define X(field, symbol, optional, arguments) {#symbol, offsetof(ps__cuda_api, field), optional},
-    PS__CUDA_MAP(X)
-#undef X
-};
-
-static ps__dl_library driver = {
-    .what = "the CUDA driver",
-    .sonames = sonames,
-    .entries = entries,
-    .count = sizeof entries / sizeof *entries,
-    .table = &ps__cuda,
-};
+PS__DL_DESCRIBE(driver, "the CUDA driver", ps__cuda_api, PS__CUDA_MAP, &ps__cuda, "libcuda.so.1",
+                "libcuda.so");
 
 /* Taken when devices are opened or introduced to each other, never in a round. */
 static pthread_mutex_t opening = PTHREAD_MUTEX_INITIALIZER;

@@ -1,10 +1,10 @@
 /* kernels.cu - the passes over device memory: lincomb and sweep.
  *
- * nvcc compiles it for every architecture when the package is built, and cuda.c launches what comes
- * of it; tests compile the same source with a C compiler, behind tests/gpu/fake/shim.h.  The order
- * of additions is that of the CPU backend and nothing is contracted (-fmad=false), so that a
- * lincomb and a rebased answer have the CPU's bits; sums over elements are formed in another order,
- * but in the same one every time.
+ * nvcc compiles it for every architecture when the package is built, and cuda_kernels.c launches
+ * what comes of it; tests compile the same source with a C compiler, behind tests/gpu/fake/shim.h.
+ * The order of additions is that of the CPU backend and nothing is contracted (-fmad=false), so
+ * that a lincomb and a rebased answer have the CPU's bits; sums over elements are formed in another
+ * order, but in the same one every time.
  *
  * Bytes that a pass must move, for n elements: a lincomb n x (those of every input with a weight
  * and of every output, once); a sweep n x (x, guess, m, and out, keep_x, keep_m where they are

@@ -1,4 +1,5 @@
-/* kernels.h - what cuda.c and kernels.cu agree on: names, arguments and limits of the kernels.
+/* kernels.h - what cuda_kernels.c and kernels.cu agree on: names, arguments and limits of the
+ * kernels.
  *
  * Arguments travel by value, 4096 bytes at most, so that a launch needs no upload and no memory.
  */

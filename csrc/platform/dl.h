@@ -28,6 +28,23 @@ typedef struct ps__dl_library {
   void *handle; /* of dlopen, for the rest of the process: drivers do not survive being unloaded */
 } ps__dl_library;
 
+/* Describes the library of a file: `described` is static, `its_table` the table, of the type `api`,
+ * that `map` fills, an X-macro of (field, exported name, may be missing, arguments); the rest are
+ * sonames. */
+#define PS__DL_DESCRIBE(described, its_name, api, map, its_table, ...)                             \
+  typedef api ps__dl_table;                                                                        \
+  static const ps__dl_entry described##_entries[] = {map(PS__DL_ENTRY)};                           \
+  static const char *const described##_sonames[] = {__VA_ARGS__, NULL};                            \
+  static ps__dl_library described = {                                                              \
+      .what = its_name,                                                                            \
+      .sonames = described##_sonames,                                                              \
+      .entries = described##_entries,                                                              \
+      .count = sizeof described##_entries / sizeof *described##_entries,                           \
+      .table = its_table,                                                                          \
+  }
+#define PS__DL_ENTRY(field, symbol, optional, arguments)                                           \
+  {#symbol, offsetof(ps__dl_table, field), optional},
+
 /* Opens the copy that this process has loaded already (torch's), else the first that the system
  * finds, and fills the table; twice is fine, from any thread.  PS_UNSUPPORTED with the reason where
  * there is none or where it lacks a function; the next call tries again. */

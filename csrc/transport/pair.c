@@ -15,21 +15,7 @@
 
 static ps__nccl_api nccl;
 
-static const char *const sonames[] = {"libnccl.so.2", "libnccl.so", NULL};
-
-static const ps__dl_entry entries[] = {
-#define X(field, symbol, optional, arguments) {#symbol, offsetof(ps__nccl_api, field), optional},
-    PS__NCCL_MAP(X)
-#undef X
-};
-
-static ps__dl_library library = {
-    .what = "NCCL",
-    .sonames = sonames,
-    .entries = entries,
-    .count = sizeof entries / sizeof *entries,
-    .table = &nccl,
-};
+PS__DL_DESCRIBE(library, "NCCL", ps__nccl_api, PS__NCCL_MAP, &nccl, "libnccl.so.2", "libnccl.so");
 
 static ps_status load(int *version)
 {
