@@ -103,8 +103,8 @@ $(1)/tests: $(TEST_SRC:%.c=$(1)/obj/%.o) $(1)/libparastep.a | $(1)/fake/libcuda.
 	@$$(CC) $(2) $$(CFLAGS) -pthread $$^ -ldl -lm -o $$@
 
 # Stand-ins for libraries of CUDA, which tests load before the library asks for them.
-$(1)/fake/libcuda.so.1: $(addprefix tests/gpu/fake/,engine.c libcuda.c) $(wildcard csrc/backend/*.h \
-  csrc/backend/*.cu tests/gpu/fake/*.h) compile_flags.txt
+$(1)/fake/libcuda.so.1: $(addprefix tests/gpu/fake/,engine.c memory.c libcuda.c work.c) \
+  $(wildcard csrc/backend/*.h csrc/backend/*.cu tests/gpu/fake/*.h) compile_flags.txt
 	@mkdir -p $$(@D)
 	@echo "ld $$@"
 	@$$(CC) -shared @compile_flags.txt $(2) $$(CFLAGS) -fPIC -fvisibility=default -Wl,-Bsymbolic \
@@ -410,8 +410,9 @@ sanitize-py: $(EDITABLE_STAMP)
 FAULTS ?= 1000
 
 .PHONY: chaos
-chaos: build/c-asan/tests ## Inject 1000 faults at random into runs, under ASan and UBSan
+chaos: build/c-asan/tests $(EDITABLE_STAMP) ## Inject 1000 faults at random into runs, under ASan and UBSan
 	build/c-asan/tests --faults $(FAULTS) --limit $(SANITIZED_LIMIT) chaos
+	HF_HUB_OFFLINE=1 $(PY) tests/hosts/chaos.py $$(( $(FAULTS) / 20 ))
 
 # ---- fuzzers -------------------------------------------------------------------------------------
 

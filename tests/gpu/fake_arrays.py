@@ -39,7 +39,7 @@ class Counts(ctypes.Structure):
 
 def build(folder: pathlib.Path) -> pathlib.Path:
     """Compiles the stand-in driver; it is loaded by path, before anyone asks for libcuda.so.1."""
-    return _compile(folder / "libcuda.so.1", "engine", "libcuda")
+    return _compile(folder / "libcuda.so.1", "engine", "memory", "libcuda", "work")
 
 
 def build_nccl(folder: pathlib.Path) -> pathlib.Path:

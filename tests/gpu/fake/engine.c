@@ -1,4 +1,4 @@
-/* engine.c - memory, streams and events of the stand-in devices; see engine.h. */
+/* engine.c - streams and events of the stand-in devices, and their work; see engine.h. */
 #include "engine.h"
 
 #include <pthread.h>
@@ -6,26 +6,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-
-typedef struct access {
-  size_t begin, end;
-  int stream;
-  uint32_t at; /* of the stream's work */
-  bool write;
-} access;
-
-typedef struct block {
-  struct block *next;
-  unsigned char *address; /* what the API hands out; of a device: unreadable */
-  unsigned char *memory;
-  size_t bytes;
-  int device; /* -1: pinned host memory */
-  fake_pool_state *pool;
-  bool freed; /* given to a stream to be freed */
-  access *accesses;
-  int count, room;
-} block;
 
 typedef enum work_kind { TASK, RECORD, WAIT, FREE } work_kind;
 
@@ -37,7 +17,7 @@ struct fake_work {
   void *data;
   fake_event_state *event;
   uint64_t version;
-  block *freed;
+  fake_block *freed;
 };
 
 fake_setting fake_now = {2, 1, 1, 1};
@@ -45,7 +25,6 @@ fake_counts fake_totals;
 int fake_broken[FAKE_DEVICES];
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-static block *blocks;
 static fake_stream_state *streams[FAKE_STREAMS];
 static int stream_count;
 static fake_clock host;
@@ -93,193 +72,6 @@ static void learn(fake_clock *clock, const fake_clock *from)
   for (int k = 0; k < stream_count; ++k) {
     clock->of[k] = from->of[k] > clock->of[k] ? from->of[k] : clock->of[k];
   }
-}
-
-/* ---- memory ---------------------------------------------------------------------------------- */
-
-static block *block_at(const void *p, size_t bytes)
-{
-  const unsigned char *at = p;
-  for (block *b = blocks; b != NULL; b = b->next) {
-    if (at >= b->address && at < b->address + b->bytes &&
-        bytes <= (size_t)(b->address + b->bytes - at)) {
-      return b;
-    }
-  }
-  return NULL;
-}
-
-static block *add_block(size_t bytes, int device, fake_pool_state *pool)
-{
-  block *made = calloc(1, sizeof *made);
-  made->bytes = bytes;
-  made->device = device;
-  made->pool = pool;
-  made->next = blocks;
-  blocks = made;
-  return made;
-}
-
-int fake_block_new(size_t bytes, int device, fake_pool_state *pool, void **address)
-{
-  if (bytes == 0) {
-    return fake_complain(FAKE_INVALID_VALUE, "an allocation of no bytes");
-  }
-  if (bytes > SIZE_MAX / 4) {
-    return FAKE_OUT_OF_MEMORY;
-  }
-  void *range = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  unsigned char *memory = range != MAP_FAILED ? aligned_alloc(64, (bytes + 63) / 64 * 64) : NULL;
-  if (memory == NULL) {
-    return FAKE_OUT_OF_MEMORY;
-  }
-  block *made = add_block(bytes, device, pool);
-  made->address = range;
-  made->memory = memset(memory, 0xc7, bytes); /* as little zero as on a real device */
-  fake_totals.bytes += (int64_t)bytes;
-  ++fake_totals.blocks;
-  *address = made->address;
-  return FAKE_OK;
-}
-
-int fake_pinned_new(size_t bytes, void **address)
-{
-  unsigned char *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
-  if (memory == NULL) {
-    return FAKE_OUT_OF_MEMORY;
-  }
-  block *made = add_block(bytes, -1, NULL);
-  made->address = made->memory = memset(memory, 0xc7, bytes);
-  ++fake_totals.pinned;
-  *address = memory;
-  return FAKE_OK;
-}
-
-static void delete_block(block *gone)
-{
-  block **at = &blocks;
-  while (*at != gone) {
-    at = &(*at)->next;
-  }
-  *at = gone->next;
-  if (gone->device >= 0) {
-    munmap(gone->address, gone->bytes);
-    fake_totals.bytes -= (int64_t)gone->bytes;
-    --fake_totals.blocks;
-  } else {
-    --fake_totals.pinned;
-  }
-  free(gone->memory);
-  free(gone->accesses);
-  free(gone);
-}
-
-/* Work that has not been done would touch what is freed here. */
-static bool is_touched(const block *b)
-{
-  for (int k = 0; k < b->count; ++k) {
-    const access *a = &b->accesses[k];
-    const fake_stream_state *stream = streams[a->stream];
-    uint32_t done = stream->given;
-    for (const fake_work *work = stream->first; work != NULL; work = work->next) {
-      done -= work->kind == TASK;
-    }
-    if (a->at > done) {
-      return true;
-    }
-  }
-  return false;
-}
-
-int fake_pinned_delete(void *address)
-{
-  block *found = block_at(address, 1);
-  if (found == NULL || found->device >= 0 || found->address != address) {
-    return fake_complain(FAKE_INVALID_VALUE, "cuMemFreeHost of what is no pinned memory");
-  }
-  if (is_touched(found)) {
-    return fake_complain(FAKE_INVALID_VALUE, "pinned memory freed under work that uses it");
-  }
-  delete_block(found);
-  return FAKE_OK;
-}
-
-int fake_device_of(const void *p)
-{
-  const block *found = block_at(p, 1);
-  return found != NULL ? found->device : -2;
-}
-
-void *fake_translate(const void *p, size_t bytes)
-{
-  const block *found = block_at(p, bytes);
-  if (found == NULL) {
-    fake_complain(0, "work on %zu bytes at %p, which are not in one block", bytes, p);
-    return NULL;
-  }
-  return found->memory + ((const unsigned char *)p - found->address);
-}
-
-/* ---- ranges and races ------------------------------------------------------------------------ */
-
-static void note(block *b, access made)
-{
-  for (int k = 0; k < b->count; ++k) {
-    access *a = &b->accesses[k];
-    if (a->stream == made.stream && a->write == made.write && a->begin == made.begin &&
-        a->end == made.end) {
-      a->at = made.at;
-      return;
-    }
-  }
-  if (b->count == b->room) {
-    b->room = b->room > 0 ? 2 * b->room : 16;
-    access *grown = realloc(b->accesses, (size_t)b->room * sizeof *grown);
-    if (grown == NULL) {
-      abort(); /* a race that went unnoticed would be worse */
-    }
-    b->accesses = grown;
-  }
-  b->accesses[b->count++] = made;
-}
-
-static int check_race(const fake_stream_state *stream, const block *b, access made,
-                      const char *what)
-{
-  for (int k = 0; k < b->count; ++k) {
-    const access *a = &b->accesses[k];
-    if (a->begin < made.end && made.begin < a->end && (a->write || made.write) &&
-        a->at > stream->clock.of[a->stream]) {
-      return fake_complain(FAKE_OK,
-                           "%s on stream %d of device %d: it %s what stream %d %s, and nothing "
-                           "says that that is done",
-                           what, stream->index, stream->device, made.write ? "writes" : "reads",
-                           a->stream, a->write ? "writes" : "reads");
-    }
-  }
-  return FAKE_OK;
-}
-
-static int touch(const fake_stream_state *stream, const fake_range *range, const char *what)
-{
-  block *b = block_at(range->p, range->bytes);
-  if (b == NULL) {
-    return fake_complain(FAKE_INVALID_VALUE, "%s: %zu bytes at %p are not in one block", what,
-                         range->bytes, range->p);
-  }
-  if (b->freed) {
-    return fake_complain(FAKE_INVALID_VALUE, "%s: memory that was freed", what);
-  }
-  if (b->device >= 0 && b->device != stream->device &&
-      !(b->pool != NULL && b->pool->access[stream->device])) {
-    return fake_complain(FAKE_ILLEGAL_ADDRESS, "%s: device %d does not reach memory of device %d",
-                         what, stream->device, b->device);
-  }
-  size_t begin = (size_t)((const unsigned char *)range->p - b->address);
-  access made = {begin, begin + range->bytes, stream->index, stream->given, range->write};
-  check_race(stream, b, made, what);
-  note(b, made);
-  return FAKE_OK;
 }
 
 /* ---- streams --------------------------------------------------------------------------------- */
@@ -346,7 +138,7 @@ int fake_give_when(fake_stream_state *stream, const char *what, const fake_range
   learn(&stream->clock, &host);
   stream->clock.of[stream->index] = ++stream->given;
   for (int k = 0; k < count && error == FAKE_OK; ++k) {
-    error = touch(stream, &ranges[k], what);
+    error = fake_touch(stream, &ranges[k], what);
   }
   fake_work *made = append(stream, TASK);
   made->ready = ready;
@@ -384,18 +176,16 @@ int fake_wait(fake_stream_state *stream, const fake_event_state *event)
 
 int fake_give_free(fake_stream_state *stream, void *address)
 {
-  block *found = block_at(address, 1);
-  if (found == NULL || found->address != address || found->freed || found->device < 0) {
-    return fake_complain(FAKE_INVALID_VALUE, "freeing what is no allocation, or was freed before");
-  }
+  fake_block *freed;
   learn(&stream->clock, &host);
+  int error = fake_block_give(stream, address, &freed);
+  if (error != FAKE_OK) {
+    return error;
+  }
   stream->clock.of[stream->index] = ++stream->given;
-  access all = {0, found->bytes, stream->index, stream->given, true};
-  check_race(stream, found, all, "freeing");
-  found->freed = true;
   fake_work *made = append(stream, TASK);
   made->kind = FREE;
-  made->freed = found;
+  made->freed = freed;
   return FAKE_OK;
 }
 
@@ -409,6 +199,15 @@ fake_event_state *fake_event_new(int device)
   made->device = device;
   ++fake_totals.events;
   return made;
+}
+
+uint32_t fake_done(int stream)
+{
+  uint32_t done = streams[stream]->given;
+  for (const fake_work *work = streams[stream]->first; work != NULL; work = work->next) {
+    done -= work->kind == TASK;
+  }
+  return done;
 }
 
 /* ---- doing the work -------------------------------------------------------------------------- */
@@ -435,7 +234,7 @@ static void do_first(fake_stream_state *stream)
   } else if (work->kind == RECORD && work->version > work->event->reached) {
     work->event->reached = work->version;
   } else if (work->kind == FREE) {
-    delete_block(work->freed);
+    fake_block_delete(work->freed);
   }
   free(work->data);
   free(work);
@@ -539,56 +338,6 @@ void fake_drain(void)
 {
   fake_lock();
   fake_work_all();
-  fake_unlock();
-}
-
-int fake_read(void *to, const void *device, size_t bytes)
-{
-  fake_lock();
-  fake_work_all();
-  const void *from = fake_translate(device, bytes);
-  if (from != NULL) {
-    memcpy(to, from, bytes);
-  }
-  fake_unlock();
-  return from != NULL ? FAKE_OK : FAKE_INVALID_VALUE;
-}
-
-int fake_write(void *device, const void *from, size_t bytes)
-{
-  fake_lock();
-  fake_work_all();
-  void *to = fake_translate(device, bytes);
-  if (to != NULL) {
-    memcpy(to, from, bytes);
-  }
-  fake_unlock();
-  return to != NULL ? FAKE_OK : FAKE_INVALID_VALUE;
-}
-
-void *fake_alloc(int device, size_t bytes)
-{
-  void *address = NULL;
-  fake_lock();
-  fake_block_new(bytes, device, NULL, &address);
-  fake_unlock();
-  return address;
-}
-
-/* As a caching allocator does: at once, whatever is still under way. */
-void fake_free(void *device)
-{
-  fake_lock();
-  block *found = block_at(device, 1);
-  if (found == NULL || found->freed) {
-    fake_complain(0, "a test frees what is no allocation");
-  } else if (is_touched(found)) {
-    fake_complain(0, "the caller's memory was given back before the work on it was done");
-    fake_work_all();
-  }
-  if (found != NULL && !found->freed) {
-    delete_block(found);
-  }
   fake_unlock();
 }
 

@@ -1,5 +1,5 @@
 /* engine.h - memory, streams and events of the stand-in devices; what libcuda.c and libcublas.c are
- * made of.
+ * made of: memory.c and engine.c.
  *
  * One lock is held in every call of the API, and work is done by whichever thread makes the call:
  * what is a race between streams is found by clocks, not by chance.  Every stream counts its work;
@@ -38,6 +38,7 @@ typedef struct fake_clock {
 } fake_clock;
 
 typedef struct fake_work fake_work;
+typedef struct fake_block fake_block;
 
 typedef struct fake_stream_state {
   bool live;
@@ -92,6 +93,13 @@ int fake_device_of(const void *p);
 /* Where the bytes really are; NULL with a complaint where they are not all in one live block. */
 void *fake_translate(const void *p, size_t bytes);
 
+/* A piece of work that is being given to a stream touches the range. */
+int fake_touch(const fake_stream_state *stream, const fake_range *range, const char *what);
+/* The block at address is the stream's to delete, when its turn comes. */
+int fake_block_give(fake_stream_state *stream, void *address, fake_block **given);
+void fake_block_delete(fake_block *gone);
+
+uint32_t fake_done(int stream); /* pieces of its work, by the stream's index */
 fake_stream_state *fake_stream_new(int device);
 void fake_stream_delete(fake_stream_state *stream);
 fake_stream_state *fake_default_stream(int device);

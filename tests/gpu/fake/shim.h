@@ -2,7 +2,7 @@
  *
  * A thread of a block is a thread of the host, or all of them are one: SHIM_SHARED says how memory
  * of a block is declared, and SHIM_BARRIER what its threads do at a barrier.  The fake driver
- * (libcuda.c) runs blocks of one thread, one after the other; tests/c/test_kernels.c runs whole
+ * (work.c) runs blocks of one thread, one after the other; tests/c/test_kernels.c runs whole
  * blocks on threads, so that TSan sees what a missing barrier does.
  */
 #ifndef SHIM_H
