@@ -1,15 +1,13 @@
 /* nccl.c - the nccl transport as a program uses it: two processes, each with a CUDA device.
  *
- *     nccl LEADER FOLLOWER [--threads]
+ *     nccl LEADER FOLLOWER [--small]
  *
  * tests/gpu/run.py runs it with both ranks on one device, where each process gets a host id of its
  * own since NCCL refuses two ranks of one host on one device, and with a device each.  It prints
- * one JSON object a line: runs at tolerance 0 and without a limit, a run whose follower is killed,
- * the time of a round without a model.  With --threads the ranks are threads of one process, which
- * is what the stand-in libraries can do; nobody is killed then.
+ * one JSON object a line: runs at tolerance 0 and without a limit, the time of a round without a
+ * model, a run whose follower is killed.  --small is for the stand-in libraries.
  */
 #include <math.h>
-#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,7 +24,7 @@ enum { STEPS = 12, PATIENCE_S = 30, TIMED_STEPS = 200 };
 /* What both ends do one after the other. */
 enum { EXACT, LOOSE, TIMED, KILLED, RUNS };
 
-static ps_layout layout = {1, 1 << 20, PS_F16, PS_F16}; /* small where ranks are threads */
+static ps_layout layout = {1, 1 << 20, PS_F16, PS_F16};
 
 static size_t latent_bytes(void)
 {
@@ -52,7 +50,6 @@ typedef struct end {
   const ps_backend *backend;
   ps_pair *pair;
   int run;
-  int own_process; /* may be killed */
 } end;
 
 /* m = (0.3 + step / 100) x, made on the device; nearly nothing where rounds are timed. */
@@ -61,7 +58,7 @@ static int evaluate(void *ctx, int rank, int step, const void *x, void *m)
   const end *self = ctx;
   const double weight = self->run == TIMED ? 0 : 0.3 + 0.01 * step;
   const ps_term in = {x, PS_F16};
-  if (self->run == KILLED && rank > 0 && step >= 4 && self->own_process) {
+  if (self->run == KILLED && rank > 0 && step >= 4) {
     raise(SIGKILL);
   }
   return self->backend->lincomb(self->backend, layout.size, 1, 1, &weight, &in, &m, PS_F16) !=
@@ -83,17 +80,11 @@ static void disconnect_end(end *self)
 
 /* ---- follower -------------------------------------------------------------------------------- */
 
-typedef struct following {
-  int device, own_process;
-  unsigned char id[PS_NCCL_ID_BYTES];
-} following;
-
-static void *follow(void *ctx)
+static void follow(int device, const unsigned char *id)
 {
-  const following *how = ctx;
-  end self = {.own_process = how->own_process};
-  connect_end(&self, how->device, PS_FOLLOWS, how->id);
-  for (self.run = 0; self.run < (how->own_process ? RUNS : TIMED); ++self.run) {
+  end self = {.run = EXACT};
+  connect_end(&self, device, PS_FOLLOWS, id);
+  for (; self.run < RUNS; ++self.run) {
     ps_link *link;
     ps_follower *follower;
     ps_wait wait = within(PATIENCE_S);
@@ -103,7 +94,6 @@ static void *follow(void *ctx)
     ps_follower_destroy(follower);
   }
   disconnect_end(&self);
-  return NULL;
 }
 
 /* ---- leader ---------------------------------------------------------------------------------- */
@@ -191,7 +181,7 @@ static int check_run(end *self, const uint16_t *alone, uint16_t *x)
   return well;
 }
 
-static int lead_all(int device, const unsigned char *id, int runs)
+static int lead_all(int device, const unsigned char *id)
 {
   uint16_t *alone = malloc(latent_bytes()), *x = malloc(latent_bytes());
   end self = {.run = EXACT};
@@ -201,7 +191,7 @@ static int lead_all(int device, const unsigned char *id, int runs)
   connect_end(&self, device, PS_LEADS, id);
   lead(&self, NULL, alone, &report, &leader);
   ps_leader_destroy(leader);
-  for (; self.run < runs; ++self.run) {
+  for (; self.run < RUNS; ++self.run) {
     well = check_run(&self, alone, x) && well;
   }
   disconnect_end(&self);
@@ -213,7 +203,7 @@ static int lead_all(int device, const unsigned char *id, int runs)
 /* ---- processes ------------------------------------------------------------------------------- */
 
 /* Before either of them has touched CUDA, which does not survive a fork. */
-static int start_process(following *how, int *id_to)
+static int start_follower(int device, int *id_to)
 {
   int ends[2];
   if (pipe(ends) != 0) {
@@ -221,11 +211,12 @@ static int start_process(following *how, int *id_to)
   }
   int child = fork();
   if (child == 0) {
+    unsigned char id[PS_NCCL_ID_BYTES];
     close(ends[1]);
     prctl(PR_SET_PDEATHSIG, SIGKILL); /* it does not outlive a leader that fails */
     setenv("NCCL_HOSTID", "parastep-follower", 0);
-    if (read(ends[0], how->id, sizeof how->id) == (ssize_t)sizeof how->id) {
-      follow(how);
+    if (read(ends[0], id, sizeof id) == (ssize_t)sizeof id) {
+      follow(device, id);
     }
     _exit(0);
   }
@@ -234,50 +225,37 @@ static int start_process(following *how, int *id_to)
   return child;
 }
 
-static int run_processes(int leader, following *how)
+static int run_both(int leader, int follower)
 {
+  unsigned char id[PS_NCCL_ID_BYTES];
   int id_to, status = 0;
   setenv("NCCL_SOCKET_IFNAME", "lo", 0);
-  int child = start_process(how, &id_to);
+  int child = start_follower(follower, &id_to);
   if (child < 0) {
     perror("starting a process");
     return 0;
   }
   setenv("NCCL_HOSTID", "parastep-leader", 0);
-  printf("{\"nccl\": %d, \"devices\": \"%d, %d\"}\n", ps_nccl_version(), leader, how->device);
-  need(ps_nccl_id(how->id), "id");
-  if (write(id_to, how->id, sizeof how->id) != (ssize_t)sizeof how->id) {
+  printf("{\"nccl\": %d, \"devices\": \"%d, %d\"}\n", ps_nccl_version(), leader, follower);
+  need(ps_nccl_id(id), "id");
+  if (write(id_to, id, sizeof id) != (ssize_t)sizeof id) {
     perror("telling the id");
     return 0;
   }
-  int well = lead_all(leader, how->id, RUNS);
+  int well = lead_all(leader, id);
   kill(child, SIGKILL); /* where it is still waiting for a run */
   waitpid(child, &status, 0);
-  return well;
-}
-
-static int run_threads(int leader, following *how)
-{
-  pthread_t thread;
-  layout.size = 4096;
-  printf("{\"nccl\": %d, \"devices\": \"%d, %d\"}\n", ps_nccl_version(), leader, how->device);
-  need(ps_nccl_id(how->id), "id");
-  if (pthread_create(&thread, NULL, follow, how) != 0) {
-    return 0;
-  }
-  int well = lead_all(leader, how->id, TIMED);
-  pthread_join(thread, NULL);
   return well;
 }
 
 int main(int argc, char **argv)
 {
   if (argc < 3) {
-    fprintf(stderr, "usage: nccl LEADER FOLLOWER [--threads]\n");
+    fprintf(stderr, "usage: nccl LEADER FOLLOWER [--small]\n");
     return 2;
   }
-  int leader = (int)strtol(argv[1], NULL, 10), threads = argc > 3;
-  following how = {.device = (int)strtol(argv[2], NULL, 10), .own_process = !threads};
+  int leader = (int)strtol(argv[1], NULL, 10), follower = (int)strtol(argv[2], NULL, 10);
+  layout.size = argc > 3 ? 4096 : layout.size;
   setvbuf(stdout, NULL, _IOLBF, 0); /* nothing unwritten is there twice after a fork */
-  return !(threads ? run_threads(leader, &how) : run_processes(leader, &how));
+  return !run_both(leader, follower);
 }

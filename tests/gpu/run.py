@@ -86,7 +86,7 @@ def commands(part: str, count: int, programs: pathlib.Path, dry: bool) -> Iterat
             yield Command(f"compute-sanitizer {tool}", words, limit, missing)
     elif part == "nccl":
         if dry:
-            yield Command("nccl, ranks are threads", [nccl, "0", "1", "--threads"], limit)
+            yield Command("nccl, two processes", [nccl, "0", "1", "--small"], limit)
             return
         yield Command("nccl, two processes on cuda:0", [nccl, "0", "0"], limit)
         missing = "" if count > 1 else "one device"

@@ -396,6 +396,8 @@ def stop_in_the_middle(leader: Any, x: Any) -> Any:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
+        ("absent", "NCCL was not found"),
+        ("absent there", "NCCL was not found"),
         ("version", "versions of NCCL differ, 9.99.99 here and 2.29.7 there"),
         ("device", "the leader's own device"),
         ("init", ""),  # which end that happens to, and who is the first to say so, is open
@@ -413,7 +415,9 @@ def test_without_a_pair(
 ) -> None:
     """Latents go through the host, and one line says so."""
     monkeypatch.setattr(pairs, "PATIENCE", 1.0)
-    if what == "version":
+    if what.startswith("absent"):
+        monkeypatch.setattr(_core, "nccl_version", absent(after=what.count("there")))
+    elif what == "version":
         versions = iter([22907])
         monkeypatch.setattr(_core, "nccl_version", lambda: next(versions, 99999))
     elif what == "device":
@@ -430,6 +434,18 @@ def test_without_a_pair(
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1 and "rank 1: latents go through the host" in lines[0]
     assert words in lines[0]
+
+
+def absent(after: int) -> Callable[[], int]:
+    """The version of a library that is not there, but where it is first asked for."""
+    versions = iter([22907] * after)
+
+    def version() -> int:
+        for number in versions:
+            return number
+        raise _core.UnsupportedError("NCCL was not found")
+
+    return version
 
 
 def only_leads(pair: Any) -> Callable[..., Any]:

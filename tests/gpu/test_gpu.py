@@ -64,7 +64,8 @@ def test_parts_in_processes_of_their_own(programs: pathlib.Path, tmp_path: pathl
     found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert [part["ok"] for part in found if "sanitizer" not in part["name"]] == [True] * 3
     rows = [row for part in found for row in part["rows"]]
-    assert {row["run"]: row["lost"] for row in rows if "run" in row} == {"exact": 0, "loose": 0}
+    lost = {row["run"]: row["lost"] for row in rows if "run" in row}
+    assert lost == {"exact": 0, "loose": 0, "timed": 0, "killed": 1}
     assert [row["wrong"] for row in rows if row.get("part") == "check"] == [0, 0]
 
     there = tmp_path / "gpu"  # one of the programs is missing

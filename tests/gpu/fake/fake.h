@@ -69,10 +69,12 @@ typedef struct fake_blas_api {
   FAKE_BLAS_MAP(FAKE_POINTER)
 } fake_blas_api;
 
-/* Functions of the stand-in for NCCL, libnccl.so.2, whose ranks are threads of one process. */
+/* Functions of the stand-in for NCCL, libnccl.so.2. */
 #define FAKE_NCCL_MAP(X)                                                                           \
   /* The n-th call of a function from now on gives this result, ncclCommGetAsyncError for ever. */ \
   X(void, fake_nccl_fail, (const char *function, int n, int result))                               \
+  /* The n-th message that arrives from now on is not quite what was sent; 0: none. */             \
+  X(void, fake_nccl_spoil, (int n))                                                                \
   X(int, fake_nccl_live, (void)) /* communicators that were not aborted */
 
 typedef struct fake_nccl_api {

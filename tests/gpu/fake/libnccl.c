@@ -1,47 +1,41 @@
-/* libnccl.c - a stand-in for NCCL: communicators of two ranks that are threads of one process.
+/* libnccl.c - a stand-in for NCCL: communicators of two ranks, in one process or in two.
  *
  * Built as libnccl.so.2, on top of the stand-in driver: a send and a receive are work of their
- * streams that is done when both are first in theirs, as kernels that spin.  What would hang on a
- * GPU, counts that differ between ranks for one, is a complaint here; a peer that is gone is
- * silent, as it is on NVLink.  Calls return before they are done, as with communicators that do not
- * block.
+ * streams that is done when both are first in theirs, as kernels that spin.  Between them is a
+ * socket: who receives says so once it is its turn, and for how many bytes, then these come.  What
+ * would hang on a GPU, counts that differ between ranks for one, is a complaint here; a peer that
+ * is gone is silent, as it is on NVLink.  Calls return before they are done, as with communicators
+ * that do not block.
  */
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
 
 #include "engine.h"
 #include "transport/nccl_api.h"
 
 #define API __attribute__((visibility("default")))
 
-enum { INVALID_ARGUMENT = 4, INVALID_USAGE = 5, PAIRS = 4096, MEETINGS = 65536 };
-
-/* The k-th send of one rank and the k-th receive of the other. */
-typedef struct meeting {
-  void *end[2]; /* of the sender, of the receiver; NULL before it was called */
-  size_t bytes[2];
-  bool first[2]; /* of its stream */
-  bool over;     /* done, or given up */
-} meeting;
-
-typedef struct pair {
-  struct ncclComm *comm[2];
-  meeting *way[2]; /* (MEETINGS) from rank 0, from rank 1 */
-} pair;
+enum { INVALID_ARGUMENT = 4, INVALID_USAGE = 5 };
 
 struct ncclComm {
-  pair *of;
-  int rank, device;
-  int calls[2];   /* sends, receives */
-  uint32_t later; /* looks at it until the last call is done */
+  struct ncclComm *next; /* all that were ever made: work may still know them */
+  struct sockaddr_un address;
+  int rank;
+  int listening, connected; /* sockets; -1: none */
+  uint32_t later;           /* looks at it until the last call is done */
+  int error;                /* that the two ranks have made between them */
   bool aborted;
 };
 
-static pair pairs[PAIRS];
+static struct ncclComm *comms;
 static int made, live;
 static char failing[64];
-static int fail_at, fail_result, broken;
+static int fail_at, fail_result, broken, spoil_at;
 
 void fake_nccl_fail(const char *function, int n, int result)
 {
@@ -50,6 +44,13 @@ void fake_nccl_fail(const char *function, int n, int result)
   fail_at = n;
   fail_result = result;
   broken = 0;
+  fake_unlock();
+}
+
+void fake_nccl_spoil(int n)
+{
+  fake_lock();
+  spoil_at = n;
   fake_unlock();
 }
 
@@ -86,17 +87,13 @@ API int ncclGetVersion(int *version)
   return PS__NCCL_OK;
 }
 
-static void name_pair(ncclUniqueId *id, int number)
-{
-  snprintf(id->internal, sizeof id->internal, "pair %d", number);
-}
-
+/* Abstract: nothing is left of it in the file system. */
 API int ncclGetUniqueId(ncclUniqueId *id)
 {
   int result = enter("ncclGetUniqueId");
   memset(id, 0, sizeof *id);
-  if (result == PS__NCCL_OK && made < PAIRS) {
-    name_pair(id, made++);
+  if (result == PS__NCCL_OK) {
+    snprintf(id->internal, sizeof id->internal, "stand-in %d.%d", (int)getpid(), made++);
   }
   return leave(result);
 }
@@ -108,60 +105,78 @@ API int ncclGroupEnd(void)
 
 /* ---- communicators --------------------------------------------------------------------------- */
 
-static int find_pair(const ncclUniqueId *id)
+static int check_init(int ranks, const ncclUniqueId *id, int rank, const ncclConfig_t *config)
 {
-  for (int k = 0; k < made; ++k) {
-    ncclUniqueId its;
-    name_pair(&its, k);
-    if (strcmp(id->internal, its.internal) == 0) {
-      return k;
-    }
-  }
-  return -1;
-}
-
-static int check_init(int ranks, const ncclUniqueId *id, int rank, const ncclConfig_t *config,
-                      int *number)
-{
-  *number = find_pair(id);
-  if (*number < 0) {
+  if (strncmp(id->internal, "stand-in ", 9) != 0) {
     return fake_complain(INVALID_ARGUMENT, "an id that nobody made");
   }
   if (ranks != 2 || rank < 0 || rank > 1 || config->blocking != 0 ||
       config->magic != (unsigned)PS__NCCL_MAGIC || config->size < sizeof *config) {
     return fake_complain(INVALID_ARGUMENT, "rank %d of %d, or its configuration", rank, ranks);
   }
-  if (pairs[*number].comm[rank] != NULL) {
-    return fake_complain(INVALID_USAGE, "rank %d joins a pair twice", rank);
-  }
   return PS__NCCL_OK;
+}
+
+static int new_socket(void)
+{
+  return socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+}
+
+static void end_socket(int *end)
+{
+  if (*end >= 0) {
+    close(*end);
+  }
+  *end = -1;
+}
+
+static int listen_there(struct ncclComm *comm)
+{
+  comm->listening = new_socket();
+  return bind(comm->listening, (struct sockaddr *)&comm->address, sizeof comm->address) == 0 &&
+                 listen(comm->listening, 1) == 0
+             ? PS__NCCL_OK
+             : fake_complain(INVALID_USAGE, "rank 0 joins a pair twice");
+}
+
+/* Rank 0 listens until rank 1 has come. */
+static bool is_joined(struct ncclComm *comm)
+{
+  if (comm->connected >= 0) {
+    return true;
+  }
+  if (comm->rank == 0) {
+    comm->connected = accept4(comm->listening, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    if (comm->connected >= 0) {
+      end_socket(&comm->listening);
+    }
+  } else {
+    comm->connected = new_socket();
+    if (connect(comm->connected, (struct sockaddr *)&comm->address, sizeof comm->address) != 0) {
+      end_socket(&comm->connected);
+    }
+  }
+  return comm->connected >= 0;
 }
 
 API int ncclCommInitRankConfig(ncclComm_t *comm, int ranks, ncclUniqueId id, int rank,
                                ncclConfig_t *config)
 {
-  int number, result = enter("ncclCommInitRankConfig");
+  int result = enter("ncclCommInitRankConfig");
   if (result == PS__NCCL_OK) {
-    result = check_init(ranks, &id, rank, config, &number);
+    result = check_init(ranks, &id, rank, config);
   }
   if (result != PS__NCCL_OK) {
     return leave(result);
   }
-  pair *of = &pairs[number];
-  *comm = calloc(1, sizeof **comm);
-  **comm = (struct ncclComm){.of = of, .rank = rank};
-  of->comm[rank] = *comm;
-  if (of->way[0] == NULL) {
-    of->way[0] = calloc(MEETINGS, sizeof(meeting));
-    of->way[1] = calloc(MEETINGS, sizeof(meeting));
-  }
+  struct ncclComm *joining = calloc(1, sizeof *joining);
+  *joining = (struct ncclComm){comms, {.sun_family = AF_UNIX}, rank, -1, -1, 0, 0, false};
+  snprintf(joining->address.sun_path + 1, sizeof joining->address.sun_path - 1, "%.100s",
+           id.internal);
+  comms = *comm = joining;
   ++live;
-  return leave(PS__NCCL_IN_PROGRESS);
-}
-
-static bool is_joined(const struct ncclComm *comm)
-{
-  return comm->of->comm[0] != NULL && comm->of->comm[1] != NULL;
+  result = rank == 0 ? listen_there(joining) : PS__NCCL_OK;
+  return leave(result == PS__NCCL_OK ? PS__NCCL_IN_PROGRESS : result);
 }
 
 API int ncclCommGetAsyncError(ncclComm_t comm, int *state)
@@ -175,12 +190,13 @@ API int ncclCommGetAsyncError(ncclComm_t comm, int *state)
   }
   comm->later -= comm->later > 0;
   *state = broken != 0                           ? broken
+           : comm->error != 0                    ? comm->error
            : is_joined(comm) && comm->later == 0 ? PS__NCCL_OK
                                                  : PS__NCCL_IN_PROGRESS;
   return leave(PS__NCCL_OK);
 }
 
-/* What waits for the other end is over; memory of the pair stays, for work that still knows it. */
+/* What waits for the other end is over. */
 API int ncclCommAbort(ncclComm_t comm)
 {
   enter("ncclCommAbort");
@@ -188,6 +204,8 @@ API int ncclCommAbort(ncclComm_t comm)
     return leave(fake_complain(INVALID_USAGE, "aborting a communicator twice"));
   }
   comm->aborted = true;
+  end_socket(&comm->listening);
+  end_socket(&comm->connected);
   --live;
   return leave(PS__NCCL_OK);
 }
@@ -196,30 +214,65 @@ API int ncclCommAbort(ncclComm_t comm)
 
 typedef struct half {
   struct ncclComm *comm;
-  meeting *at;
-  int which; /* 0 sends, 1 receives */
+  void *p;
+  size_t bytes;
+  bool receives;
+  uint64_t wanted;     /* by who receives: what goes ahead of the bytes, the other way */
+  size_t ahead, moved; /* of wanted, of the bytes */
 } half;
 
-static bool is_ready(void *data)
+/* Moves what the socket takes or has; whether that was the last of it. */
+static bool move(struct ncclComm *comm, bool out, void *p, size_t bytes, size_t *moved)
 {
-  const half *own = data;
-  const struct ncclComm *peer = own->comm->of->comm[1 - own->comm->rank];
-  own->at->first[own->which] = true;
-  return own->at->over || own->comm->aborted || (own->at->first[1 - own->which] && !peer->aborted);
+  while (*moved < bytes) {
+    unsigned char *at = (unsigned char *)p + *moved;
+    ssize_t some = out ? send(comm->connected, at, bytes - *moved, MSG_NOSIGNAL)
+                       : recv(comm->connected, at, bytes - *moved, 0);
+    if (some <= 0) {
+      return false; /* not yet, or nobody is there any more */
+    }
+    *moved += (size_t)some;
+  }
+  return true;
 }
 
-static void meet(void *data)
+/* One of the bytes that a message begins with. */
+static void spoil(unsigned char *message, size_t bytes)
 {
-  const half *own = data;
-  meeting *at = own->at;
-  if (!at->over && !own->comm->aborted) {
-    memcpy(fake_translate(at->end[1], at->bytes[1]), fake_translate(at->end[0], at->bytes[0]),
-           at->bytes[1]);
-    at->over = true;
+  enum { HEADER = 48 };
+  if (spoil_at > 0 && --spoil_at == 0) {
+    message[fake_random(bytes < HEADER ? (uint32_t)bytes : HEADER)] ^= 0x55;
   }
 }
 
-static int check_call(const struct ncclComm *comm, size_t count, int type, int peer,
+static bool is_ready(void *data)
+{
+  half *own = data;
+  struct ncclComm *comm = own->comm;
+  if (comm->aborted) {
+    return true;
+  }
+  if (comm->error != 0 ||
+      !move(comm, own->receives, &own->wanted, sizeof own->wanted, &own->ahead)) {
+    return false;
+  }
+  if (own->wanted != own->bytes) {
+    comm->error = fake_complain(INVALID_USAGE, "%zu bytes sent where %zu are received", own->bytes,
+                                (size_t)own->wanted);
+    return false;
+  }
+  void *here = fake_translate(own->p, own->bytes);
+  bool there = own->moved == own->bytes;
+  if (here != NULL && !there && move(comm, !own->receives, here, own->bytes, &own->moved)) {
+    there = true;
+    if (own->receives) {
+      spoil(here, own->bytes);
+    }
+  }
+  return here == NULL || there;
+}
+
+static int check_call(struct ncclComm *comm, size_t count, int type, int peer,
                       const fake_stream_state *stream)
 {
   if (comm == NULL || comm->aborted || !is_joined(comm) || comm->later > 0) {
@@ -231,7 +284,7 @@ static int check_call(const struct ncclComm *comm, size_t count, int type, int p
   return PS__NCCL_OK;
 }
 
-static int give(struct ncclComm *comm, int which, void *p, size_t count, int type, int peer,
+static int give(struct ncclComm *comm, bool receives, void *p, size_t count, int type, int peer,
                 CUstream handle)
 {
   fake_stream_state *stream = (fake_stream_state *)handle;
@@ -239,24 +292,13 @@ static int give(struct ncclComm *comm, int which, void *p, size_t count, int typ
   if (result != PS__NCCL_OK) {
     return result;
   }
-  int way = which == 0 ? comm->rank : peer;
-  meeting *at = &comm->of->way[way][comm->calls[which]++ % MEETINGS];
   half *own = malloc(sizeof *own);
-  *own = (half){comm, at, which};
-  at->end[which] = p;
-  at->bytes[which] = count;
-  if (at->end[1 - which] != NULL && at->bytes[0] != at->bytes[1]) {
-    result = fake_complain(INVALID_USAGE, "%zu bytes sent where %zu are received", at->bytes[0],
-                           at->bytes[1]);
-  }
-  fake_range range = {p, count, which == 1};
+  *own = (half){comm, p, count, receives, receives ? count : 0, 0, 0};
+  fake_range range = {p, count, receives};
   int error =
-      fake_give_when(stream, which == 0 ? "sending" : "receiving", &range, 1, is_ready, meet, own);
+      fake_give_when(stream, receives ? "receiving" : "sending", &range, 1, is_ready, NULL, own);
   comm->later = fake_random(3);
-  return result != PS__NCCL_OK ? result
-         : error != FAKE_OK    ? INVALID_USAGE
-         : comm->later > 0     ? PS__NCCL_IN_PROGRESS
-                               : PS__NCCL_OK;
+  return error != FAKE_OK ? INVALID_USAGE : comm->later > 0 ? PS__NCCL_IN_PROGRESS : PS__NCCL_OK;
 }
 
 API int ncclSend(const void *from, size_t count, int type, int peer, ncclComm_t comm,
@@ -264,11 +306,11 @@ API int ncclSend(const void *from, size_t count, int type, int peer, ncclComm_t 
 {
   int result = enter("ncclSend");
   return leave(result != PS__NCCL_OK ? result
-                                     : give(comm, 0, (void *)from, count, type, peer, stream));
+                                     : give(comm, false, (void *)from, count, type, peer, stream));
 }
 
 API int ncclRecv(void *to, size_t count, int type, int peer, ncclComm_t comm, CUstream stream)
 {
   int result = enter("ncclRecv");
-  return leave(result != PS__NCCL_OK ? result : give(comm, 1, to, count, type, peer, stream));
+  return leave(result != PS__NCCL_OK ? result : give(comm, true, to, count, type, peer, stream));
 }
