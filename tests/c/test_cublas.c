@@ -1,5 +1,5 @@
 /* test_cublas.c - passes by cuBLAS, on the stand-in libraries: the CPU's results to rounding (which
- * are the kernels' own, see test_cuda.c), and the host's where cuBLAS cannot give them.
+ * are the kernels' own, see test_cuda_passes.c), and the host's where cuBLAS cannot give them.
  */
 #include <math.h>
 #include <stdlib.h>

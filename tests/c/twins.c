@@ -17,6 +17,17 @@ const ps_backend *open_rank(int device)
   return backend;
 }
 
+void bury_all(const fake_api *fake)
+{
+  fake->fake_hang(-1);
+  for (int k = 0; k < 2; ++k) { /* a mirror's end may be that of a rank */
+    fake->fake_drain();
+    const ps_backend *cuda = open_rank(0);
+    cuda->release(cuda);
+  }
+  fake->fake_drain();
+}
+
 /* ---- a vector on both sides ------------------------------------------------------------------ */
 
 twin twin_new(const fake_api *fake, ps_dtype dtype, size_t n, uint64_t seed, size_t shift)

@@ -11,6 +11,8 @@
 enum { DTYPES = 4, TERMS = 130, OUTS = 20, LONGEST = 5000 };
 
 const ps_backend *open_rank(int device);
+/* What has pinned memory may outlast its users; whoever comes next buries it. */
+void bury_all(const fake_api *fake);
 
 /* A vector of random numbers on both sides. */
 typedef struct twin {
