@@ -80,6 +80,12 @@ def carry_out(fault: str, output: torch.Tensor) -> torch.Tensor:
         time.sleep(6)
     if fault == "nan":
         return output * torch.nan
+    if fault == "infinity":
+        return output * torch.inf
+    if fault == "memory":
+        return torch.empty(1 << 60)
+    if fault == "dtype":
+        return output.double()
     if fault == "rubbish":
         os.write(int(sys.argv[1]), b"x" * 4096)  # onto the pipe, past everybody
         time.sleep(600)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import multiprocessing
+import os
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +64,19 @@ def parallel(pipe: Any, ranks: int = 4, tolerance: float = 0.0, **options: Any) 
 def threads() -> list[str]:
     """The names of followers' threads that are still there."""
     return [t.name for t in threading.enumerate() if t.name.startswith("parastep-")]
+
+
+def children() -> set[int]:
+    """Processes that this one has started and not reaped, zombies too."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == os.getpid():
+            found.add(int(stat.parent.name))
+    return found - {p.pid for p in multiprocessing.active_children() if p.pid}
 
 
 def rounds_without_limit(steps: int, ranks: int) -> int:

@@ -31,6 +31,11 @@ import parastep  # noqa: E402
         ({"devices": ["nowhere"]}, parastep.DeviceError, "nowhere"),
         ({"devices": ["cuda:0", "cuda:1"]}, parastep.DeviceError, "pipe is on cpu"),
         ({"devices": ["cpu", "meta"]}, parastep.UnsupportedError, "CPU"),
+        (
+            {"devices": ["cpu", "cpu", "cpu:1", "cpu:1"], "slots": "batch"},
+            parastep.UnsupportedError,
+            "cpu, cpu:1: a batch is of one device",
+        ),
         ({"devices": ["cpu"] * 257}, ValueError, "devices"),
         ({"tolerance": -0.1}, ValueError, "tolerance"),
         ({"tolerance": math.nan}, ValueError, "tolerance"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -22,11 +22,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 
+import chaos  # noqa: E402
 import faults  # noqa: E402
 import tiny  # noqa: E402
 from hosting import (  # noqa: E402
     attributes,
     caught,
+    children,
     distance,
     host,
     no_warnings,
@@ -40,7 +42,7 @@ from parastep.diffusers import _by_workers as by_workers  # noqa: E402
 
 pytestmark = pytest.mark.timeout(280)  # a worker imports torch and diffusers, which takes seconds
 
-RANKS = 3
+RANKS = chaos.RANKS
 
 
 @pytest.fixture(scope="module")
@@ -51,27 +53,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def together(folder: Path) -> Iterator[Any]:
     """Stable Diffusion on workers that carry out faults, the same ones for all tests."""
-    pipe = tiny.CASES["sd"].build()
-    pipe.unet.mid_block.resnets[0] = faults.Faulty(pipe.unet.mid_block.resnets[0], folder)
-    with parallel(pipe, RANKS, mode="processes") as made:
+    with chaos.make(folder) as made:
         yield made
     made.close()
     with pytest.raises(parastep.StateError, match="closed"):
         run(made)
     assert children() == set()
-
-
-def children() -> set[int]:
-    """Processes that this one has started and not reaped, zombies too."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == os.getpid():
-            found.add(int(stat.parent.name))
-    return found - {p.pid for p in multiprocessing.active_children() if p.pid}
 
 
 def workers(together: Any) -> list[int]:
@@ -143,6 +130,13 @@ def test_worker_fails(together: Any, folder: Path, fault: str, call: int, status
     if fault == "raise":
         assert line.text == "RuntimeError: out of cheese"
     check_good_call(together)
+
+
+def test_faults_at_random(together: Any, folder: Path) -> None:
+    """A few of those that `make chaos` injects."""
+    draw = random.Random(3)
+    for what in draw.sample(chaos.GENTLE, 3):
+        chaos.survive(together, folder, what, draw)
 
 
 def test_worker_hangs(together: Any, folder: Path) -> None:
