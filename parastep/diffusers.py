@@ -130,7 +130,11 @@ def parallelize(
         return ParallelPipeline(pipe, [home] * found.size, options, found)
     places = _devices_of(pipe, devices)
     if batch and len(set(places)) > 1:
-        raise _core.UnsupportedError("slots='batch': only one device, repeated, so far")
+        named = ", ".join(dict.fromkeys(map(str, places)))
+        raise _core.UnsupportedError(
+            f"slots='batch': {named}: a batch is of one device, repeated; without slots each rank "
+            "evaluates a step of its own"
+        )
     workers = Workers(places) if _by_workers(mode, places) else None
     return ParallelPipeline(pipe, places, options, workers, batch, mode == "auto")
 

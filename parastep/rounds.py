@@ -64,8 +64,9 @@ class Profile:
 
 @dataclass(frozen=True)
 class Pace:
-    """Rounds of strided runs: 6 in which strides grow, and shrink again near the end, and beside
-    them level x ranks^-r tolerance^-t steps^n, with (r, t, n) as `powers`.
+    """Rounds of strided runs: level x (1 + 1.3 / ranks)^r tolerance^-t steps^n, with (r, t, n) as
+    `powers`. The first part of the sum is rounds in which strides grow, and shrink again near the
+    end, the second those whose nodes the ranks divide among them.
     """
 
     level: float
@@ -80,7 +81,7 @@ class Pace:
         if not all(r.tolerance is not None and 0 < r.tolerance < math.inf for r in reports):
             raise _core.InvalidError("profile: runs with a tolerance above 0 are needed")
         told = [[1.0, *cls._scales(r.ranks, r.tolerance or 0.0, r.steps)] for r in reports]
-        found = [math.log(max(r.rounds - _TURNING, 1)) for r in reports]
+        found = [math.log(r.rounds) for r in reports]
         doubt = np.diag([0.0, *[_STIFF] * 3])[1:]  # rows that hold the powers to what others showed
         rows, sides = np.vstack([told, doubt]), [*found, *(_STIFF * power for power in _POWERS)]
         level, *powers = np.linalg.lstsq(rows, np.array(sides), rcond=None)[0].tolist()
@@ -88,21 +89,21 @@ class Pace:
 
     @staticmethod
     def _scales(ranks: int, tolerance: float, steps: int) -> tuple[float, float, float]:
-        return -math.log(ranks), -math.log(tolerance), math.log(steps)
+        return math.log1p(_DIVIDED / ranks), -math.log(tolerance), math.log(steps)
 
     def windows(self, steps: int, slots: int, tolerance: float) -> list[int]:
         """Evaluations in each round; never more rounds than steps."""
         if tolerance == 0:
             return default_profile().windows(steps, slots, 0)
         scales = self._scales(slots, min(tolerance, 1e3), steps)
-        beside = self.level * math.exp(sum(k * v for k, v in zip(self.powers, scales)))
-        return [1] + [slots] * (max(1, min(round(_TURNING + beside), steps)) - 1)
+        rounds = self.level * math.exp(sum(k * v for k, v in zip(self.powers, scales)))
+        return [1] + [slots] * (max(1, min(round(rounds), steps)) - 1)
 
 
-# Of the demo's models, on 1 to 8 ranks at tolerances .005 to .08 in 20 to 100 steps: what a run
+# Of the demo's models, on 1 to 8 ranks at tolerances .005 to .08 in 28 to 100 steps: what a run
 # starts from whose own reports say too little.
-_TURNING = 6
-_POWERS = (0.65, 0.35, 0.4)
+_DIVIDED = 1.3
+_POWERS = (1.0, 0.2, 0.27)
 _STIFF = 0.1
 
 
