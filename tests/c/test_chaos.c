@@ -266,7 +266,7 @@ static void inject(bool by_host)
   chaos none = {.random = &random};
   run(program, &none, by_host); /* a sanitizer starts a thread of its own with the first one */
   left before = left_now();
-  for (int more = runner_faults() / 2; more > 0;) {
+  for (int more = runner_faults() / 3; more > 0;) {
     chaos all;
     int faults = 1 + (more > 1 && draw(&random, 3) == 0);
     plan(&all, &random, faults, by_host);

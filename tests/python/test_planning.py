@@ -154,8 +154,8 @@ def test_several_strided_runs_tell_more():
         for tolerance in (0.02, 0.005)
         for count in (1, 2, 3)
     }
-    assert plans[0.02, 1] < plans[0.02, 2] and abs(plans[0.02, 3] - 18) <= 1
-    assert abs(plans[0.005, 3] - 30) <= 2 and plans[0.005, 1] < plans[0.005, 3]
+    assert plans[0.02, 1] < plans[0.02, 2] and abs(plans[0.02, 3] - 18) <= 2
+    assert abs(plans[0.005, 3] - 30) <= 5 and plans[0.005, 1] < plans[0.005, 3]
 
 
 def test_the_demo_model_in_strides():
