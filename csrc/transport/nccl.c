@@ -247,6 +247,7 @@ static end *dead_end(const ps__mortal *mortal)
 static bool has_ended(const ps__mortal *mortal)
 {
   const end *own = dead_end(mortal);
+  ps__pair_expire(own->pair);
   return ps__event_reached(own->rank->device, own->last);
 }
 

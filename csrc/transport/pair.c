@@ -137,7 +137,19 @@ void ps_nccl_close(ps_pair *pair)
     if (ps__pair_is_lost(pair) && !__atomic_load_n(&pair->linked, __ATOMIC_ACQUIRE)) {
       abort_apart(pair);
     }
+    __atomic_store_n(&pair->closed_ns, ps_now_ns(), __ATOMIC_RELEASE);
     ps__pair_release(pair);
+  }
+}
+
+/* A leader's last word, where its follower has left without it.  Called under the lock of what is
+ * to be destroyed, when nobody else uses the pair any more. */
+void ps__pair_expire(ps_pair *pair)
+{
+  const int64_t patience_ns = INT64_C(1000000000);
+  int64_t closed_ns = __atomic_load_n(&pair->closed_ns, __ATOMIC_ACQUIRE);
+  if (closed_ns != 0 && ps_now_ns() - closed_ns > patience_ns) {
+    abort_apart(pair);
   }
 }
 

@@ -12,14 +12,18 @@ struct ps_pair {
   ps_role role;
   ps__cuda_rank *rank; /* retained */
   CUstream stream;
-  ncclComm_t comm; /* NULL once it is aborted */
-  bool linked;     /* changed atomically */
-  int lost;        /* changed atomically; why is written before it */
+  ncclComm_t comm;   /* NULL once it is aborted */
+  bool linked;       /* changed atomically */
+  int64_t closed_ns; /* when its owner let go of it, or 0; changed atomically */
+  int lost;          /* changed atomically; why is written before it */
   char why[160];
 };
 
 void ps__pair_retain(ps_pair *pair);
 void ps__pair_release(ps_pair *pair);
+/* What is still under way a while after its owner let go of the pair is taken by nobody: ends it.
+ */
+void ps__pair_expire(ps_pair *pair);
 
 bool ps__pair_is_lost(const ps_pair *pair);
 /* Gives the communicator up; PS_LOST, with the first reason there was. */

@@ -105,6 +105,33 @@ TEST(a_follower_leaves)
   check_loss(LEAVES, 2, PS_DEADLINE);
 }
 
+/* Its send would wait in the device for ever, and the pair with it. */
+TEST(a_last_message_that_nobody_takes)
+{
+  unsigned char id[PS_NCCL_ID_BYTES];
+  const ps_backend *backend;
+  ps_pair *pair;
+  ps_link *link;
+  ps_leader *leader;
+  ps_report report;
+  ps_wait wait = pairs_within(20000);
+  float x[PAIR_SIZE];
+  other follower;
+  pairs_begin();
+  CHECK_OK(ps_nccl_id(id));
+  other_start(&follower, id, HONEST, -1, 0, 20000);
+  CHECK_OK(ps_cuda_open(0, &backend));
+  CHECK_OK(ps_nccl_connect(id, PS_LEADS, backend, &wait, &pair));
+  other_finish(&follower);
+  CHECK_OK(ps_nccl_open(pair, backend, &pairs_layout, 2, &link));
+  CHECK_OK(
+      pairs_lead(&(leading){.backend = backend, .link = link, .stops = true}, x, &report, &leader));
+  ps_leader_destroy(leader);
+  ps_nccl_close(pair);
+  backend->release(backend);
+  pairs_end();
+}
+
 /* ---- connecting ------------------------------------------------------------------------------ */
 
 TEST(a_rank_that_never_arrives)
