@@ -44,7 +44,7 @@ class Call:
     def __init__(
         self, ranks: int, devices: Sequence[torch.device] = (), lane: bool = False
     ) -> None:
-        self.ranks, self._devices, self.lane = ranks, devices, lane
+        self.ranks, self.devices, self.lane = ranks, devices, lane
         self.returned: Any = None  # what the leader's first step returned: the followers' form
         self._changed = threading.Condition()
         self._encoded: dict[tuple[str, str], list[Any]] = defaultdict(list)
@@ -63,7 +63,7 @@ class Call:
     @property
     def home(self) -> torch.device:
         """The leader's device."""
-        return self._devices[0]
+        return self.devices[0]
 
     @property
     def transports(self) -> list[str]:
@@ -86,7 +86,7 @@ class Call:
         if not self.lane:
             options = options | {"max_stride": 1}  # nobody evaluates ahead on the leader's device
         carriers = {rank: far.carrier() for rank, far in self.far.items()}
-        places = [d.index if d.type == "cuda" else -1 for d in self._devices[: self.ranks]]
+        places = [d.index if d.type == "cuda" else -1 for d in self.devices[: self.ranks]]
         devices = places if x.is_cuda and len(places) == self.ranks else None
         return _core.Leader(
             program,

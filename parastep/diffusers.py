@@ -7,7 +7,6 @@ is patched between calls, no class is touched, and the pipe is as it was after e
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import logging
 import math
@@ -22,17 +21,15 @@ import torch
 from . import _core
 from .api import describe, warn_of
 from .batching import Meeting
-from .call import Call, own_copy
+from .call import Call
 from .far import FarFollowers
-from .following import Following
 from .groups import Group, group_of
 from .leading import Leading
-from .noise import cloned_global_generator
-from .quiet import name_of, quiet_followers
+from .near import NearFollowers
+from .quiet import quiet_followers
 from .replicas import denoisers_of, fingerprint, refresh, replicate, unfit
 from .report import Report
 from .seam import Hooks
-from .threads import HostContext, finish_work
 from .tolerance import Tolerance, number_of
 from .watch import Watch
 from .workers import Workers
@@ -272,7 +269,7 @@ class ParallelPipeline:
         call = Call(ranks, self.devices, self._lane and reason is None)
         if self._batch and ranks > 1:
             call.meeting = Meeting(ranks, leads=self._options["tolerance"] > 0)
-        near: _Followers | None = None
+        near: NearFollowers | None = None
         far: FarFollowers | None = None
         if self._far is not None and ranks > 1:
             try:
@@ -284,7 +281,7 @@ class ParallelPipeline:
                 if reason is not None:
                     call = Call(1)
         if call.lane or (call.ranks > 1 and far is None):
-            near = _Followers(self, call, bound)
+            near = NearFollowers(call, self._replicas, _without_callbacks(bound))
         followers = [some for some in (near, far) if some is not None]
         generators = [named.get("generator") for named in _given(bound)]
         leading = Leading(
@@ -376,7 +373,7 @@ class ParallelPipeline:
             refresh(replica, self.pipe)
 
     def _report_on(
-        self, leading: Leading, followers: list[_Followers | FarFollowers], began: float
+        self, leading: Leading, followers: list[NearFollowers | FarFollowers], began: float
     ) -> None:
         """The core's report with times from the call's beginning, and what ran without the core."""
         if leading.leader is None:
@@ -411,73 +408,12 @@ class ParallelPipeline:
         self.report = report
 
 
-class _Followers:
-    """The followers of one call: their arguments, their threads."""
-
-    def __init__(
-        self, parallel: ParallelPipeline, call: Call, bound: inspect.BoundArguments
-    ) -> None:
-        """To be made before the pipeline runs: the state of generators is taken here."""
-        self.ranks: dict[int, Following] = {}
-        self._call, self._replicas = call, parallel._replicas
-        self._devices = parallel.devices
-        self._arguments = own_copy(_without_callbacks(bound))
-        self._context = HostContext()
-        self._random = cloned_global_generator(call.home).get_state()
-        self._threads: dict[int, threading.Thread] = {}
-
-    def start(self) -> None:
-        """When the leader is about to evaluate: by then it has encoded, warned and logged, or has
-        raised what is wrong with the arguments.
-        """
-        finish_work(*self._devices)
-        for rank in range(1, self._call.ranks):
-            if rank in self._replicas:  # the others are in processes of their own
-                self._start(rank)
-
-    def start_lane(self) -> None:
-        """A follower on the leader's own device, once steps ahead of its loop are wanted."""
-        self._start(0)
-
-    def _start(self, rank: int) -> None:
-        device = self._devices[rank]
-        following = Following(self._replicas[rank], rank, self._call, device)
-        random = torch.Generator(device)
-        random.set_state(self._random)
-        body = functools.partial(following.run, lambda: own_copy(self._arguments), random)
-        # The leader keeps its own number of threads, which its bits may depend on.
-        intraop, stream = (1 if device.type == "cpu" else None), None
-        if self._call.meeting is not None:  # one calls for all, each as the leader would
-            intraop = self._context.threads
-            stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self.ranks[rank] = following
-        try:
-            self._threads[rank] = self._context.start(body, name_of(rank), intraop, device, stream)
-        except RuntimeError as error:  # no more threads
-            self._call.fail(rank, describe(error))
-
-    @property
-    def evaluated(self) -> dict[int, int]:
-        """Evaluations of each rank."""
-        return {rank: following.evaluated for rank, following in self.ranks.items()}
-
-    def gather(self, lost: set[int]) -> None:
-        """Waits for those that are about to leave. A replica of a lost rank, or whose thread hangs,
-        is not used again.
-        """
-        patience = time.monotonic() + 10.0
-        for rank, thread in self._threads.items():
-            thread.join(0.05 if rank in lost else max(patience - time.monotonic(), 0.0))
-            if thread.is_alive() or rank in lost:
-                self._replicas.pop(rank, None)
-
-
-def _start(followers: list[_Followers | FarFollowers]) -> None:
+def _start(followers: list[NearFollowers | FarFollowers]) -> None:
     for some in followers:
         some.start()
 
 
-def _gather(some: _Followers | FarFollowers, leading: Leading) -> None:
+def _gather(some: NearFollowers | FarFollowers, leading: Leading) -> None:
     some.gather(_lost(leading))
 
 

@@ -1,0 +1,86 @@
+"""The followers of one call that are threads of this process; those of others are `far`'s."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from typing import Any
+
+import torch
+
+from .api import describe
+from .call import Call, own_copy
+from .following import Following
+from .noise import cloned_global_generator
+from .quiet import name_of
+from .threads import HostContext, finish_work
+
+_PATIENCE = 10.0  # seconds for those that are about to leave
+
+
+class NearFollowers:
+    """Their arguments and their threads, as `diffusers` drives them.
+
+    To be made before the pipeline runs: arguments and the states of generators are taken here.
+    `given` are the call's (args, kwargs), `replicas` those of the ranks here, by rank; what is not
+    to be used again is taken out of them.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        replicas: dict[int, Any],
+        given: tuple[tuple[Any, ...], dict[str, Any]],
+    ) -> None:
+        self.ranks: dict[int, Following] = {}
+        self._call, self._replicas = call, replicas
+        self._arguments = own_copy(given)
+        self._context = HostContext()
+        self._random = cloned_global_generator(call.home).get_state()
+        self._threads: dict[int, threading.Thread] = {}
+
+    def start(self) -> None:
+        """When the leader is about to evaluate: by then it has encoded, warned and logged, or has
+        raised what is wrong with the arguments.
+        """
+        finish_work(*self._call.devices)
+        for rank in range(1, self._call.ranks):
+            if rank in self._replicas:  # the others are in processes of their own
+                self._start(rank)
+
+    def start_lane(self) -> None:
+        """A follower on the leader's own device, once steps ahead of its loop are wanted."""
+        self._start(0)
+
+    def _start(self, rank: int) -> None:
+        device = self._call.devices[rank]
+        following = Following(self._replicas[rank], rank, self._call, device)
+        random = torch.Generator(device)
+        random.set_state(self._random)
+        body = functools.partial(following.run, lambda: own_copy(self._arguments), random)
+        # The leader keeps its own number of threads, which its bits may depend on.
+        intraop, stream = (1 if device.type == "cpu" else None), None
+        if self._call.meeting is not None:  # one calls for all, each as the leader would
+            intraop = self._context.threads
+            stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self.ranks[rank] = following
+        try:
+            self._threads[rank] = self._context.start(body, name_of(rank), intraop, device, stream)
+        except RuntimeError as error:  # no more threads
+            self._call.fail(rank, describe(error))
+
+    @property
+    def evaluated(self) -> dict[int, int]:
+        """Evaluations of each rank."""
+        return {rank: following.evaluated for rank, following in self.ranks.items()}
+
+    def gather(self, lost: set[int]) -> None:
+        """Waits for those that are about to leave. A replica of a lost rank, or whose thread hangs,
+        is not used again.
+        """
+        until = time.monotonic() + _PATIENCE
+        for rank, thread in self._threads.items():
+            thread.join(0.05 if rank in lost else max(until - time.monotonic(), 0.0))
+            if thread.is_alive() or rank in lost:
+                self._replicas.pop(rank, None)
