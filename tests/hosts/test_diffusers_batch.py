@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -442,58 +437,3 @@ def test_a_callback_that_ends_speculation() -> None:
     assert "guidance_scale" in together.report.fallback and len(texts) == 1
     assert distance(found, wanted) < 0.5 and threads() == []
     check_next_call(together)
-
-
-INTERRUPTED = """
-    import signal, sys, threading, time
-    sys.path.insert(0, {here!r})
-    import tiny, torch
-    from hosting import attributes, distance
-    import parastep
-
-    case = tiny.CASES["sd"]
-    pipe = case.build()
-    alone = tiny.run(pipe, case.kwargs(steps=6))
-    before = attributes(pipe)
-    for tolerance in (0.0, 0.5):
-        together = parastep.parallelize(
-            pipe, ["cpu"] * 3, slots="batch", tolerance=tolerance, max_stride=1
-        )
-        tiny.run(together, case.kwargs(steps=1))
-        inner = together._replicas[1].unet.mid_block
-        forward, calls = inner.forward, [0]
-
-        def interrupt(*args, **kwargs):
-            calls[0] += 1
-            if calls[0] == 3:
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-                time.sleep(0.5)
-            return forward(*args, **kwargs)
-
-        inner.forward = interrupt
-        try:
-            tiny.run(together, case.kwargs(steps=6))
-            print("no interrupt")
-        except KeyboardInterrupt:
-            print("interrupted")
-        del inner.forward
-        assert attributes(pipe) == before
-        result = tiny.run(together, case.kwargs(steps=6))
-        print(distance(result, alone) <= tolerance, together.report.failures)
-        assert not [t for t in threading.enumerate() if t.name.startswith("parastep-")]
-"""
-
-
-@pytest.mark.timeout(620)
-def test_keyboard_interrupt() -> None:
-    """In a batch that a follower evaluates, and in one of the leader's."""
-    script = textwrap.dedent(INTERRUPTED.format(here=str(Path(__file__).parent)))
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == ["interrupted", "True []"] * 2, run.stdout

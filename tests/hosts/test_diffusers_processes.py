@@ -290,8 +290,18 @@ SCRIPT = """
     pipe.unet.mid_block.resnets[0] = faults.Faulty(pipe.unet.mid_block.resnets[0], {folder!r})
     together = parallel(pipe, 2, mode="processes")
     tiny.run(together, case.kwargs(steps=1))
-    faults.order({folder!r}, "hang", 2)
-    threading.Timer(3, lambda: os.killpg(os.getpgid(0), signal.SIGINT)).start()
+
+    def once_it_hangs(act):
+        def wait():
+            while not faults.taken({folder!r}):
+                time.sleep(0.01)
+            time.sleep(0.5)  # by then the leader waits for it
+            act()
+
+        faults.order({folder!r}, "hang", 2)
+        threading.Thread(target=wait, daemon=True).start()
+
+    once_it_hangs(lambda: os.killpg(os.getpgid(0), signal.SIGINT))
     try:
         tiny.run(together, case.kwargs(steps=4))
         print("no interrupt")
@@ -300,8 +310,7 @@ SCRIPT = """
     result = tiny.run(together, case.kwargs(steps=4))
     print("equal", torch.equal(result, alone), together.report.evaluations)
     print(*(worker._process.pid for worker in together._far._workers.values()), flush=True)
-    faults.order({folder!r}, "hang", 2)
-    threading.Timer(3, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    once_it_hangs(lambda: os.kill(os.getpid(), signal.SIGKILL))
     tiny.run(together, case.kwargs(steps=4))
 """
 
