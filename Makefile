@@ -14,6 +14,10 @@ TORCH ?= torch==2.13.0
 # Seconds after which one test counts as hung; sanitizers slow tests down by up to ten times.
 TEST_LIMIT ?= 60
 SANITIZED_LIMIT ?= 300
+# Processes that share the files of Python tests, and compilations at once; 0 test processes are the
+# one that pytest itself runs in, for debuggers.
+TEST_JOBS ?= 2
+JOBS ?= 2
 PYTEST_ARGS ?=
 
 SHELL := /bin/bash
@@ -22,6 +26,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PY := $(VENV)/bin/python
+# Independent targets side by side, each with its output in one piece, whatever the others say.
+AT_ONCE = $(MAKE) --no-print-directory --keep-going --output-sync -j$(JOBS)
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' parastep/_version.py)
 
 CORE_SRC := $(sort $(foreach layer,core backend transport platform,$(wildcard csrc/$(layer)/*.c)))
@@ -171,9 +177,13 @@ lib: build/c/libparastep.a ## Build the C library alone, build/c/libparastep.a
 .PHONY: test test-c test-py
 test: ## Run the C tests, then the Python tests, whatever the C tests say
 	@status=0; \
-	$(MAKE) --no-print-directory test-c || status=1; \
+	$(AT_ONCE) test-c || status=1; \
 	$(MAKE) --no-print-directory test-py || status=1; \
 	exit $$status
+
+.PHONY: c-programs
+c-programs: $(foreach kind,c c-asan c-tsan,build/$(kind)/tests $(call programs,build/$(kind))) \
+  build/c-asan/fuzz/messages ## Compile all of C that tests run
 
 test-c: build/c/tests $(call programs,build/c) ## Run the C tests and the programs of workflows/c
 	$(call run_c,build/c,,$(TEST_LIMIT))
@@ -181,9 +191,12 @@ test-c: build/c/tests $(call programs,build/c) ## Run the C tests and the progra
 # A test that hangs in C cannot be interrupted, only ended with its process.  Tests make their own
 # models, so none of them has a reason to ask a hub.
 PYTEST := HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(VENV)/bin/pytest --timeout-method=thread
+# A file stays in one process, for what its tests share, and files are handed out in order: those of
+# tests/gpu, which load a stand-in for CUDA's driver, are the last ones of any process.
+SHARED_OUT := -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 test-py: $(EDITABLE_STAMP) ## Run the Python tests (PYTEST_ARGS="-k name" for some of them)
-	$(if $(PY_TESTS),$(PYTEST) --timeout=300 $(PYTEST_ARGS))
+	$(if $(PY_TESTS),$(PYTEST) --timeout=300 $(SHARED_OUT) $(PYTEST_ARGS))
 
 # COMFYUI_PATH names a checkout of ComfyUI, COMFYUI_PYTHON a Python with its requirements and pytest.
 COMFYUI_PYTHON ?= $(PY)
@@ -211,7 +224,8 @@ define run_hosts
 	@build/hosts/$(1)/bin/python -c 'import diffusers, transformers; \
 	  print("== diffusers", diffusers.__version__, "transformers", transformers.__version__)'
 	@HF_HUB_OFFLINE=1 MPLBACKEND=Agg PYTHONPATH=$(CURDIR) build/hosts/$(1)/bin/python -m pytest \
-	  -p no:cacheprovider --timeout=300 --timeout-method=thread $(PYTEST_ARGS) tests/hosts
+	  -p no:cacheprovider --timeout=300 --timeout-method=thread $(SHARED_OUT) $(PYTEST_ARGS) \
+	  tests/hosts
 endef
 
 .PHONY: hosts hosts-new hosts-old
@@ -317,20 +331,15 @@ C_FILES := $(CORE_SRC) $(BINDING_SRC) $(TEST_SRC) $(FAKE_SRC) $(PROGRAM_SRC) $(s
 CUDA_FILES := $(sort $(wildcard csrc/backend/*.cu csrc/backend/*.cuh))
 
 .PHONY: lint lint-format lint-tidy lint-py format
-lint: ## clang-format, clang-tidy, ruff and mypy
-	@status=0; \
-	for target in lint-format lint-tidy lint-py; do \
-	  $(MAKE) --no-print-directory $$target || status=1; \
-	done; \
-	exit $$status
+lint: $(VENV_STAMP) ## clang-format, clang-tidy, ruff and mypy
+	@$(AT_ONCE) lint-py lint-format lint-tidy
 
 lint-format: $(VENV_STAMP)
 	@$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES) $(HEADERS) $(CUDA_FILES)
 
 # clang-tidy reads compile_flags.txt by itself; Python and NumPy are system headers to it.  A file
 # that passed is not looked at again before it or a header changes.
-lint-tidy: $(VENV_STAMP)
-	@$(MAKE) --no-print-directory --keep-going -j2 $(C_FILES:%.c=build/tidy/%.ok)
+lint-tidy: $(C_FILES:%.c=build/tidy/%.ok)
 
 build/tidy/%.ok: %.c $(HEADERS) .clang-tidy compile_flags.txt | $(VENV_STAMP)
 	@mkdir -p $(@D)
@@ -362,11 +371,7 @@ sanitize: ## All sanitizers: C tests, allocation failures, Python tests
 	exit $$status
 
 sanitize-quick: ## The two that CI runs: C tests under ASan and UBSan, and under TSan
-	@status=0; \
-	for target in sanitize-asan sanitize-tsan; do \
-	  $(MAKE) --no-print-directory $$target || status=1; \
-	done; \
-	exit $$status
+	@$(AT_ONCE) sanitize-asan sanitize-tsan
 
 sanitize-asan: build/c-asan/tests $(call programs,build/c-asan)
 	$(call run_c,build/c-asan,,$(SANITIZED_LIMIT))

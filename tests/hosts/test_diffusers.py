@@ -34,6 +34,7 @@ SERIAL = {
 }
 SERIAL = {name: reason for name, reason in SERIAL.items() if name in tiny.CASES}
 PARALLEL = [name for name in tiny.CASES if name not in SERIAL]
+STEPS = {name: case.steps * 3 // 4 for name, case in tiny.CASES.items()}  # 9 that really run
 VARYING = ("sd3_slg",)  # more denoiser calls in some iterations than in others
 
 
@@ -46,7 +47,7 @@ def call(name: str, ranks: int, tolerance: float, **kwargs: Any) -> tuple[torch.
     return result, pipe.report, given["generator"]
 
 
-def check_exact(name: str, ranks: int, steps: int | None = None) -> None:
+def check_exact(name: str, ranks: int, steps: int) -> None:
     alone = own(name, steps)
     before = attributes(host(name))
     with no_warnings(), tiny.count_forwards(*tiny.denoisers(host(name))) as count:
@@ -66,7 +67,7 @@ def check_exact(name: str, ranks: int, steps: int | None = None) -> None:
         assert count.everywhere == alone.forwards // n * sum(report.evaluations)
 
 
-def check_no_limit(name: str, ranks: int, steps: int | None = None) -> None:
+def check_no_limit(name: str, ranks: int, steps: int) -> None:
     alone = own(name, steps)
     with no_warnings(), tiny.count_forwards(*tiny.denoisers(host(name))) as count:
         result, report, generator = call(name, ranks, math.inf, steps=steps)
@@ -85,24 +86,24 @@ def check_no_limit(name: str, ranks: int, steps: int | None = None) -> None:
 
 @pytest.mark.parametrize("name", PARALLEL)
 def test_exact(name: str) -> None:
-    check_exact(name, 4)
+    check_exact(name, 4, STEPS[name])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 @pytest.mark.parametrize("name", MAIN)
 def test_exact_on_other_numbers_of_ranks(name: str, ranks: int) -> None:
-    check_exact(name, ranks, 9)
+    check_exact(name, ranks, STEPS[name])
 
 
 @pytest.mark.parametrize("name", PARALLEL)
 def test_no_limit(name: str) -> None:
-    check_no_limit(name, 4)
+    check_no_limit(name, 4, STEPS[name])
 
 
 @pytest.mark.parametrize("ranks", [2, 8])
 @pytest.mark.parametrize("name", MAIN)
 def test_no_limit_on_other_numbers_of_ranks(name: str, ranks: int) -> None:
-    check_no_limit(name, ranks, 9)
+    check_no_limit(name, ranks, STEPS[name])
 
 
 @pytest.mark.parametrize("name", SERIAL)

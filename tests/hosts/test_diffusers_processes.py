@@ -275,7 +275,9 @@ def test_nothing_is_left(together: Any) -> None:
     del made
     gc.collect()
     assert children() == mine and set(threading.enumerate()) <= running
-    assert open_descriptors() == before and set(os.listdir("/dev/shm")) == shared
+    assert open_descriptors() == before
+    # Other processes of this machine may have something there for a while.
+    wait_for(lambda: set(os.listdir("/dev/shm")) <= shared, 100)
 
 
 SCRIPT = """

@@ -27,11 +27,13 @@ def test_fewer_rounds_than_every_step_takes(name: str, ranks: int) -> None:
     steps = 40
     with no_warnings():
         found, report = call(name, ranks, steps, tolerance=8.0)
-        _, stepwise = call(name, ranks, steps, tolerance=8.0, max_stride=1)
+        if ranks > 1:  # one rank alone takes as many rounds as steps
+            _, stepwise = call(name, ranks, steps, tolerance=8.0, max_stride=1)
+            assert report.rounds < stepwise.rounds and stepwise.interpolated == 0
     wanted = own(name, steps).result
     assert report.interpolated > 0 and report.fallback is None and not report.failures
     assert sum(report.accepted) == report.steps == own(name, steps).steps
-    assert report.rounds < stepwise.rounds and stepwise.interpolated == 0
+    assert report.rounds < report.steps
     assert 0 < distance(found, wanted) < 0.2
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -50,13 +51,26 @@ def interruptible(loop: Any, scheduler: Any = None) -> Any:
     return pipe
 
 
-def usual(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
-    x = begin(pipe, steps, generator)
-    for t in pipe.scheduler.timesteps:
-        if pipe.interrupt:
-            continue
-        x = pipe.scheduler.step(pipe.denoiser(x, t), t, x)[0]
-    return x
+def looping(
+    shown: Callable[..., Any] = lambda x, generator: x, after: Callable[..., Any] = lambda x, i: x
+) -> Callable[..., Any]:
+    """The loop that most have: the denoiser is shown `shown` of the latents, and `after` edits."""
+
+    def loop(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+        x = begin(pipe, steps, generator)
+        for i, t in enumerate(pipe.scheduler.timesteps):
+            if pipe.interrupt:
+                continue
+            m = pipe.denoiser(shown(x, generator), t)
+            x = after(pipe.scheduler.step(m, t, x)[0], i)
+        return x
+
+    return loop
+
+
+usual = looping()
+drawing = looping(shown=lambda x, g: x + 0.1 * torch.randn(SHAPE, generator=g))
+edited = looping(after=lambda x, i: x * (1 - 0.01 * i))
 
 
 def read_twice(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
@@ -89,26 +103,6 @@ def late(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
         x = pipe.scheduler.step(pipe.denoiser(x, t), t, x)[0]
         if i == 1 and pipe.interrupt:
             break
-    return x
-
-
-def drawing(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
-    """The denoiser is shown noise of every step's own beside the latents."""
-    x = begin(pipe, steps, generator)
-    for t in pipe.scheduler.timesteps:
-        if pipe.interrupt:
-            continue
-        shown = x + 0.1 * torch.randn(SHAPE, generator=generator)
-        x = pipe.scheduler.step(pipe.denoiser(shown, t), t, x)[0]
-    return x
-
-
-def edited(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
-    x = begin(pipe, steps, generator)
-    for i, t in enumerate(pipe.scheduler.timesteps):
-        if pipe.interrupt:
-            continue
-        x = pipe.scheduler.step(pipe.denoiser(x, t), t, x)[0] * (1 - 0.01 * i)
     return x
 
 

@@ -12,16 +12,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 
+import hosting  # noqa: E402
 import tiny  # noqa: E402
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(params=list(tiny.CASES), scope="module")
 def host(request: pytest.FixtureRequest) -> tuple[tiny.Case, Any]:
-    """Return a case and its pipeline, built once for all tests of this file."""
-    case = tiny.CASES[request.param]
-    return case, case.build()
+    """Return a case and its pipeline."""
+    return tiny.CASES[request.param], hosting.host(request.param)
 
 
 def rms(x: torch.Tensor) -> float:
