@@ -74,6 +74,7 @@ core = Extension(
     libraries=["dl", "m"],
 )
 
-# Relative include directories are meant from here, wherever the build was started.
+# Relative include directories are meant from here, wherever the build was started.  The license
+# stands here because setuptools before 77 reads no such word in pyproject.toml.
 os.chdir(HERE)
-setup(ext_modules=[core], cmdclass={"build_ext": BuildWithKernels})
+setup(license="Apache-2.0", ext_modules=[core], cmdclass={"build_ext": BuildWithKernels})

@@ -132,11 +132,10 @@ static void end_socket(int *end)
 
 static int listen_there(struct ncclComm *comm)
 {
-  comm->listening = new_socket();
-  return bind(comm->listening, (struct sockaddr *)&comm->address, sizeof comm->address) == 0 &&
-                 listen(comm->listening, 1) == 0
-             ? PS__NCCL_OK
-             : fake_complain(INVALID_USAGE, "rank 0 joins a pair twice");
+  const struct sockaddr *here = (const struct sockaddr *)&comm->address;
+  int end = comm->listening = new_socket();
+  bool listens = end >= 0 && bind(end, here, sizeof comm->address) == 0 && listen(end, 1) == 0;
+  return listens ? PS__NCCL_OK : fake_complain(INVALID_USAGE, "rank 0 joins a pair twice");
 }
 
 /* Rank 0 listens until rank 1 has come. */
@@ -152,7 +151,8 @@ static bool is_joined(struct ncclComm *comm)
     }
   } else {
     comm->connected = new_socket();
-    if (connect(comm->connected, (struct sockaddr *)&comm->address, sizeof comm->address) != 0) {
+    if (comm->connected >= 0 &&
+        connect(comm->connected, (struct sockaddr *)&comm->address, sizeof comm->address) != 0) {
       end_socket(&comm->connected);
     }
   }
@@ -240,7 +240,11 @@ static bool move(struct ncclComm *comm, bool out, void *p, size_t bytes, size_t 
 static void spoil(unsigned char *message, size_t bytes)
 {
   enum { HEADER = 48 };
-  if (spoil_at > 0 && --spoil_at == 0) {
+  if (spoil_at == 0) {
+    return;
+  }
+  --spoil_at;
+  if (spoil_at == 0) {
     message[fake_random(bytes < HEADER ? (uint32_t)bytes : HEADER)] ^= 0x55;
   }
 }
