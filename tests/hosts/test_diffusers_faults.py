@@ -470,7 +470,9 @@ def test_keyboard_interrupt() -> None:
         env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )
     assert run.returncode == 0, run.stderr
-    *exact, interrupted, after = run.stdout.splitlines()
-    assert exact == ["interrupted at 2", "True [6, 5, 4] []"] * 3, run.stdout
-    assert interrupted.startswith("interrupted") and after.startswith("True"), run.stdout
-    assert after.endswith(" []"), run.stdout
+    lines = run.stdout.splitlines()
+    assert lines[:4] == ["interrupted at 2", "True [6, 5, 4] []"] * 2, run.stdout
+    assert lines[5] == "True [6, 5, 4] []", run.stdout
+    for interrupted, after in (lines[4:6], lines[6:]):  # whose forward runs a batch is not settled
+        assert interrupted.startswith("interrupted at"), run.stdout
+        assert after.startswith("True") and after.endswith(" []"), run.stdout
