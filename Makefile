@@ -251,7 +251,8 @@ test-freethreaded: ## Run Python tests without torch on a free-threaded PYTHON
 	@$(PYTHON) -c 'import sys, sysconfig; sys.exit(None if sysconfig.get_config_var("Py_GIL_DISABLED") \
 	  else "PYTHON has a GIL: name a free-threaded one, as PYTHON=python3.14t")'
 	@$(PYTHON) -m venv $(FREE)/venv
-	@$(FREE)/venv/bin/python -m pip install --quiet setuptools numpy hypothesis pytest pytest-timeout
+	@$(FREE)/venv/bin/python -m pip install --quiet --prefer-binary \
+	  setuptools numpy hypothesis pytest pytest-timeout
 	@$(FREE)/venv/bin/python setup.py --quiet build --build-base $(FREE) --build-lib $(FREE)/lib \
 	  > $(FREE)/build.log 2>&1 || { cat $(FREE)/build.log; exit 1; }
 	PYTHONPATH=$(CURDIR)/$(FREE)/lib PYTHONSAFEPATH=1 \
