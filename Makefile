@@ -416,7 +416,7 @@ sanitize-py: $(EDITABLE_STAMP)
 FAULTS ?= 1000
 
 .PHONY: chaos
-chaos: build/c-asan/tests $(EDITABLE_STAMP) ## Inject 1000 faults at random into runs, under ASan and UBSan
+chaos: build/c-asan/tests $(EDITABLE_STAMP) ## Inject 1000 faults at random into runs, under ASan
 	build/c-asan/tests --faults $(FAULTS) --limit $(SANITIZED_LIMIT) chaos
 	HF_HUB_OFFLINE=1 $(PY) tests/hosts/chaos.py $$(( $(FAULTS) / 20 ))
 

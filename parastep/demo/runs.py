@@ -71,9 +71,14 @@ class Job:
             return self.run(wrapped, self.steps, rule, ranks)
 
 
+def published_rounds(warmup: int, steps: int, ranks: int) -> int:
+    """Of the published rule: the warm-up one by one, then windows of all ranks."""
+    return warmup + math.ceil((steps - warmup) / ranks)
+
+
 def warmup_within(rounds: int, steps: int, ranks: int) -> int:
     """The published rule's longest warm-up that takes no more rounds than these."""
-    fitting = [w for w in range(1, steps) if w + math.ceil((steps - w) / ranks) <= rounds]
+    fitting = [w for w in range(1, steps) if published_rounds(w, steps, ranks) <= rounds]
     return max(fitting, default=1)
 
 

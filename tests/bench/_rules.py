@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from parastep.demo.runs import published_rounds
+
 Denoiser = Callable[[torch.Tensor, int], torch.Tensor]
 
 # Where the cores of CHORDS start, of 50 steps: its own list for 8, every second or fourth of those
@@ -200,6 +202,6 @@ def skipping(program: Any, f: Denoiser, x: torch.Tensor, forwards: int) -> tuple
 
 def best_warmup(steps: int, ranks: int, rounds: int) -> list[int]:
     """Warm-ups whose number of rounds is the smallest that is not below `rounds`."""
-    count = {w: w + int(np.ceil((steps - w) / ranks)) for w in range(1, steps + 1)}
+    count = {w: published_rounds(w, steps, ranks) for w in range(1, steps + 1)}
     least = min((n for n in count.values() if n >= rounds), default=steps)
     return [w for w, n in count.items() if n == least]
