@@ -94,7 +94,8 @@ static int farthest(const known *support, int count, int step)
   return worst;
 }
 
-static ps_status measure_gap(const ps_leader *leader, double *gap)
+/* Mean square of the difference of the two interpolations, above rounding. */
+static ps_status measure_difference(const ps_leader *leader, double *squared)
 {
   ps_sweep sweep = {
       .items = leader->layout.items,
@@ -108,7 +109,7 @@ static ps_status measure_gap(const ps_leader *leader, double *gap)
   ps_swept swept;
   ps_status status = ps__sweep(leader, &sweep, &swept);
   if (status == PS_OK) {
-    *gap = sqrt(swept.excess);
+    *squared = swept.excess;
   }
   return status;
 }
@@ -116,40 +117,37 @@ static ps_status measure_gap(const ps_leader *leader, double *gap)
 /* Outputs are rough: from step to step they scatter about a smooth curve.  The difference of two
  * interpolations shows as much of that as its weights let through; the output interpolated misses
  * its own share and all of what the step itself would have had. */
-static double roughness_missed(const double *weight, const double *less, int count)
+static ps__gap gap_of(const double *weight, const double *less, int count, double squared)
 {
   double shown = 0.0, missed = 1.0;
   for (int k = 0; k < count; ++k) {
     shown += (weight[k] - less[k]) * (weight[k] - less[k]);
     missed += weight[k] * weight[k];
   }
-  return sqrt(missed / shown);
+  return (ps__gap){.rough = sqrt(squared / shown), .share = sqrt(missed)};
 }
 
 /* m at step by the polynomial through the support, and by the one of a degree less. */
-static ps_status combine(ps_leader *leader, const known *support, int count, int step, double *gap)
+static ps_status combine(ps_leader *leader, const known *support, int count, int step, ps__gap *gap)
 {
   ps_term term[POINTS] = {{NULL, PS_NONE}};
-  double weight[2 * POINTS] = {0};
-  int outs = count > 1 ? 2 : 1;
-  *gap = 0.0;
+  double weight[2 * POINTS] = {0}, *less = weight + count, squared = 0.0;
   weigh(support, count, -1, step, weight);
-  weigh(support, count, farthest(support, count, step), step, weight + count);
+  weigh(support, count, farthest(support, count, step), step, less);
   for (int k = 0; k < count; ++k) {
     term[k] = (ps_term){support[k].m, leader->layout.m};
   }
   ps_status status =
-      leader->backend->lincomb(leader->backend, leader->layout.items * leader->layout.size, outs,
+      leader->backend->lincomb(leader->backend, leader->layout.items * leader->layout.size, 2,
                                count, weight, term, leader->between_m, leader->layout.m);
-  if (status == PS_OK && outs == 2) {
-    double share = roughness_missed(weight, weight + count, count);
-    status = measure_gap(leader, gap);
-    *gap *= share;
+  if (status == PS_OK) {
+    status = measure_difference(leader, &squared);
   }
+  *gap = gap_of(weight, less, count, squared);
   return status;
 }
 
-ps_status ps__interpolate(ps_leader *leader, int step, double *gap)
+ps_status ps__interpolate(ps_leader *leader, int step, ps__gap *gap)
 {
   known support[POINTS];
   int count = take_support(leader, step, support);
@@ -157,7 +155,7 @@ ps_status ps__interpolate(ps_leader *leader, int step, double *gap)
   return status == PS_OK ? combine(leader, support, count, step, gap) : status;
 }
 
-ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, double *gap)
+ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, ps__gap *gap)
 {
   known support[POINTS];
   int count = 0;

@@ -100,6 +100,12 @@ enum {
 
 /* ---- pace: how far apart nodes lie ----------------------------------------------------------- */
 
+/* What an interpolated output misses, in m's units: `share` times the roughness, which at this step
+ * looked like `rough`. */
+typedef struct ps__gap {
+  double rough, share;
+} ps__gap;
+
 typedef struct ps__pace {
   bool strided;         /* nodes may lie further apart than one step */
   double *clock;        /* (steps + 1), ascending */
@@ -110,6 +116,8 @@ typedef struct ps__pace {
   int first;            /* frontier where the round at hand began */
   int between;          /* steps that it has answered between nodes */
   double drifted, gaps; /* tolerance that it has spent on drift, on gaps */
+  double closed, hole, hole_squares; /* of gaps, squares up to the newest node; sums after it */
+  double rough;         /* roughness of the outputs so far, in m's units; NaN = none was seen */
   int patience, waits;  /* rounds in which the host evaluates: of the last wait, left of it */
   double missed;        /* gaps, with the step measured last whether it was accepted or not */
 } ps__pace;
@@ -198,9 +206,9 @@ static inline ps_status ps__sweep(const ps_leader *leader, const ps_sweep *sweep
 void ps__pace_begin(ps_leader *leader); /* once, when the clock has its room */
 /* The stride of the round about to begin; *exact: the host has to evaluate its first step. */
 ps_status ps__pace_round(ps_leader *leader, bool *exact);
-/* Whether the step at hand may be answered: drift in units of s, gap is by how much an interpolated
- * m is off, as its roughness has it, 0 at a node.  If so, it is charged to the round. */
-bool ps__afford(ps_leader *leader, double drift, double gap);
+/* Whether the step at hand may be answered: drift in units of s; gap of an interpolated m, NULL at
+ * a node.  If so, it is charged to the round. */
+bool ps__afford(ps_leader *leader, double drift, const ps__gap *gap);
 
 /* plan.c: writes the nodes of a round that begins at the present step, and returns how many there
  * are: at most what the ranks alive can hold.  exact: the host evaluates the present step. */
@@ -215,12 +223,11 @@ ps_status ps__guess_between(ps_leader *leader, int step, void *point);
 
 /* between.c: answers between nodes. */
 bool ps__is_between(const ps_leader *leader, int step);
-/* m of a step between nodes, interpolated at its guess, both left in the leader's scratch; *gap as
- * for ps__afford. */
-ps_status ps__interpolate(ps_leader *leader, int step, double *gap);
+/* m of a step between nodes, interpolated at its guess, both left in the leader's scratch. */
+ps_status ps__interpolate(ps_leader *leader, int step, ps__gap *gap);
 /* The same for the newest anchor but one, *step, from the anchors around it, the first of them at
  * *oldest; leader has DEGREE + 2. */
-ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, double *gap);
+ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, ps__gap *gap);
 
 /* links.c: the leader's side of the wire. */
 

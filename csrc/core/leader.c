@@ -62,14 +62,13 @@ static ps_status make_anchor(ps_leader *leader, int step)
 }
 
 /* Measures the guess for this step and rebases its output to x; m_out and keep_m as in ps_sweep.
- * *gap: see ps__afford. */
+ * *gap is written where node is NULL. */
 static ps_status measure(ps_leader *leader, const ps__node *node, const void *x, void *m_out,
-                         double *gap, ps__measured *found)
+                         ps__gap *gap, ps__measured *found)
 {
   int step = leader->step;
   const void *point = leader->between_x, *m = leader->between_m[0];
   ps_status status = PS_OK;
-  *gap = 0.0;
   if (node != NULL) {
     point = node->point;
     m = node->output;
@@ -136,7 +135,7 @@ static ps_status take_answer(ps_leader *leader, const ps__node *node)
 static ps_status try_answer(ps_leader *leader, const void *x, void *m_out, bool *answered)
 {
   int step = leader->step;
-  double gap;
+  ps__gap gap;
   ps__measured found = {.drift = NAN};
   /* Once speculation has ended, what followers evaluated may no longer be the host's function. */
   bool ended = leader->fallback[0] != '\0';
@@ -149,7 +148,7 @@ static ps_status try_answer(ps_leader *leader, const void *x, void *m_out, bool 
   ps_status status = measure(leader, node, x, m_out, &gap, &found);
   if (status == PS_OK && !found.finite) {
     status = node != NULL ? reject_output(leader, node) : reject_outputs(leader);
-  } else if (status == PS_OK && m_out != NULL && ps__afford(leader, found.drift, gap)) {
+  } else if (status == PS_OK && m_out != NULL && ps__afford(leader, found.drift, node == NULL ? &gap : NULL)) {
     *answered = true;
     status = take_answer(leader, node);
   }
@@ -311,7 +310,7 @@ ps_status ps_leader_amend(ps_leader *leader, const void *x, void *m_out, double 
     status = ps__fail(PS_STATE, "amend: step %d was not answered, or no output was given", step);
   }
   if (status == PS_OK) {
-    double gap;
+    ps__gap gap;
     ps__measured found = {.drift = NAN};
     status = measure(leader, node, x, m_out, &gap, &found);
     *drift = found.drift;

@@ -1,11 +1,12 @@
-/* pace.c - how far apart the nodes of a round lie, and what an answer may cost.
+/* pace.c - what an answer may cost, and how far apart the nodes of a round lie.
  *
  * A strided round answers several steps from each evaluation, so that errors add up: what they come
  * to in the latent that the run ends with is estimated, and held under the tolerance round by
  * round.  Errors from drift point the same way from step to step and are summed; those from
- * interpolation, which the roughness of the outputs makes, do not and are summed in squares.  The
- * stride follows the interpolation error alone; drift ends the round, and never changes the stride.
- * Called by life.c once, by leader.c when a round begins and at every guess that was measured.
+ * interpolation, which the roughness of the outputs makes, do so in part between two nodes, and
+ * from one pair of nodes to the next they are summed in squares.  The stride follows the
+ * interpolation error alone; drift ends the round, and never changes the stride.  Called by life.c
+ * once, by leader.c when a round begins and at every guess that was measured.
  */
 #include <math.h>
 
@@ -17,7 +18,9 @@ static const double SCALE = 0.19;  /* error of the last latent a round may add, 
 static const double CARE = 0.05;   /* an error at a step has grown by 1 / (CARE + signal) */
 static const double SLOPE = 6.0;   /* of the clean sample, that counts for a drift: */
 static const double SPREAD = 0.04; /* SLOPE / (SPREAD + signal^2) */
-static const double GAP = 0.8;     /* of a gap, as roughness would make it */
+static const double GAP = 0.6;     /* of a gap, as roughness would make it */
+static const double ALIKE = 0.5;   /* how far gaps between the same two nodes point the same way */
+static const double MEMORY = 0.25; /* what a roughness just seen counts for, beside those before */
 static const double CLOCK_OFFSET = 0.1;  /* of log s: the clock slows down where noise ends */
 static const double FIRST_STRIDE = 0.01; /* of all steps, one at least */
 static const double SAFETY = 0.6, GROW = 2.0, SHRINK = 0.5;
@@ -97,29 +100,60 @@ void ps__pace_begin(ps_leader *leader)
     pace->gap_cost[j] = growth_of(program, j) * reach_of(program, j) * GAP / SCALE;
   }
   pace->newest = pace->first = -1;
+  pace->rough = NAN;
   pace->stride =
       pace->strided ? fmax(pace->clock[1] - pace->clock[0], FIRST_STRIDE * program->steps) : 1.0;
 }
 
 /* ---- budget ---------------------------------------------------------------------------------- */
 
-bool ps__afford(ps_leader *leader, double drift, double gap)
+/* What the model's outputs scatter by.  A single look at it is as often too small as too
+ * large, and where the tolerance is tight only those too small would pass: hence the memory. */
+static double recall_rough(ps__pace *pace, double seen)
+{
+  bool first = isnan(pace->rough);
+  pace->rough = first ? seen : pace->rough + MEMORY * (seen - pace->rough);
+  return pace->rough;
+}
+
+/* The gaps of the round with one more, all between the two nodes around it in `hole`. */
+static double gaps_with(const ps__pace *pace, double missed)
+{
+  double sum = pace->hole + missed, squares = pace->hole_squares + missed * missed;
+  return sqrt(pace->closed + ALIKE * sum * sum + (1.0 - ALIKE) * squares);
+}
+
+static void close_hole(ps__pace *pace)
+{
+  double gaps = gaps_with(pace, 0.0);
+  pace->closed = gaps * gaps;
+  pace->hole = pace->hole_squares = 0.0;
+}
+
+bool ps__afford(ps_leader *leader, double drift, const ps__gap *gap)
 {
   ps__pace *pace = &leader->pace;
   int step = leader->step;
+  double drifted = pace->drifted + pace->drift_cost[step] * drift, missed = 0.0;
   if (leader->options.policy == PS_PAPER) {
     return true;
   }
   if (!pace->strided) {
     return drift < leader->options.tolerance;
   }
-  double drifted = pace->drifted + pace->drift_cost[step] * drift;
-  pace->missed = hypot(pace->gaps, pace->gap_cost[step] * gap);
+  if (gap == NULL) {
+    close_hole(pace);
+  } else {
+    missed = pace->gap_cost[step] * gap->share * recall_rough(pace, gap->rough);
+  }
+  pace->missed = gaps_with(pace, missed);
   if (!(hypot(drifted, pace->missed) < leader->options.tolerance)) {
     return false;
   }
   pace->drifted = drifted;
   pace->gaps = pace->missed;
+  pace->hole += missed;
+  pace->hole_squares += missed * missed;
   return true;
 }
 
@@ -134,11 +168,12 @@ static ps_status estimate_gaps(ps_leader *leader, double *gaps, double *stride)
   ps_status status = PS_OK;
   *gaps = pace->newest >= pace->first ? pace->gaps : pace->missed;
   if (pace->between == 0 && leader->anchors >= PS__DEGREE + 2) {
-    double gap;
+    ps__gap gap;
     int step, oldest;
     status = ps__leave_one_out(leader, &step, &oldest, &gap);
+    double missed = pace->gap_cost[step] * gap.share * recall_rough(pace, gap.rough);
     /* Leaving a node out makes a hole of two strides. */
-    *gaps = sqrt(leader->nodes) * pace->gap_cost[step] * gap / 4.0;
+    *gaps = sqrt(leader->nodes) * missed / 4.0;
     *stride = (pace->clock[pace->newest] - pace->clock[oldest]) / (PS__DEGREE + 1);
   } else if (pace->between == 0 && *gaps == 0.0) {
     *gaps = NAN;
@@ -196,6 +231,7 @@ ps_status ps__pace_round(ps_leader *leader, bool *exact)
   *exact = pace->strided && must_evaluate(leader);
   pace->first = leader->step;
   pace->drifted = pace->gaps = pace->missed = 0.0;
+  pace->closed = pace->hole = pace->hole_squares = 0.0;
   pace->between = 0;
   return status;
 }
