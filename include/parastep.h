@@ -167,14 +167,14 @@ typedef struct ps_leader ps_leader;
 enum { PS_SLOTS_MAX = 16, PS_RANKS_MAX = 256 };
 
 typedef enum ps_policy {
-  PS_VERIFIED = 0, /* drift decides; carry and rebase */
+  PS_VERIFIED = 0, /* what the drift comes to decides; carry and rebase */
   PS_PAPER = 1,    /* the published rule, arXiv 2505.14741; everything accepted */
 } ps_policy;
 
 typedef struct ps_options {
   ps_policy policy;
-  double tolerance; /* drift below it is accepted, in strided rounds what their estimated errors add
-                       up to; 0 = exact, INFINITY = no limit */
+  double tolerance; /* what the answers of a round may add to the last latent's error, as estimated,
+                       in units of about .2 of its scale; 0 = exact, INFINITY = no limit */
   int order;        /* extrapolation of outputs in guesses: 0 reuse, 1 slope, damped */
   int warmup;       /* PS_PAPER: steps evaluated one by one first, at least 1 */
   int max_stride;   /* steps from node to node at most: 1 = some rank evaluates every step; 0 = as
@@ -215,9 +215,10 @@ PS_API ps_status ps_leader_ask(ps_leader *leader, int step, const void *x, void 
                                ps_verdict *verdict);
 
 /* The latent of the present step turns out to be x (the host edited it after the ask).  Answered:
- * m_out is measured and rebased again at x, *drift tells how far off the guess is; the caller
- * decides. To be evaluated: x takes the place of the one asked with, m_out may be NULL. */
-PS_API ps_status ps_leader_amend(ps_leader *leader, const void *x, void *m_out, double *drift);
+ * m_out is measured and rebased again at x, *spent tells what the drift there comes to; above the
+ * tolerance ask would not have answered, and the caller decides. To be evaluated: x takes the place
+ * of the one asked with, m_out may be NULL. */
+PS_API ps_status ps_leader_amend(ps_leader *leader, const void *x, void *m_out, double *spent);
 
 /* What a rank evaluates in this round. */
 typedef struct ps_work {
@@ -324,6 +325,7 @@ typedef struct ps_report {
   const int *accepted;    /* (counted) steps taken in each round, as far as they are counted */
   int counted;
   const double *drift;       /* (steps) of the guess for each step; NaN where there was none */
+  const double *cost;        /* (steps) of the tolerance, spent by a drift of 1 */
   const ps_record *timeline; /* (records) */
   int records;
   const ps_failure *failures; /* (failed) */

@@ -190,12 +190,11 @@ def sample(
     that is a SerialWarning, `report.unbatched` says why, and a rank evaluates one step a round.
 
     `tolerance` is a number, or a name for one: "exact" (0), "high" (.005), "balanced" (.02), "fast"
-    (.05).  0 is the exact sequential result, `math.inf` accepts everything.  With `max_stride` 1
-    every step is evaluated by some rank, and the tolerance is the drift, in units of the step's
-    noise scale, below which a guess counts.  None lets evaluations lie further apart, where the
-    program draws no noise and has one evaluation a noise level: steps between them are
-    interpolated, and the tolerance is what their estimated errors may add up to in a round.  Such
-    answers are estimated, not verified.  `policy="paper"` is the published rule (arXiv 2505.14741)
+    (.05): what the answers of a round may add to the error of the last latents, as estimated, in
+    units of about a fifth of their scale.  0 is the exact sequential result, `math.inf` accepts
+    everything.  With `max_stride` 1 every step is evaluated by some rank.  None lets evaluations
+    lie further apart, where the program draws no noise and has one evaluation a noise level: steps
+    between them are interpolated.  Such answers are estimated, not verified.  `policy="paper"` is the published rule (arXiv 2505.14741)
     with `warmup` steps one by one.  `order` 0 reuses outputs in guesses, 1 goes on along their
     slope.  `noise`, (N, *x.shape), is needed where the program draws.  `deadline` seconds for a
     follower's reply; a lost one is a FollowerWarning and a line in the report, or LostError with

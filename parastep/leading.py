@@ -413,8 +413,8 @@ class Leading(Speculation):
         elif self._answer is None:
             self._told(leader.amend, self._as_latent(x))
         else:
-            drift = self._told(leader.amend, self._as_latent(x), self._answer)
-            exceeds = drift is not None and not drift < self.options["tolerance"]
+            spent = self._told(leader.amend, self._as_latent(x), self._answer)
+            exceeds = spent is not None and not spent < self.options["tolerance"]
             if exceeds and self.options["policy"] == "verified":
                 self.give_up("the host edited the latents after the denoiser was called")
 

@@ -10,7 +10,7 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
-from .plot import COLOURS, LABELS, drifts, limit_of
+from .plot import COLOURS, LABELS, drifts
 from .report import Report
 
 _WIDTH, _LEFT = 760, 52  # pixels; what is left of the pictures' own area
@@ -99,12 +99,9 @@ def _timeline(report: Report) -> str:
 
 
 def _drift(report: Report) -> str:
-    """Drift of each step on a logarithmic axis, one decade a line, and the tolerance."""
+    """Drift of each step on a logarithmic axis, one decade a line."""
     height, top = 110, 6
     shown = [value for _, value, _ in drifts(report)]
-    tolerance = limit_of(report)
-    if tolerance is not None:
-        shown.append(tolerance)
     low = math.floor(math.log10(min(shown)))
     high = max(math.ceil(math.log10(max(shown))), low + 1)
 
@@ -117,10 +114,6 @@ def _drift(report: Report) -> str:
         y = y_of(10.0**power)
         parts.append(_line(y, 'stroke="currentColor" stroke-opacity="0.2"'))
         parts.append(_text(_LEFT - 4, y + 3, f"1e{power}", "end"))
-    if tolerance is not None:
-        y = y_of(tolerance)
-        parts.append(_line(y, 'stroke="currentColor" stroke-dasharray="4 3"'))
-        parts.append(_text(_WIDTH - 8, y - 3, f"tolerance {tolerance:g}", "end"))
     for step, value, kind in drifts(report):
         x, colour = _LEFT + (step + 0.5) * x_scale, COLOURS[kind]
         parts.append(f'<circle cx="{x:.1f}" cy="{y_of(value):.1f}" r="2.5" fill="{colour}"/>')

@@ -22,7 +22,7 @@ LABELS = {
 
 
 def report(report: Report, figure: Any = None) -> Any:
-    """Timeline, drift against the tolerance, steps taken in each round; returns the figure."""
+    """Timeline, drift, steps taken in each round; returns the figure."""
     figure = _own_figure() if figure is None else figure
     axes = figure.subplots(3, 1, height_ratios=[2, 1.5, 1])
     timeline(report, axes[0])
@@ -56,27 +56,13 @@ def drifts(report: Report) -> list[tuple[int, float, str]]:
     ]
 
 
-def limit_of(report: Report) -> float | None:
-    """The drift below which a guess counts, where that is one number: a strided round sums up
-    errors instead, and neither 0 nor inf can be drawn.
-    """
-    tolerance = report.tolerance
-    if tolerance is None or report.interpolated or not 0 < tolerance < math.inf:
-        return None
-    return tolerance
-
-
 def drift(report: Report, axes: Any) -> None:
-    """Draws how far off each step's guess was, in units of its noise scale, and the tolerance."""
+    """Draws how far off each step's guess was, in units of its noise scale."""
     for kind in COLOURS:
         points = [(step, value) for step, value, own in drifts(report) if own == kind]
         if points:
             axes.plot(*zip(*points), "o", markersize=4, color=COLOURS[kind])
             axes.set_yscale("log")
-    limit = limit_of(report)
-    if limit is not None:
-        axes.axhline(limit, color="0.4", linewidth=1, linestyle="--")
-        axes.text(0, limit, "tolerance", fontsize=7, color="0.4", va="bottom")
     axes.set_ylabel("drift")
     axes.set_xlabel("step")
     axes.set_xlim(-1, max(report.steps, 1))

@@ -35,10 +35,11 @@ class Report:
     `rounds` are the leader's evaluations, so wall time in forwards; `accepted` the steps taken in
     each round; `forwards` how often the denoiser ran on any rank, a batch of steps counting once,
     and `unbatched` why steps that were to share a batch did not; `drift` how far each step's guess
-    was off in units of its noise scale, NaN where there was no guess; `interpolated` how many steps
-    were answered between nodes; `tolerance` the one that decided, None under the published rule,
-    which has none; `fallback` why speculation ended, or None; `transports` what took the latents to
-    each rank of a pipeline ("threads", "host" or "nccl"; "" for the leader).
+    was off in units of its noise scale, NaN where there was no guess, and `cost` what a drift of 1
+    spends of the tolerance at a step of the program; `interpolated` how many steps were answered
+    between nodes; `tolerance` the one that decided, None under the published rule, which has none;
+    `fallback` why speculation ended, or None; `transports` what took the latents to each rank of a
+    pipeline ("threads", "host" or "nccl"; "" for the leader).
 
     In a notebook it shows itself; `print` gives one line, `plot` a figure.
     """
@@ -50,6 +51,7 @@ class Report:
     interpolated: int = 0
     accepted: list[int] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
+    cost: list[float] = field(default_factory=list)
     timeline: list[Evaluation] = field(default_factory=list)
     seconds: float = 0.0
     bytes_sent: int = 0

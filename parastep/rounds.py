@@ -3,9 +3,10 @@
 At stride 1 rounds come from a model of drift.  In a round that begins at step i the output of a
 step l behind the newest known one is off by c_j l (the guess goes on along half the slope), that of
 a carried step by k_j times the drift of the point where it was evaluated; both add up to the drift
-of the steps after them, and the first that exceeds the tolerance begins the next round.  c and k
-are read off the report of one run at stride 1, or those of the demo's image model.  Strided runs
-follow an empirical law of ranks, tolerance and steps.  Used by `planning`.
+of the steps after them.  Drifts spend the tolerance, each at the cost of its step, and where it is
+spent the next round begins.  c, k and costs are read off the report of one run at stride 1, or
+those of the demo's image model.  Strided runs follow an empirical law of ranks, tolerance and
+steps.  Used by `planning`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from .report import Report
 
 @dataclass(frozen=True)
 class Profile:
-    """c and k of each step, (N,) each, in units of its noise scale."""
+    """c and k of each step, (N,) each, in units of its noise scale, and what a drift of 1 costs."""
 
     bend: np.ndarray
     carry: np.ndarray
+    cost: np.ndarray
 
     @classmethod
     def of(cls, report: Report) -> Profile:
@@ -33,7 +35,7 @@ class Profile:
 
         Raises InvalidError where the run tells nothing of its drift.
         """
-        if report.tolerance is None or report.steps < 4:
+        if report.tolerance is None or report.steps < 4 or not report.cost:
             raise _core.InvalidError(
                 "profile: the report of a run with a tolerance is needed "
                 "(policy='verified', 4 steps or more)"
@@ -45,7 +47,7 @@ class Profile:
 
     def at(self, steps: int) -> Profile:
         """The same trajectory in another number of steps: an output changes from step to step as
-        1/N, and what it does to the latent goes with 1/N once more.
+        1/N, and what it does to the latent goes with 1/N once more, as does a step's cost.
         """
         own = len(self.bend)
         if steps == own:
@@ -53,7 +55,8 @@ class Profile:
         where = (np.arange(steps) + 0.5) * own / steps - 0.5
         bend = np.exp(np.interp(where, np.arange(own), np.log(self.bend)))
         carry = np.interp(where, np.arange(own), self.carry)
-        return Profile(bend * (own / steps) ** 2, carry * own / steps)
+        cost = np.interp(where, np.arange(own), self.cost)
+        return Profile(bend * (own / steps) ** 2, carry * own / steps, cost * own / steps)
 
     def windows(self, steps: int, slots: int, tolerance: float) -> list[int]:
         """Evaluations in each round, full but in the first one and near the end."""
@@ -146,7 +149,9 @@ class _Seen:
             )
         unknown = {0: _CARRY / report.steps}
         return Profile(
-            _between(self.bend, report.steps), _between(self.carry or unknown, report.steps)
+            _between(self.bend, report.steps),
+            _between(self.carry or unknown, report.steps),
+            np.interp(np.arange(report.steps), np.arange(len(report.cost)), report.cost),
         )
 
     def _round(
@@ -181,11 +186,17 @@ def _between(known: dict[int, float], steps: int) -> np.ndarray:
 # k times N.
 _KNOTS = ((0, 8, 17, 28, 38, 44, 49), (5.5e-4, 8e-4, 9.5e-4, 3.5e-4, 3.5e-4, 6.5e-4, 1.8e-3))
 _CARRY = 3.7
+# The costs of that schedule.
+_COSTS = (
+    (0, 4, 8, 12, 17, 22, 28, 33, 38, 44, 48, 49),
+    (51.7, 46.7, 35.9, 24.2, 13.4, 7.3, 3.8, 2.4, 1.7, 1.4, 1.8, 4.0),
+)
 
 
 def default_profile() -> Profile:
     """A stand-in where no run of the model was recorded."""
-    return Profile(np.interp(np.arange(50), *_KNOTS), np.full(50, _CARRY / 50))
+    where = np.arange(50)
+    return Profile(np.interp(where, *_KNOTS), np.full(50, _CARRY / 50), np.interp(where, *_COSTS))
 
 
 def rounds_of(profile: Profile, window: int, tolerance: float) -> list[int]:
@@ -196,8 +207,11 @@ def rounds_of(profile: Profile, window: int, tolerance: float) -> list[int]:
     while first < steps:
         nodes = min(window, steps - first)
         drift = _drift(profile, first, nodes, carried)
-        taken = 1
-        while taken < nodes and drift[taken] < tolerance:
+        taken, spent = 1, 0.0
+        while taken < nodes:
+            spent += drift[taken] * profile.cost[first + taken]
+            if not spent < tolerance:
+                break
             taken += 1
         carried = {first + k: drift[k] for k in range(taken, nodes)}
         rounds.append(taken)

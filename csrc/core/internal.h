@@ -107,19 +107,19 @@ typedef struct ps__gap {
 } ps__gap;
 
 typedef struct ps__pace {
-  bool strided;         /* nodes may lie further apart than one step */
-  double *clock;        /* (steps + 1), ascending */
-  double *drift_cost;   /* (steps) tolerance spent by a drift of 1, in units of s */
-  double *gap_cost;     /* (steps) tolerance spent by a gap of 1, see ps__afford */
-  double stride;        /* of the round at hand, in the clock's units */
-  int newest;           /* step of the newest anchor, -1 = none */
-  int first;            /* frontier where the round at hand began */
-  int between;          /* steps that it has answered between nodes */
-  double drifted, gaps; /* tolerance that it has spent on drift, on gaps */
+  bool strided;                      /* nodes may lie further apart than one step */
+  double *clock;                     /* (steps + 1), ascending */
+  double *drift_cost;                /* (steps) tolerance spent by a drift of 1, in units of s */
+  double *gap_cost;                  /* (steps) tolerance spent by a gap of 1, see ps__afford */
+  double stride;                     /* of the round at hand, in the clock's units */
+  int newest;                        /* step of the newest anchor, -1 = none */
+  int first;                         /* frontier where the round at hand began */
+  int between;                       /* steps that it has answered between nodes */
+  double drifted, gaps;              /* tolerance that it has spent on drift, on gaps */
   double closed, hole, hole_squares; /* of gaps, squares up to the newest node; sums after it */
-  double rough;         /* roughness of the outputs so far, in m's units; NaN = none was seen */
-  int patience, waits;  /* rounds in which the host evaluates: of the last wait, left of it */
-  double missed;        /* gaps, with the step measured last whether it was accepted or not */
+  double rough;        /* roughness of the outputs so far, in m's units; NaN = none was seen */
+  int patience, waits; /* rounds in which the host evaluates: of the last wait, left of it */
+  double missed;       /* gaps, with the step measured last whether it was accepted or not */
 } ps__pace;
 
 /* ---- leader ---------------------------------------------------------------------------------- */

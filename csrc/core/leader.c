@@ -148,7 +148,8 @@ static ps_status try_answer(ps_leader *leader, const void *x, void *m_out, bool 
   ps_status status = measure(leader, node, x, m_out, &gap, &found);
   if (status == PS_OK && !found.finite) {
     status = node != NULL ? reject_output(leader, node) : reject_outputs(leader);
-  } else if (status == PS_OK && m_out != NULL && ps__afford(leader, found.drift, node == NULL ? &gap : NULL)) {
+  } else if (status == PS_OK && m_out != NULL &&
+             ps__afford(leader, found.drift, node == NULL ? &gap : NULL)) {
     *answered = true;
     status = take_answer(leader, node);
   }
@@ -295,10 +296,10 @@ ps_status ps_leader_ask(ps_leader *leader, int step, const void *x, void *m_out,
   return status;
 }
 
-ps_status ps_leader_amend(ps_leader *leader, const void *x, void *m_out, double *drift)
+ps_status ps_leader_amend(ps_leader *leader, const void *x, void *m_out, double *spent)
 {
   int step = leader->step;
-  *drift = NAN;
+  *spent = NAN;
   if (leader->phase == PS__EVALUATING) {
     return leader->backend->copy(leader->backend, x_at(leader, step), x,
                                  ps__x_bytes(&leader->layout));
@@ -313,7 +314,7 @@ ps_status ps_leader_amend(ps_leader *leader, const void *x, void *m_out, double 
     ps__gap gap;
     ps__measured found = {.drift = NAN};
     status = measure(leader, node, x, m_out, &gap, &found);
-    *drift = found.drift;
+    *spent = leader->pace.drift_cost[step] * found.drift;
   }
   return status;
 }

@@ -1,6 +1,6 @@
 /* pace.c - what an answer may cost, and how far apart the nodes of a round lie.
  *
- * A strided round answers several steps from each evaluation, so that errors add up: what they come
+ * A round answers several steps from evaluations at guesses, so that errors add up: what they come
  * to in the latent that the run ends with is estimated, and held under the tolerance round by
  * round.  Errors from drift point the same way from step to step and are summed; those from
  * interpolation, which the roughness of the outputs makes, do so in part between two nodes, and
@@ -74,13 +74,32 @@ static double reach_of(const ps_program *program, int step)
   return fabs(sum) / level_of(program, step + 1).scale;
 }
 
+/* The level that a step leads to, noise that its row adds set apart; *shared: how many evaluations
+ * lead there, for solvers that have several at a level. */
+static level next_level(const ps_program *program, int step, int *shared)
+{
+  level at = level_of(program, step), to = at;
+  int first = step, next = step;
+  while (first > 0 && level_of(program, first - 1).noise == at.noise) {
+    --first;
+  }
+  while (next < program->steps && !(to.noise < at.noise)) {
+    to = level_of(program, ++next);
+  }
+  *shared = next - first;
+  double added = program->c[next - 1] / to.scale;
+  to.noise = sqrt(fmax(to.noise * to.noise - added * added, 0.0));
+  return to;
+}
+
 /* The same of a drift in units of s: what is left of it after the rebase moves the predicted clean
  * sample, and the next latent takes its part of that.  On all models that was .4 / (SPREAD +
  * signal^2) for a step; the rest of SLOPE is for rounds, whose drifts point the same way. */
 static double pull_of(const ps_program *program, int step)
 {
-  level at = level_of(program, step), to = level_of(program, step + 1);
-  double taken = fabs(to.signal - to.noise * at.signal / at.noise);
+  int shared;
+  level at = level_of(program, step), to = next_level(program, step, &shared);
+  double taken = fabs(to.signal - to.noise * at.signal / at.noise) / shared;
   return taken * at.noise * SLOPE / (SPREAD + at.signal * at.signal);
 }
 
@@ -137,9 +156,6 @@ bool ps__afford(ps_leader *leader, double drift, const ps__gap *gap)
   double drifted = pace->drifted + pace->drift_cost[step] * drift, missed = 0.0;
   if (leader->options.policy == PS_PAPER) {
     return true;
-  }
-  if (!pace->strided) {
-    return drift < leader->options.tolerance;
   }
   if (gap == NULL) {
     close_hole(pace);

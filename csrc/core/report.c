@@ -58,6 +58,7 @@ ps_status ps_leader_report(const ps_leader *leader, ps_report *report)
       .accepted = leader->accepted,
       .counted = leader->counted,
       .drift = leader->drift,
+      .cost = leader->pace.drift_cost,
       .timeline = leader->timeline,
       .records = leader->records,
       .failures = leader->failure,

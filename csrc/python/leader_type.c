@@ -21,7 +21,7 @@ typedef struct turn {
   void *result; /* memory of a fresh tensor */
   long long began_ns;
   ps_verdict verdict;
-  double drift;
+  double spent;
 } turn;
 
 typedef ps_status (*core_call)(leader_object *self, turn *t);
@@ -103,7 +103,7 @@ static PyObject *leader_ask(PyObject *obj, PyObject *args, PyObject *kwargs)
 
 static ps_status call_amend(leader_object *self, turn *t)
 {
-  return ps_leader_amend(self->leader, t->in.data, t->out.data, &t->drift);
+  return ps_leader_amend(self->leader, t->in.data, t->out.data, &t->spent);
 }
 
 static PyObject *leader_amend(PyObject *obj, PyObject *args, PyObject *kwargs)
@@ -114,7 +114,7 @@ static PyObject *leader_amend(PyObject *obj, PyObject *args, PyObject *kwargs)
       take_turn(obj, &t, call_amend) < 0) {
     return NULL;
   }
-  return PyFloat_FromDouble(t.drift);
+  return PyFloat_FromDouble(t.spent);
 }
 
 static ps_status call_submit(leader_object *self, turn *t)
@@ -373,9 +373,9 @@ static PyMethodDef methods[] = {
      "with max_stride other than 1 and without a lane."},
     {"amend", KEYWORDS(leader_amend), METH_VARARGS | METH_KEYWORDS,
      "amend($self, x, m_out=None)\n--\n\n"
-     "The latent of the present step turns out to be x.  After an answer m_out is rebased to it "
-     "and\n"
-     "the drift there returned; before submit x replaces the one asked with (NaN is returned)."},
+     "The latent of the present step turns out to be x.  After an answer m_out is rebased to it,\n"
+     "and what the drift there spends of the tolerance returned; before submit x replaces the one\n"
+     "asked with (NaN is returned)."},
     {"submit", KEYWORDS(leader_submit), METH_VARARGS | METH_KEYWORDS,
      "submit($self, m, began_ns=0)\n--\n\nThe leader's own output, or None where what an ask "
      "that\nreturned None wanted is filled in; gathers the followers'."},

@@ -32,13 +32,14 @@ static PyObject *failure_item(const void *failures, int k)
 PyObject *psb__report_out(const ps_report *report)
 {
   return Py_BuildValue(
-      "{s:i, s:i, s:i, s:i, s:i, s:i, s:d, s:K, s:N, s:N, s:N, s:N, s:N, s:N}", "steps",
+      "{s:i, s:i, s:i, s:i, s:i, s:i, s:d, s:K, s:N, s:N, s:N, s:N, s:N, s:N, s:N}", "steps",
       report->steps, "ranks", report->ranks, "rounds", report->rounds, "answered", report->answered,
       "interpolated", report->interpolated, "not_finite", report->not_finite, "seconds",
       (double)report->seconds_ns * 1e-9, "bytes_sent", (unsigned long long)report->bytes_sent,
       "evaluations", psb__list(report->ranks, int_item, report->evaluations), "accepted",
       psb__list(report->counted, int_item, report->accepted), "drift",
-      psb__list(report->steps, double_item, report->drift), "timeline",
+      psb__list(report->steps, double_item, report->drift), "cost",
+      psb__list(report->steps, double_item, report->cost), "timeline",
       psb__list(report->records, record_item, report->timeline), "failures",
       psb__list(report->failed, failure_item, report->failures), "fallback",
       report->fallback != NULL ? psb_text(report->fallback) : Py_NewRef(Py_None));

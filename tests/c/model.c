@@ -20,6 +20,7 @@ typedef struct model {
   int steps, window;
   double *x[MODEL_STEPS + 1], *m[MODEL_STEPS]; /* the true trajectory */
   int begun, nodes;                            /* the last round: nodes steps from begun on */
+  double spent;                                /* of the tolerance, by its answers */
   thought node[MODEL_STEPS];
   double *own[STAGE_SEEN]; /* the published rule: the last output of the k-th of a window's ranks */
   int rounds, answered, accepted[MODEL_STEPS];
@@ -196,6 +197,7 @@ static void begin_model_round(model *is, int i)
   window = warm || i == 0 ? 1 : window;
   think_ahead(is, i, window);
   is->begun = i;
+  is->spent = 0.0;
   is->nodes = window;
   is->m[i] = evaluated(is, 0, i, is->x[i]);
 }
@@ -215,6 +217,36 @@ static double distance(const model *is, int j, const double *point)
   return worst / ps_program_table(is->on->program, 's')[j];
 }
 
+/* Noise over signal of a step, 0 after the last. */
+static double level_at(const model *is, int j)
+{
+  const ps_program *program = is->on->program;
+  return j < is->steps ? ps_program_table(program, 's')[j] / ps_program_table(program, 'l')[j]
+                       : 0.0;
+}
+
+/* What a drift of 1 spends of the tolerance at a step; see pace.c. */
+static double cost_of(const model *is, int j)
+{
+  const ps_program *program = is->on->program;
+  int first = j, next = j + 1;
+  while (first > 0 && level_at(is, first - 1) == level_at(is, j)) {
+    --first;
+  }
+  while (next < is->steps && level_at(is, next) >= level_at(is, j)) {
+    ++next;
+  }
+  double from = level_at(is, j), to = level_at(is, next), added = 0.0;
+  if (next < is->steps) {
+    added = ps_program_table(program, 'c')[next - 1] / ps_program_table(program, 'l')[next];
+  }
+  double signal = 1.0 / sqrt(1.0 + from * from), to_signal = 1.0 / sqrt(1.0 + to * to);
+  to = sqrt(fmax(to * to - added * added, 0.0));
+  double moved = fabs(to_signal - to * to_signal / from) * from * signal / (next - first);
+  double left = 6.0 / (0.04 + signal * signal), grown = 1.0 / (0.05 + signal);
+  return moved * left * grown / 0.19;
+}
+
 static void call_model(model *is, int j)
 {
   const ps_options *options = &is->on->options;
@@ -222,7 +254,9 @@ static void call_model(model *is, int j)
   bool accepted = false;
   if (is->rounds > 0 && k > 0 && k < is->nodes) {
     is->drift[j] = distance(is, j, is->node[k].point);
-    accepted = options->policy == PS_PAPER || is->drift[j] < options->tolerance;
+    double spent = is->spent + cost_of(is, j) * is->drift[j];
+    accepted = options->policy == PS_PAPER || spent < options->tolerance;
+    is->spent = accepted ? spent : is->spent;
   }
   if (!accepted) {
     begin_model_round(is, j);

@@ -238,7 +238,7 @@ TEST(amended_answers_between_nodes)
 {
   ps_program *program = stage_euler(STEPS);
   const double *g = ps_program_table(program, 'g');
-  double x[SIZE], m[SIZE], again[SIZE], edited[SIZE], drift;
+  double x[SIZE], m[SIZE], again[SIZE], edited[SIZE], spent;
   int amended = 0;
   ps_verdict verdict;
   stage on;
@@ -261,11 +261,11 @@ TEST(amended_answers_between_nodes)
       for (int i = 0; i < SIZE; ++i) {
         edited[i] = x[i] + 0.01;
       }
-      CHECK_OK(ps_leader_amend(on.leader, edited, again, &drift));
+      CHECK_OK(ps_leader_amend(on.leader, edited, again, &spent));
       for (int i = 0; i < SIZE; ++i) {
         CHECK_NEAR(again[i], m[i] + 0.01 * g[j], 1e-9);
       }
-      CHECK_OK(ps_leader_amend(on.leader, x, m, &drift));
+      CHECK_OK(ps_leader_amend(on.leader, x, m, &spent));
       ++amended;
     }
     CHECK_OK(ps_leader_advance(on.leader, NULL, x));

@@ -111,7 +111,7 @@ TEST(asks_beyond_the_program_are_the_hosts_own)
 TEST(amended_answers_are_rebased_again)
 {
   stage on;
-  double *x = begin(&on, stage_euler(12)), m[8], drift;
+  double *x = begin(&on, stage_euler(12)), m[8], spent;
   call(&on, 2, x, m, PS_ANSWER);
   const double *guess = stage_guess(&on, 2);
   double g = ps_program_table(on.program, 'g')[2], sum = 0.0;
@@ -119,9 +119,10 @@ TEST(amended_answers_are_rebased_again)
     x[i] += 0.25 * i;
     sum += (x[i] - guess[i]) * (x[i] - guess[i]) / 8.0;
   }
-  CHECK_OK(ps_leader_amend(on.leader, x, m, &drift));
-  CHECK_NEAR(drift, sqrt(sum) / ps_program_table(on.program, 's')[2], 1e-12);
-  CHECK_EQ(stage_report(&on).drift[2], drift);
+  CHECK_OK(ps_leader_amend(on.leader, x, m, &spent));
+  ps_report report = stage_report(&on);
+  CHECK_NEAR(report.drift[2], sqrt(sum) / ps_program_table(on.program, 's')[2], 1e-12);
+  CHECK_EQ(spent, report.cost[2] * report.drift[2]);
   for (int i = 0; i < 8; ++i) {
     double expected = stage_f(&on.rank[0], 2, guess[i], (size_t)i) + g * (x[i] - guess[i]);
     CHECK_NEAR(m[i], expected, 1e-12);
@@ -133,20 +134,20 @@ TEST(amended_answers_are_rebased_again)
     CHECK_NEAR(next[i], x[i] + b * m[i], 1e-12);
   }
   /* Twice is fine, an output to write is needed, and so is an answer. */
-  CHECK_OK(ps_leader_amend(on.leader, x, m, &drift));
-  CHECK_STATUS(ps_leader_amend(on.leader, x, NULL, &drift), PS_STATE);
+  CHECK_OK(ps_leader_amend(on.leader, x, m, &spent));
+  CHECK_STATUS(ps_leader_amend(on.leader, x, NULL, &spent), PS_STATE);
   leave(&on, x);
 }
 
 TEST(answers_can_be_amended_after_a_stop)
 {
   stage on;
-  double *x = begin(&on, stage_euler(12)), m[8], drift;
+  double *x = begin(&on, stage_euler(12)), m[8], spent;
   call(&on, 2, x, m, PS_ANSWER);
   CHECK_OK(ps_leader_stop(on.leader, "the guidance changed"));
   x[3] += 0.5;
-  CHECK_OK(ps_leader_amend(on.leader, x, m, &drift));
-  CHECK_GT(drift, 0.0);
+  CHECK_OK(ps_leader_amend(on.leader, x, m, &spent));
+  CHECK_GT(spent, 0.0);
   CHECK_OK(ps_leader_advance(on.leader, NULL, x));
   call(&on, 3, x, m, PS_EVALUATE);
   leave(&on, x);
@@ -155,7 +156,7 @@ TEST(answers_can_be_amended_after_a_stop)
 TEST(amended_evaluations_take_the_new_latent)
 {
   stage on;
-  double *x = begin(&on, stage_euler(12)), m[8], drift, next[8];
+  double *x = begin(&on, stage_euler(12)), m[8], spent, next[8];
   ps_verdict verdict;
   for (int j = 2; j < 4; ++j) {
     call(&on, j, x, m, PS_ANSWER);
@@ -164,11 +165,11 @@ TEST(amended_evaluations_take_the_new_latent)
   CHECK_OK(ps_leader_ask(on.leader, 4, x, m, &verdict));
   CHECK_EQ(verdict, PS_EVALUATE);
   x[0] += 7.0;
-  CHECK_OK(ps_leader_amend(on.leader, x, NULL, &drift));
-  CHECK(isnan(drift));
+  CHECK_OK(ps_leader_amend(on.leader, x, NULL, &spent));
+  CHECK(isnan(spent));
   stage_evaluate(&on.rank[0], 4, x, m);
   CHECK_OK(ps_leader_submit(on.leader, m, PS_F64, 0));
-  CHECK_STATUS(ps_leader_amend(on.leader, x, m, &drift), PS_STATE); /* nothing was answered */
+  CHECK_STATUS(ps_leader_amend(on.leader, x, m, &spent), PS_STATE); /* nothing was answered */
   CHECK_OK(ps_leader_advance(on.leader, NULL, next));
   CHECK_NEAR(next[0], x[0] + ps_program_table(on.program, 'b')[4] * m[0], 1e-12);
   leave(&on, x);
@@ -293,14 +294,14 @@ TEST(leader_calls_out_of_order)
   ps_program *program = stage_euler(4);
   stage_set(&on, program, 2, 1, 8, PS_F64, PS_F64);
   stage_open(&on);
-  double *x = stage_latent(&on, 1), m[8] = {0}, drift;
+  double *x = stage_latent(&on, 1), m[8] = {0}, spent;
   ps_verdict verdict;
   ps_work work;
   CHECK_STATUS(ps_leader_submit(on.leader, m, PS_F64, 0), PS_STATE);
   CHECK_STATUS(ps_leader_work(on.leader, &work), PS_STATE);
   CHECK_EQ(work.count, 0);
   CHECK_STATUS(ps_leader_advance(on.leader, NULL, x), PS_STATE);
-  CHECK_STATUS(ps_leader_amend(on.leader, x, m, &drift), PS_STATE);
+  CHECK_STATUS(ps_leader_amend(on.leader, x, m, &spent), PS_STATE);
   CHECK_STATUS(ps_leader_ask(on.leader, 1, x, m, &verdict), PS_INVALID);
   CHECK_STATUS(ps_leader_ask(on.leader, -1, x, m, &verdict), PS_INVALID);
   CHECK_OK(ps_leader_ask(on.leader, 0, x, m, &verdict));

@@ -129,7 +129,7 @@ TEST(a_first_latent_that_the_leader_edits)
 {
   ps_program *program = stage_euler(STEPS);
   for (int alike = 0; alike < 2; ++alike) {
-    double factor = 1.25, drift;
+    double factor = 1.25, spent;
     stage on;
     ps_verdict verdict;
     setting(&on, program, 0.02);
@@ -142,7 +142,7 @@ TEST(a_first_latent_that_the_leader_edits)
     for (size_t i = 0; i < 10; ++i) {
       stage_store(x, PS_F32, i, stage_load(x, PS_F32, i) * factor);
     }
-    CHECK_OK(ps_leader_amend(on.leader, x, NULL, &drift));
+    CHECK_OK(ps_leader_amend(on.leader, x, NULL, &spent));
     stage_evaluate(&on.rank[0], 0, x, m);
     CHECK_OK(ps_leader_submit(on.leader, m, PS_F32, 0));
     ps_report report = stage_report(&on);

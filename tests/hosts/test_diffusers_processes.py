@@ -116,6 +116,7 @@ def test_random_state(together: Any) -> None:
         ("nan", 1, "DIFFERS"),
         ("kill", 3, "LOST"),
         ("rubbish", 3, "LOST"),
+        ("silence", 3, "LOST"),
     ],
 )
 def test_worker_fails(together: Any, folder: Path, fault: str, call: int, status: str) -> None:

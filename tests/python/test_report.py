@@ -137,18 +137,6 @@ def test_html_shows_every_evaluation_and_every_drift():
     assert sorted(circles) == sorted(
         COLOURS[kind] for kind in ("interpolated",) * 2 + ("accepted",) * 2 + ("rejected",)
     )
-    assert not any(line.get("stroke-dasharray") for line in drift.iter("line"))
-
-
-def test_the_tolerance_is_drawn_where_it_is_a_limit_of_drift():
-    report = dataclasses.replace(strided(), interpolated=0)
-    _, drift = drawings(report._repr_html_())
-    heights = [float(circle.get("cy")) for circle in drift.iter("circle")]
-    (limit,) = (line for line in drift.iter("line") if line.get("stroke-dasharray"))
-    assert [y < float(limit.get("y1")) for y in heights] == [False] * 4 + [True]
-    assert "tolerance 0.02" in "".join(text.text for text in drift.iter("text"))
-    for other in (strided(), dataclasses.replace(report, tolerance=math.inf)):
-        assert "tolerance" not in Checker(other._repr_html_()).text
 
 
 def test_html_of_a_long_run_is_small():
@@ -166,9 +154,6 @@ def test_figure():
     timeline, drift, taken = figure.axes
     assert len(timeline.patches) == 4
     assert sum(len(line.get_xdata()) for line in drift.lines if line.get_marker() == "o") == 5
-    assert not any(0.02 in line.get_ydata() for line in drift.lines)
-    _, limited, _ = dataclasses.replace(strided(), interpolated=0).plot().axes
-    assert any(0.02 in line.get_ydata() for line in limited.lines)
     heights = [patch.get_height() for patch in taken.patches]
     assert sum(heights) == 7 and len(heights) == 4  # the second round took two kinds of steps
     assert figure._repr_png_().startswith(b"\x89PNG")

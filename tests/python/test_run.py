@@ -283,12 +283,13 @@ def test_an_answer_is_amended():
         m = leader.output()
         assert leader.ask(2, x, m)
         edited = x + 0.5
-        drift = leader.amend(edited, m)
+        spent = leader.amend(edited, m)
         distance = edited - points[2]
         np.testing.assert_allclose(m, smooth(points[2], 2, 1) + program.g[2] * distance, rtol=1e-12)
         rms = np.sqrt((distance**2).mean(axis=(1, 2))).max()
-        assert drift == pytest.approx(rms / program.s[2], rel=1e-9)
-        assert leader.report()["drift"][2] == drift
+        report = leader.report()
+        assert report["drift"][2] == pytest.approx(rms / program.s[2], rel=1e-9)
+        assert spent == report["cost"][2] * report["drift"][2]
         np.testing.assert_allclose(leader.advance(), edited + program.b[2, 0] * m, rtol=1e-12)
 
 

@@ -281,12 +281,13 @@ def test_tolerance_trades_rounds_for_distance(ranks, tolerance):
     assert sum(report.accepted) == steps
     assert report.answered == steps - report.rounds
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < tolerance
-    began = np.cumsum([0, *report.accepted[:-1]])
-    for step, drift in enumerate(report.drift):
-        if step not in began:
-            assert drift < tolerance  # answered
-        elif not math.isnan(drift):
-            assert drift >= tolerance  # rejected: a round began here
+    spent = np.multiply(report.drift, report.cost)
+    begins = np.cumsum([0, *report.accepted])
+    for first, after in zip(begins, begins[1:]):
+        answered = spent[first + 1 : after].sum()
+        assert answered < tolerance
+        if after < steps and not math.isnan(spent[after]):
+            assert answered + spent[after] >= tolerance  # rejected: a round began here
 
 
 def test_a_larger_tolerance_takes_no_more_rounds():
