@@ -194,11 +194,11 @@ def sample(
     units of about a fifth of their scale.  0 is the exact sequential result, `math.inf` accepts
     everything.  With `max_stride` 1 every step is evaluated by some rank.  None lets evaluations
     lie further apart, where the program draws no noise and has one evaluation a noise level: steps
-    between them are interpolated.  Such answers are estimated, not verified.  `policy="paper"` is the published rule (arXiv 2505.14741)
-    with `warmup` steps one by one.  `order` 0 reuses outputs in guesses, 1 goes on along their
-    slope.  `noise`, (N, *x.shape), is needed where the program draws.  `deadline` seconds for a
-    follower's reply; a lost one is a FollowerWarning and a line in the report, or LostError with
-    `on_failure="raise"`.  `progress` shows a bar that counts steps.
+    between them are interpolated.  Such answers are estimated, not verified.  `policy="paper"` is
+    the published rule (arXiv 2505.14741) with `warmup` steps one by one.  `order` 0 reuses outputs
+    in guesses, 1 goes on along their slope.  `noise`, (N, *x.shape), is needed where the program
+    draws.  `deadline` seconds for a follower's reply; a lost one is a FollowerWarning and a line in
+    the report, or LostError with `on_failure="raise"`.  `progress` shows a bar that counts steps.
 
     Raises ShapeError, DtypeError, DeviceError, InvalidError (subclasses of parastep.Error and of
     the fitting built-in) for arguments that do not fit, and whatever the denoiser raises on rank 0.

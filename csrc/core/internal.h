@@ -1,9 +1,9 @@
 /* internal.h - what the core's files share and nobody else sees.
  *
- * A leader is one struct with one arena, and its parts are files: pace.c how far apart a round's
- * steps lie, plan.c who evaluates which, guess.c at which latent, links.c the wire, between.c the
- * answers between them, accept.c how far off each is.  leader.c drives them: ask measures and
- * answers, or begins a round (pace, plan, guess, post); submit gathers.
+ * A leader is one struct with one arena, and its parts are files: pace.c what answers cost and how
+ * far apart a round's steps lie, plan.c who evaluates which, guess.c at which latent, links.c the
+ * wire, between.c the answers between them, accept.c how far off each is.  leader.c drives them:
+ * ask measures and answers, or begins a round (pace, plan, guess, post); submit gathers.
  */
 #ifndef PS_INTERNAL_H
 #define PS_INTERNAL_H
