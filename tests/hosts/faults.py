@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -90,7 +91,6 @@ def carry_out(fault: str, output: torch.Tensor) -> torch.Tensor:
         os.write(int(sys.argv[1]), b"x" * 4096)  # onto the pipe, past everybody
         time.sleep(600)
     if fault == "silence":  # the pipe ends, the process does not
-        os.close(int(sys.argv[1]))
-        os.closerange(3, 64)
+        socket.socket(fileno=int(sys.argv[1])).shutdown(socket.SHUT_RDWR)
         time.sleep(600)
     return output
