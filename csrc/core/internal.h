@@ -98,7 +98,7 @@ enum {
   PS__SPAN_MAX = 1024,          /* steps from the first node of a round to its last */
 };
 
-/* ---- pace: how far apart nodes lie ----------------------------------------------------------- */
+/* ---- pace: what answers cost, how far apart nodes lie ---------------------------------------- */
 
 /* What an interpolated output misses, in m's units: `share` times the roughness, which at this step
  * looked like `rough`. */
