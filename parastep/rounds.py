@@ -3,9 +3,9 @@
 At stride 1 rounds come from a model of drift.  In a round that begins at step i the output of a
 step l behind the newest known one is off by c_j l (the guess goes on along part of the slope), that
 of a carried step by k_j times the drift of the point where it was evaluated; both add up to the
-drift of the steps after them.  Drifts spend the tolerance, each at the cost of its step, and where it is
-spent the next round begins.  c, k and costs are read off the report of one run at stride 1, or
-those of the demo's image model.  Strided runs follow an empirical law of ranks, tolerance and
+drift of the steps after them.  Drifts spend the tolerance, each at the cost of its step, and where
+it is spent the next round begins.  c, k and costs are read off the report of one run at stride 1,
+or those of the demo's image model.  Strided runs follow an empirical law of ranks, tolerance and
 steps.  Used by `planning`.
 """
 
