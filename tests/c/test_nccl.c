@@ -9,32 +9,61 @@
 
 /* ---- runs ------------------------------------------------------------------------------------ */
 
-TEST(runs_over_one_pair)
-{
-  enum { RUNS = 3 };
+/* The leader's end of a pair, and the follower at the other one. */
+typedef struct joined {
   unsigned char id[PS_NCCL_ID_BYTES];
   const ps_backend *backend;
   ps_pair *pair;
+  other follower;
+} joined;
+
+static void join_ranks(joined *both, conduct does, int at, int runs, int patience_ms)
+{
+  ps_wait wait = pairs_within(20000);
+  pairs_begin();
+  CHECK_OK(ps_nccl_id(both->id));
+  other_start(&both->follower, both->id, does, at, runs, patience_ms);
+  CHECK_OK(ps_cuda_open(0, &both->backend));
+  CHECK_OK(ps_nccl_connect(both->id, PS_LEADS, both->backend, &wait, &both->pair));
+}
+
+/* When the follower has been waited for. */
+static void part_ranks(joined *both)
+{
+  ps_nccl_close(both->pair);
+  both->backend->release(both->backend);
+  pairs_end();
+}
+
+static void lead_alone(const ps_backend *backend, float *x)
+{
   ps_leader *leader;
   ps_report report;
-  ps_wait wait = pairs_within(20000);
-  float x[PAIR_SIZE], alone[PAIR_SIZE];
-  other follower;
-  pairs_begin();
-  CHECK_OK(ps_nccl_id(id));
-  other_start(&follower, id, HONEST, -1, RUNS, 20000);
-  CHECK_OK(ps_cuda_open(0, &backend));
-  CHECK_OK(ps_nccl_connect(id, PS_LEADS, backend, &wait, &pair));
-  CHECK_OK(pairs_lead(&(leading){.backend = backend}, alone, &report, &leader));
+  CHECK_OK(pairs_lead(&(leading){.backend = backend}, x, &report, &leader));
   ps_leader_destroy(leader);
+}
+
+TEST(runs_over_one_pair)
+{
+  enum { RUNS = 3 };
+  ps_leader *leader;
+  ps_report report;
+  float x[PAIR_SIZE], alone[PAIR_SIZE];
+  joined both;
+  join_ranks(&both, HONEST, -1, RUNS, 20000);
+  lead_alone(both.backend, alone);
   for (int run = 0; run < RUNS; ++run) {
     ps_link *link, *second;
-    CHECK_OK(ps_nccl_open(pair, backend, &pairs_layout, 2, &link));
+    CHECK_OK(ps_nccl_open(both.pair, both.backend, &pairs_layout, 2, &link));
     CHECK_STR(link->ops->transport, "nccl");
-    CHECK_STATUS(ps_nccl_open(pair, backend, &pairs_layout, 2, &second), PS_STATE);
-    CHECK_OK(pairs_lead(
-        &(leading){.backend = backend, .link = link, .tolerance = run == 1 ? INFINITY : 0.0}, x,
-        &report, &leader));
+    CHECK_STATUS(ps_nccl_open(both.pair, both.backend, &pairs_layout, 2, &second), PS_STATE);
+    /* A follower that could not begin is told of by whoever started it; here the deadline ends it.
+     */
+    CHECK_OK(pairs_lead(&(leading){.backend = both.backend,
+                                   .link = link,
+                                   .tolerance = run == 1 ? INFINITY : 0.0,
+                                   .deadline_ns = 10 * INT64_C(1000000000)},
+                        x, &report, &leader));
     CHECK_EQ(report.failed, 0);
     CHECK(report.evaluations[1] > 0);
     CHECK(run == 1 ? report.rounds < PAIR_STEPS : report.rounds == PAIR_STEPS);
@@ -43,51 +72,38 @@ TEST(runs_over_one_pair)
     }
     ps_leader_destroy(leader);
   }
-  other_finish(&follower);
-  CHECK_OK(follower.status);
-  ps_nccl_close(pair);
-  backend->release(backend);
-  pairs_end();
+  other_finish(&both.follower);
+  CHECK_OK(both.follower.status);
+  part_ranks(&both);
 }
 
 static void check_loss(conduct does, int at, ps_status expected)
 {
-  unsigned char id[PS_NCCL_ID_BYTES];
-  const ps_backend *backend;
-  ps_pair *pair;
   ps_link *link;
   ps_leader *leader;
   ps_report report;
-  ps_wait wait = pairs_within(20000);
   float x[PAIR_SIZE], alone[PAIR_SIZE];
-  other follower;
-  pairs_begin();
-  CHECK_OK(ps_nccl_id(id));
-  other_start(&follower, id, does, at, 1, 2000);
-  CHECK_OK(ps_cuda_open(0, &backend));
-  CHECK_OK(ps_nccl_connect(id, PS_LEADS, backend, &wait, &pair));
-  CHECK_OK(pairs_lead(&(leading){.backend = backend}, alone, &report, &leader));
-  ps_leader_destroy(leader);
-  CHECK_OK(ps_nccl_open(pair, backend, &pairs_layout, 2, &link));
+  joined both;
+  join_ranks(&both, does, at, 1, 2000);
+  lead_alone(both.backend, alone);
+  CHECK_OK(ps_nccl_open(both.pair, both.backend, &pairs_layout, 2, &link));
   CHECK_OK(pairs_lead(
-      &(leading){.backend = backend, .link = link, .deadline_ns = 300 * INT64_C(1000000)}, x,
+      &(leading){.backend = both.backend, .link = link, .deadline_ns = 300 * INT64_C(1000000)}, x,
       &report, &leader));
   CHECK_EQ(report.failed, 1);
   CHECK_EQ(report.failures[0].status, expected);
   CHECK_BYTES(x, alone, sizeof x);
   ps_leader_destroy(leader);
   if (expected == PS_DEADLINE) { /* something was on its way: the pair is gone with the run */
-    CHECK(!ps_nccl_alive(pair));
-    CHECK_OK(ps_nccl_open(pair, backend, &pairs_layout, 2, &link));
-    CHECK_OK(pairs_lead(&(leading){.backend = backend, .link = link}, x, &report, &leader));
+    CHECK(!ps_nccl_alive(both.pair));
+    CHECK_OK(ps_nccl_open(both.pair, both.backend, &pairs_layout, 2, &link));
+    CHECK_OK(pairs_lead(&(leading){.backend = both.backend, .link = link}, x, &report, &leader));
     CHECK_EQ(report.failures[0].status, PS_LOST);
     CHECK_BYTES(x, alone, sizeof x);
     ps_leader_destroy(leader);
   }
-  other_finish(&follower);
-  ps_nccl_close(pair);
-  backend->release(backend);
-  pairs_end();
+  other_finish(&both.follower);
+  part_ranks(&both);
 }
 
 TEST(a_follower_raises)
@@ -108,28 +124,18 @@ TEST(a_follower_leaves)
 /* Its send would wait in the device for ever, and the pair with it. */
 TEST(a_last_message_that_nobody_takes)
 {
-  unsigned char id[PS_NCCL_ID_BYTES];
-  const ps_backend *backend;
-  ps_pair *pair;
   ps_link *link;
   ps_leader *leader;
   ps_report report;
-  ps_wait wait = pairs_within(20000);
   float x[PAIR_SIZE];
-  other follower;
-  pairs_begin();
-  CHECK_OK(ps_nccl_id(id));
-  other_start(&follower, id, HONEST, -1, 0, 20000);
-  CHECK_OK(ps_cuda_open(0, &backend));
-  CHECK_OK(ps_nccl_connect(id, PS_LEADS, backend, &wait, &pair));
-  other_finish(&follower);
-  CHECK_OK(ps_nccl_open(pair, backend, &pairs_layout, 2, &link));
-  CHECK_OK(
-      pairs_lead(&(leading){.backend = backend, .link = link, .stops = true}, x, &report, &leader));
+  joined both;
+  join_ranks(&both, HONEST, -1, 0, 20000);
+  other_finish(&both.follower);
+  CHECK_OK(ps_nccl_open(both.pair, both.backend, &pairs_layout, 2, &link));
+  CHECK_OK(pairs_lead(&(leading){.backend = both.backend, .link = link, .stops = true}, x, &report,
+                      &leader));
   ps_leader_destroy(leader);
-  ps_nccl_close(pair);
-  backend->release(backend);
-  pairs_end();
+  part_ranks(&both);
 }
 
 /* ---- connecting ------------------------------------------------------------------------------ */
@@ -161,33 +167,23 @@ static void *lose_soon(void *pair)
 /* NCCL itself would wait for ever; whoever started the process knows. */
 TEST(a_process_that_is_gone)
 {
-  unsigned char id[PS_NCCL_ID_BYTES];
-  const ps_backend *backend;
-  ps_pair *pair;
   ps_link *link;
   ps_leader *leader;
   ps_report report;
   pthread_t thread;
-  ps_wait wait = pairs_within(20000);
   float x[PAIR_SIZE];
-  other follower;
-  pairs_begin();
-  CHECK_OK(ps_nccl_id(id));
-  other_start(&follower, id, FALLS_SILENT, 1, 1, 2000);
-  CHECK_OK(ps_cuda_open(0, &backend));
-  CHECK_OK(ps_nccl_connect(id, PS_LEADS, backend, &wait, &pair));
-  CHECK_OK(ps_nccl_open(pair, backend, &pairs_layout, 2, &link));
-  CHECK_EQ(pthread_create(&thread, NULL, lose_soon, pair), 0);
-  CHECK_OK(pairs_lead(&(leading){.backend = backend, .link = link}, x, &report, &leader));
+  joined both;
+  join_ranks(&both, FALLS_SILENT, 1, 1, 2000);
+  CHECK_OK(ps_nccl_open(both.pair, both.backend, &pairs_layout, 2, &link));
+  CHECK_EQ(pthread_create(&thread, NULL, lose_soon, both.pair), 0);
+  CHECK_OK(pairs_lead(&(leading){.backend = both.backend, .link = link}, x, &report, &leader));
   CHECK_EQ(report.failed, 1);
   CHECK_EQ(report.failures[0].status, PS_LOST);
   CHECK_STR(report.failures[0].text, "killed by signal 9");
   ps_leader_destroy(leader);
   CHECK_EQ(pthread_join(thread, NULL), 0);
-  other_finish(&follower);
-  ps_nccl_close(pair);
-  backend->release(backend);
-  pairs_end();
+  other_finish(&both.follower);
+  part_ranks(&both);
 }
 
 /* ---- every call fails once ------------------------------------------------------------------- */
@@ -206,8 +202,7 @@ static void try_failure(const char *function, int n, int result)
   other follower;
   pairs_begin();
   CHECK_OK(ps_cuda_open(0, &backend));
-  CHECK_OK(pairs_lead(&(leading){.backend = backend}, alone, &report, &leader));
-  ps_leader_destroy(leader);
+  lead_alone(backend, alone);
   CHECK_OK(ps_nccl_id(id));
   pairs_nccl->fake_nccl_fail(function, n, result);
   other_start(&follower, id, HONEST, -1, 1, 300);
