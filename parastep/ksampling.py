@@ -88,8 +88,8 @@ class Sampling(Speculation):
         self._interrupted: BaseException | None = None  # in a follower's thread
         self._threads: dict[int, threading.Thread] = {}
         self._arguments: dict[str, Any] = {}
-        self._levels = self._sigmas = torch.empty(0)  # (N,) of the calls; (N, B), with the latents
-        self._values: list[float] = []  # the same numbers
+        self._values: list[float] = []  # (N,) noise levels of the calls
+        self._sigmas = torch.empty(0)  # (N, B) the same, on the device of the latents
         self._noise: list[torch.Tensor] | None = None
         self._noise_given = 0
         self._guidance: Guidance | None = None  # of a sampler that uses the unguided output as well
@@ -178,7 +178,7 @@ class Sampling(Speculation):
             self.give_up(str(error))
             return
         self._arguments = dict(extra_args)
-        self._levels, self._values = rows.levels, rows.levels.tolist()
+        self._values = rows.levels.tolist()
         self._sigmas = rows.levels.to(x.device)[:, None].repeat(1, len(x))
         context = HostContext()
         for rank, lane in enumerate(self._lanes, 1):
@@ -331,7 +331,7 @@ class Sampling(Speculation):
     def _give_noise(self, step: int) -> None:
         """Noise of the rows that the next guesses may pass; what q adds is told anew each time."""
         assert self.leader is not None
-        horizon = min(self.leader.horizon, len(self._levels))
+        horizon = min(self.leader.horizon, len(self._values))
         if self._guidance is not None:
             for later, z in enumerate(self._guidance.ahead(step, horizon), step):
                 drawn = 0.0 if self._noise is None else self._latents(self._noise[later])
@@ -348,7 +348,7 @@ class Sampling(Speculation):
         if step == 0 and self._guidance is not None:
             self._learn_functions(arguments)
         given = self._arguments
-        if step >= len(self._levels) or sigma.tolist() != [self._values[step]] * len(x):
+        if step >= len(self._values) or sigma.tolist() != [self._values[step]] * len(x):
             self.give_up("the sampler asks at other noise levels than it did when it was traced")
         elif arguments.keys() != given.keys() or any(arguments[k] is not given[k] for k in given):
             self.give_up("the sampler changes the arguments of the model")
