@@ -8,7 +8,7 @@ distance is the relative L2 distance of the latents.
     python tests/bench/fidelity.py --models image video --ranks 8 --seeds 4
     python tests/bench/fidelity.py --steps 200 --tolerance calibrated default --others 0
 
-"calibrated" is what `parastep.calibrate` finds for 45 dB on seeds of its own. The other rules run
+"calibrated" is what `parastep.calibrate` finds on seeds of its own for 45 dB. The other rules run
 at the rounds of the first tolerance; `--max-stride 0` is the library's own default.
 """
 
