@@ -120,10 +120,9 @@ def parallelize(
         "on_failure": on_failure,
     }
     batch = slots == "batch"
-    found = group_of(group) if devices is None and mode != "threads" else None
+    home = _home_of(pipe)
+    found = group_of(group, home) if devices is None and mode != "threads" else None
     if found is not None:
-        home = _home_of(pipe)
-        found.open(home)
         return ParallelPipeline(pipe, [home] * found.size, options, found)
     places = _devices_of(pipe, devices)
     if batch and len(set(places)) > 1:

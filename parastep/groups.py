@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import logging
 import os
 import queue
 import sys
@@ -33,8 +34,10 @@ from .replicas import fingerprint, replicate
 from .report import Report
 from .wire import Frame, Kind, Peer, Stream, read_frame, write_frame
 
+_log = logging.getLogger(__name__)
 _TAG = 7421
 _FOREVER = datetime.timedelta(days=3650)
+_LATE = 30.0  # seconds until a rank that waits for the others says so
 _PATIENCE = 5.0  # seconds for the other ranks to say goodbye
 _POLL = 0.0005  # seconds between two looks for a message of MPI, whose own waiting takes a core
 
@@ -87,21 +90,50 @@ class MpiStream:
         self._closed = True
 
 
-def group_of(group: Any) -> Group | None:
-    """The group given, or that of the launcher that started this script, if there is one."""
+def group_of(group: Any, device: torch.device) -> Group | None:
+    """The group given, or that of the launcher that started this script, open, with this rank on
+    that device; None: there is neither. All ranks have to call it, and wait for each other.
+    """
     if hasattr(group, "Get_rank") and hasattr(group, "Dup"):
-        return _mpi_group(group)
+        return _meet(_mpi_group, group, device)
     if group is not None:
-        return _torch_group(group)
+        return _meet(_torch_group, group, device)
     if torch.distributed.is_available() and _in_torch_group():
-        return _torch_group(None)
+        return _meet(_torch_group, None, device)
     if "mpi4py.MPI" in sys.modules or _by_mpirun():
         try:
             from mpi4py import MPI
         except ImportError:
             return None
-        return _mpi_group(MPI.COMM_WORLD) if MPI.COMM_WORLD.Get_size() > 1 else None
+        world = MPI.COMM_WORLD
+        return _meet(_mpi_group, world, device) if world.Get_size() > 1 else None
     return None
+
+
+def _meet(make: Callable[[Any], Group], group: Any, device: torch.device) -> Group:
+    """In a thread: who waits for other ranks in C++ or in MPI does not hear Ctrl-C."""
+    outcome: queue.SimpleQueue[Group | BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            made = make(group)
+            made.open(device)
+            outcome.put(made)
+        except BaseException as error:
+            outcome.put(error)
+
+    threading.Thread(target=work, name="parastep-meet", daemon=True).start()
+    try:
+        met = outcome.get(timeout=_LATE)
+    except queue.Empty:
+        _log.warning("waiting for the other ranks: each rank of the group has to call parallelize")
+        met = outcome.get()
+    if isinstance(met, Group):
+        return met
+    if isinstance(met, _core.Error):
+        raise met
+    words = f"the other ranks of the group cannot be reached: {describe(met)}"
+    raise _core.LostError(words) from met
 
 
 def _in_torch_group() -> bool:

@@ -145,17 +145,58 @@ def test_two_nodes(tmp_path: Path) -> None:
     assert all(line["equal"] and len(line["failures"]) == 1 for line in found["raise"])
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+# Rank 0 of a group whose other rank is late: with a process that does nothing yet, or with none.
+WAITS = """
+import os, signal, sys, threading, torch
+from parastep import groups
+
+groups._LATE = 0.2
+torch.distributed.init_process_group("gloo") if sys.argv[1] == "idle" else None
+if os.environ["RANK"] == "1":
+    sys.stdin.read()
+    sys.exit()
+threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    groups.group_of(None, torch.device("cpu"))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("other", ["idle", "missing"])
+def test_ctrl_c_while_a_rank_is_late(other: str) -> None:
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command, pipe = [sys.executable, "-c", WAITS, other], subprocess.PIPE
+    idle = None
+    if other == "idle":
+        idle = subprocess.Popen(command, stdin=pipe, env=environment(RANK="1", **where))
+    try:
+        waits = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, env=environment(RANK="0", **where)
+        )
+    finally:
+        if idle is not None:
+            idle.communicate(b"", timeout=60)
+    assert waits.returncode == 0 and waits.stdout == "interrupted\n", waits.stderr
+    assert "each rank of the group has to call parallelize" in waits.stderr
+
+
 def test_a_group_of_one_is_none() -> None:
     """torchrun with one process: nothing to join."""
     from parastep.groups import group_of
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     before = dict(os.environ)
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    os.environ.update(RANK="0", WORLD_SIZE="1", **where)
     try:
-        assert group_of(None) is None and not torch.distributed.is_initialized()
+        assert group_of(None, torch.device("cpu")) is None
+        assert not torch.distributed.is_initialized()
     finally:
         os.environ.clear()
         os.environ.update(before)
