@@ -32,7 +32,14 @@ def tell(scene: str, pipe: Any, **facts: Any) -> None:
     sys.stdout.flush()
 
 
+def join_by_file(path: str) -> None:
+    where = {"init_method": f"file://{path}", "rank": rank(), "world_size": 2}
+    torch.distributed.init_process_group("gloo", **where)
+
+
 def main(folder: Path, scenes: list[str]) -> None:
+    if "RENDEZVOUS" in os.environ:
+        join_by_file(os.environ["RENDEZVOUS"])
     case = tiny.CASES["sd"]
     pipe = case.build()
     alone = tiny.run(pipe, case.kwargs(steps=6))

@@ -99,6 +99,23 @@ def test_mpi(tmp_path: Path) -> None:
     assert all(line["equal"] and len(line["failures"]) == 1 for line in found["raise"])
 
 
+def test_a_group_of_the_script_s_own(tmp_path: Path) -> None:
+    """Joined through a file that both see, as under Slurm without a launcher of torch's."""
+    command, pipe = [sys.executable, SCRIPT, str(tmp_path), "first"], subprocess.PIPE
+    where = {"RENDEZVOUS": str(tmp_path / "rendezvous")}
+    ranks = [
+        subprocess.Popen(command, stdout=pipe, text=True, env=environment(RANK=rank, **where))
+        for rank in ("0", "1")
+    ]
+    try:
+        out = "".join(process.communicate(timeout=120)[0] for process in ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    check_good(told(out, 2, ["first"])["first"])
+
+
 # Two namespaces with a wire between them, in a user namespace, so that no privilege is needed.
 # Nothing but the wire joins them: loopback of one is not that of the other.
 NETWORKS = """
