@@ -124,7 +124,7 @@ def parallelize(
     found = group_of(group, home) if devices is None and mode != "threads" else None
     if found is not None:
         return ParallelPipeline(pipe, [home] * found.size, options, found)
-    places = _devices_of(pipe, devices)
+    places = _devices_of(home, devices)
     if batch and len(set(places)) > 1:
         named = ", ".join(dict.fromkeys(map(str, places)))
         raise _core.UnsupportedError(
@@ -142,8 +142,9 @@ def _by_workers(mode: str, places: list[torch.device]) -> bool:
     return places[0].type == "cuda" and 1 < len(places) == len(set(places))
 
 
-def _devices_of(pipe: Any, devices: Sequence[str | torch.device] | None) -> list[torch.device]:
-    home = _home_of(pipe)
+def _devices_of(
+    home: torch.device, devices: Sequence[str | torch.device] | None
+) -> list[torch.device]:
     if devices is None:
         kind = getattr(torch, home.type, None)
         count = kind.device_count() if kind is not None and hasattr(kind, "device_count") else 1

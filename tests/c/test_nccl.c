@@ -57,8 +57,7 @@ TEST(runs_over_one_pair)
     CHECK_OK(ps_nccl_open(both.pair, both.backend, &pairs_layout, 2, &link));
     CHECK_STR(link->ops->transport, "nccl");
     CHECK_STATUS(ps_nccl_open(both.pair, both.backend, &pairs_layout, 2, &second), PS_STATE);
-    /* A follower that could not begin is told of by whoever started it; here the deadline ends it.
-     */
+    /* Of a follower that could not begin its starter would tell; here only the deadline does. */
     CHECK_OK(pairs_lead(&(leading){.backend = both.backend,
                                    .link = link,
                                    .tolerance = run == 1 ? INFINITY : 0.0,
