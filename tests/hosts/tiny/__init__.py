@@ -1,0 +1,45 @@
+"""Real diffusers pipelines with tiny random weights, built without a network: hosts for the tests.
+
+Every entry of `CASES` builds one pipeline class from its own components, with weights that are the
+same at every build, and makes the arguments of a call. Layers that diffusers initialises to zero
+are given small random weights, so that the output depends on latents, time and conditioning.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from . import images, sounds, stable, video_flows, videos  # noqa: F401 (they register cases)
+from .cases import CASES, Case, decoder, denoisers, leaf, run
+from .forwards import count_forwards
+from .parts import (
+    clip_processor,
+    clip_text,
+    clip_tokenizer,
+    clip_vision,
+    net,
+    picture,
+    sd_unet,
+)
+from .stable import add_ip_adapter, add_lora
+
+__all__ = [
+    "CASES",
+    "Case",
+    "add_ip_adapter",
+    "add_lora",
+    "clip_processor",
+    "clip_text",
+    "clip_tokenizer",
+    "clip_vision",
+    "count_forwards",
+    "decoder",
+    "denoisers",
+    "leaf",
+    "net",
+    "picture",
+    "run",
+    "sd_unet",
+]
