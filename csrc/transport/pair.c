@@ -75,13 +75,13 @@ typedef struct doomed {
 
 static void *abort_comm(void *ctx)
 {
-  doomed *it = ctx;
+  doomed it = *(const doomed *)ctx;
   ps__scope scope;
-  if (ps__device_enter(it->device, &scope) == PS_OK) {
-    nccl.abort(it->comm);
+  ps__free(ctx); /* ahead of what may not return */
+  if (ps__device_enter(it.device, &scope) == PS_OK) {
+    nccl.abort(it.comm);
     ps__device_leave(&scope);
   }
-  ps__free(it);
   return NULL;
 }
 
