@@ -46,7 +46,7 @@ def count_forwards(*modules: nn.Module) -> Iterator[Count]:
     and does not run the model counts nothing. A module of two builds of one case counts under
     `everywhere` of each other.
     """
-    hearts = [heart(module) for module in modules]
+    hearts = [_heart(module) for module in modules]
     for heart in hearts:
         heart.__dict__.setdefault("tiny_mark", f"{type(heart).__name__}-{id(heart)}")
     own = {id(heart) for heart in hearts}
@@ -64,7 +64,7 @@ def count_forwards(*modules: nn.Module) -> Iterator[Count]:
         handle.remove()
 
 
-def heart(module: nn.Module) -> nn.Module:
+def _heart(module: nn.Module) -> nn.Module:
     for path in _HEARTS:
         try:
             return module.get_submodule(path)
@@ -75,8 +75,8 @@ def heart(module: nn.Module) -> nn.Module:
 
 def mark(name: str, part: nn.Module) -> None:
     """Name the layers to count: a deep copy keeps the name."""
-    heart(part).__dict__["tiny_mark"] = name
+    _heart(part).__dict__["tiny_mark"] = name
     for side in ("encoder", "decoder"):
         inner = getattr(part, side, None)
         if name in ("vae", "movq") and isinstance(inner, nn.Module):
-            heart(inner).__dict__["tiny_mark"] = f"{name}.{side}"
+            _heart(inner).__dict__["tiny_mark"] = f"{name}.{side}"
