@@ -61,10 +61,10 @@ def nccl(fake: Any, nccl_library: Any) -> Iterator[Any]:
     """Every communicator has ended by the end of the test, in whatever thread that takes."""
     yield nccl_library
     nccl_library.fake_nccl_fail(b"", 0, 0)
-    gc.collect()
     end = time.monotonic() + 20
     while nccl_library.fake_nccl_live() > 0:
         assert time.monotonic() < end
+        gc.collect()  # a thread that receives frames may have held a link, and this its pair
         _core.copy(Plain.of(np.zeros(1, "f4")))  # what has ended is destroyed with something new
         fake.fake_drain()
         time.sleep(0.001)

@@ -775,7 +775,14 @@ def test_ctrl_c_at_any_moment():
         time.sleep(0.001)
         return smooth(x, j, rank)
 
+    def swallowed(raised):  # Python ignores what interrupts a callback of its own weak references
+        global interrupts
+        assert raised.exc_type is KeyboardInterrupt, raised
+        assert raised.object.__module__ == "_weakrefset", raised
+        interrupts += 1
+
     random.seed(int(sys.argv[1]))
+    sys.unraisablehook = swallowed
     interrupts = 0
     for _ in range(40):
         timer = threading.Timer(random.uniform(0, 0.015), interrupt)
