@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,21 +33,16 @@ def launches_a_second() -> float:
     return count / min(seconds)
 
 
-def seconds_a_round(parallel: Any, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        seconds, rounds = piped(parallel)
-        times.append(seconds / rounds)
-    return statistics.median(times)
+def alone(pipe: Any) -> tuple[float, int]:
+    """Seconds and rounds of the untouched pipeline."""
+    began = time.perf_counter()
+    call(pipe)
+    return time.perf_counter() - began, STEPS
 
 
-def seconds_alone(pipe: Any, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        call(pipe)
-        times.append((time.perf_counter() - began) / STEPS)
-    return statistics.median(times)
+def seconds_a_round(run: Callable[[Any], tuple[float, int]], pipe: Any, repeats: int) -> float:
+    runs = [run(pipe) for _ in range(repeats)]
+    return statistics.median(seconds / rounds for seconds, rounds in runs)
 
 
 def main() -> None:
@@ -57,12 +53,12 @@ def main() -> None:
     for part in options.parts:
         pipe = waiting_pipeline()
         pipe.transformer.launches = round(rate * WAIT * part / 100)
-        alone = seconds_alone(pipe, options.repeats)
+        one = seconds_a_round(alone, pipe, options.repeats)
         for ranks in options.ranks:
             ratio = {}
             for mode in ("threads", "processes"):
                 parallel = parallel_pipeline(pipe, ranks, mode)
-                ratio[mode] = seconds_a_round(parallel, options.repeats) / alone
+                ratio[mode] = seconds_a_round(piped, parallel, options.repeats) / one
                 parallel.close()
             rows.append([f"{part} %", ranks, *(f"{of_mode:.2f}" for of_mode in ratio.values())])
             found.append({"launching": part / 100, "ranks": ranks, **ratio})

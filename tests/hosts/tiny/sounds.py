@@ -66,7 +66,6 @@ def _audioldm2_text_parts() -> Kwargs:
     byte_space = "\u0120"  # how byte-level tokenizers write a space
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     roberta = byte_pairs(transformers.RobertaTokenizer, [*specials, byte_space, *letters])
-    t5 = _unigrams(["<pad>", "</s>", "<unk>"], ["▁", *letters])
     clap = transformers.ClapConfig(
         text_config={
             "vocab_size": len(roberta),
@@ -93,7 +92,7 @@ def _audioldm2_text_parts() -> Kwargs:
     return {
         "text_encoder": net(transformers.ClapModel, clap, gains={"text_": 4.0}),
         "tokenizer": roberta,
-        "tokenizer_2": t5,
+        "tokenizer_2": _unigrams(["<pad>", "</s>", "<unk>"], ["▁", *letters]),
         "projection_model": net(
             diffusers.AudioLDM2ProjectionModel,
             text_encoder_dim=16,
