@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .replicas import denoisers_of, encoders_of, replicate
+from .replicas import denoisers_of, encoders_of, replicate, twin_of
 
 _CALLS = ("forward", "encode", "get_text_features", "get_image_features")
 
@@ -69,19 +69,27 @@ def pipeline_from_memory(memory: int, device: torch.device) -> Any:
 
 
 def _hollow(pipe: Any) -> Any:
-    """The pipeline with encoders whose weights take no memory, but have shapes and dtypes."""
+    """The pipeline with encoders whose tensors take no memory, but have shapes and dtypes."""
     memo: dict[int, Any] = {}
-    encoders = encoders_of(pipe)
+    encoders: dict[int, Any] = {}
+    for module in encoders_of(pipe).values():
+        twin_of(module, encoders)
     for module in denoisers_of(pipe).values():
         memo |= {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    for module in encoders.values():
-        for weight in module.parameters():
-            memo.setdefault(id(weight), _without_memory(weight))
-    hollow = copy.deepcopy(pipe, memo)
-    for module in encoders_of(hollow).values():
-        for part in module.modules():
-            _forget_functions(part)
-    return hollow
+    for part in encoders.values():
+        _forget_functions(part)
+        for tensor in _tensors_in(part):
+            memo.setdefault(id(tensor), _without_memory(tensor))
+    hollow = copy.copy(pipe)
+    for name, module in encoders_of(pipe).items():
+        vars(hollow)[name] = encoders[id(module)]
+    return copy.deepcopy(hollow, memo)
+
+
+def _tensors_in(part: torch.nn.Module) -> list[torch.Tensor]:
+    """A part's own parameters, and those that it keeps as plain attributes; buffers go over."""
+    own = (*part._parameters.values(), *vars(part).values())
+    return [tensor for tensor in own if isinstance(tensor, torch.Tensor)]
 
 
 def _forget_functions(part: torch.nn.Module) -> None:
@@ -94,10 +102,12 @@ def _forget_functions(part: torch.nn.Module) -> None:
             own[name] = type(value)()
 
 
-def _without_memory(weight: torch.nn.Parameter) -> Any:
-    if type(weight) is not torch.nn.Parameter:  # quantised weights are classes of their own
-        return weight
-    one = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+def _without_memory(tensor: torch.Tensor) -> Any:
+    if type(tensor) not in (torch.nn.Parameter, torch.Tensor):  # quantised weights have classes
+        return tensor
+    one = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    if type(tensor) is torch.Tensor:
+        return one
     return torch.nn.Parameter(one, requires_grad=False)
 
 

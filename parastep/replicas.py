@@ -1,15 +1,15 @@
 """Replicas of a pipeline, one a follower, and what of a pipeline is denoiser and what encoder.
 
-A replica has a module tree and schedulers of its own; parameters are shared where the device is the
-same and copied where it is not. It is made before any hook is placed, since a deep copy of a hooked
-module would keep the original's closure.
+A replica has denoisers and schedulers of its own; parameters are shared where the device is the
+same and copied where it is not. Its encoders are twins: module objects of their own, for hooks,
+around the leader's very tensors, since a follower takes their outputs from the leader. All are made
+before any hook is placed: a copy of a hooked module would keep the original's closure.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def unfit(pipe: Any) -> str | None:
     """Why replicas of the pipeline would not compute what it does itself, or None."""
     if getattr(pipe, "_all_hooks", None):
         return "the pipeline has CPU offload enabled, which moves its weights in mid-run"
-    for name, module in modules_of(pipe).items():
+    for name, module in denoisers_of(pipe).items():
         for part in module.modules():
             if getattr(part, "_hf_hook", None) is not None:
                 return f"{name} has hooks of accelerate (offload, device map): they move weights"
@@ -67,17 +67,28 @@ def unfit(pipe: Any) -> str | None:
     return None
 
 
-def _share(pipe: Any, device: torch.device, memo: dict[int, Any]) -> None:
-    """Parameters of the copy: the same ones on the same device, else moved ones. The denoisers'
-    buffers are its own, for modules that write to them.
+def split_over_processes(pipe: Any) -> str | None:
+    """The denoiser of which every process of a group holds a part of each forward, or None."""
+    for name, module in denoisers_of(pipe).items():
+        if getattr(module, "_parallel_config", None) is not None:
+            return name
+    return None
+
+
+def _share(module: torch.nn.Module, device: torch.device, memo: dict[int, Any]) -> None:
+    """Parameters of a denoiser's copy: the same ones on the same device, else moved ones. Buffers
+    are its own, for modules that write to them, and so is what a part computes anew in each
+    forward and keeps as an attribute, which a deep copy would refuse.
     """
-    moved = denoisers_of(pipe)
-    for name, module in modules_of(pipe).items():
-        for tensor in module.parameters():
-            near = name not in moved or tensor.device == device
-            memo[id(tensor)] = tensor if near else _moved(tensor, device)
-        for tensor in module.buffers():
-            memo[id(tensor)] = tensor if name not in moved else _moved(tensor, device)
+    for weight in module.parameters():
+        memo[id(weight)] = weight if weight.device == device else _moved(weight, device)
+    computed = (v for part in module.modules() for v in vars(part).values() if _is_computed(v))
+    for tensor in (*module.buffers(), *computed):
+        memo[id(tensor)] = _moved(tensor, device)
+
+
+def _is_computed(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_leaf
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -87,10 +98,27 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return copied
 
 
+def twin_of(module: Any, memo: dict[int, Any]) -> Any:
+    """Module objects of their own around the same tensors; memo finds each by the original's id."""
+    if not isinstance(module, torch.nn.Module):  # None, where a part was taken out
+        return module
+    if id(module) not in memo:
+        cls: Any = type(module)
+        memo[id(module)] = twin = cls.__new__(cls)
+        own = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()}
+        vars(twin).update(own)
+        for name, part in own["_modules"].items():
+            own["_modules"][name] = twin_of(part, memo)
+    return memo[id(module)]
+
+
 def replicate(pipe: Any, device: torch.device) -> Any:
     """A pipeline of the same class with its own modules and schedulers, for a follower."""
     memo: dict[int, Any] = {}
-    _share(pipe, device, memo)
+    for module in encoders_of(pipe).values():
+        twin_of(module, memo)
+    for module in denoisers_of(pipe).values():
+        _share(module, device, memo)
     replica = copy.deepcopy(pipe, memo)
     if hasattr(replica, "set_progress_bar_config"):
         replica.set_progress_bar_config(disable=True)
@@ -105,7 +133,12 @@ def replicate(pipe: Any, device: torch.device) -> Any:
 
 
 def refresh(replica: Any, pipe: Any) -> None:
-    """Brings over what may differ from call to call: schedulers, and settings of the pipeline."""
+    """Brings over what may differ from call to call: schedulers, settings of the pipeline, and what
+    its encoders are made of.
+    """
+    memo: dict[int, Any] = {}
+    for name, module in encoders_of(pipe).items():
+        vars(replica)[name] = twin_of(module, memo)
     for name, value in vars(pipe).items():
         if is_scheduler(value):
             _become(getattr(replica, name), value)
@@ -142,22 +175,29 @@ def _address(tensor: torch.Tensor) -> int:
         return 0
 
 
-def fingerprint(pipe: Any, modules: Mapping[str, torch.nn.Module] | None = None) -> int:
-    """Changes when what a replica was made from changes: modules, weights, processors, adapters.
-
-    `modules`: those whose insides matter; None: all of the pipeline's.
+def fingerprint(pipe: Any) -> int:
+    """Changes when what a replica was made from changes: a component, or anything in a denoiser,
+    weights, processors, adapters.
     """
     seen: list[Any] = [type(pipe)]
     for name, value in vars(pipe).items():
         if not name.startswith("_") and not is_scheduler(value):
             seen.append((name, id(value), type(value)))
-    for module in (modules_of(pipe) if modules is None else modules).values():
+    for module in denoisers_of(pipe).values():
         for part in module.modules():
+            ignored = {"_modules", "_diffusers_hook", *_made_by_hooks(part)}
             for key, value in vars(part).items():
                 if key == "processor":  # attention processors hold scales and sometimes weights
                     own = getattr(value, "__dict__", None)
                     seen.append((id(value), type(value), plain(own)))
-                elif key not in ("_modules", "_diffusers_hook"):
+                elif key not in ignored:
                     seen.append((key, plain(value)))
             seen.append((id(part), type(part)))
     return hash(tuple(seen))
+
+
+def _made_by_hooks(part: torch.nn.Module) -> set[str]:
+    """Attributes that torch's own hooks (weight_norm) compute anew before each forward."""
+    hooks = part._forward_pre_hooks.values()
+    own = (hook for hook in hooks if type(hook).__module__.startswith("torch.nn.utils."))
+    return {hook.name for hook in own if hasattr(hook, "name")}

@@ -65,18 +65,24 @@ def net(cls: type, *args: Any, gains: dict[str, float] | None = None, **config: 
     """Return `cls(*args, **config)` in eval mode with weights that depend on nothing else.
 
     Weights that are all zero become random. `gains` then multiplies the weights whose name
-    contains a key: plain random networks hardly listen to time and text.
+    contains a key: plain random networks hardly listen to time and text. Gradients are on while it
+    is made, as in `from_pretrained`: what layers compute then (weight_norm) cannot be deep-copied.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = cls(*args, **config).eval()
-        for name, weight in module.named_parameters():
-            if weight.ndim > 1 and not weight.any():
-                weight.normal_(std=weight[0].numel() ** -0.5)
-            for key, gain in (gains or {}).items():
-                if key in name and weight.ndim > 1:
-                    weight.mul_(gain)
+        with torch.no_grad():
+            _enliven(module, gains or {})
     return module
+
+
+def _enliven(module: Any, gains: dict[str, float]) -> None:
+    for name, weight in module.named_parameters():
+        if weight.ndim > 1 and not weight.any():
+            weight.normal_(std=weight[0].numel() ** -0.5)
+        for key, gain in gains.items():
+            if key in name and weight.ndim > 1:
+                weight.mul_(gain)
 
 
 def clip_tokenizer() -> Any:
