@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import logging
 import math
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -27,7 +28,14 @@ from .groups import Group, group_of
 from .leading import Leading
 from .near import NearFollowers
 from .quiet import quiet_followers
-from .replicas import denoisers_of, fingerprint, refresh, replicate, unfit
+from .replicas import (
+    denoisers_of,
+    fingerprint,
+    refresh,
+    replicate,
+    split_over_processes,
+    unfit,
+)
 from .report import Report
 from .seam import Hooks
 from .tolerance import Tolerance, number_of
@@ -38,7 +46,7 @@ _log = logging.getLogger(__name__)
 _CALLBACKS = ("callback_on_step_end", "callback")
 _OWN_PUBLIC = ("pipe", "devices", "report")
 _OWN = (*_OWN_PUBLIC, "_options", "_batch", "_far", "_auto", "_replicas", "_made_from", "_lock",
-        "_closed")  # fmt: skip
+        "_process", "_closed")  # fmt: skip
 
 
 def parallelize(
@@ -123,6 +131,11 @@ def parallelize(
     home = _home_of(pipe)
     found = group_of(group, home) if devices is None and mode != "threads" else None
     if found is not None:
+        try:
+            _refuse_split(pipe)
+        except _core.Error:
+            found.close()
+            raise
         return ParallelPipeline(pipe, [home] * found.size, options, found)
     places = _devices_of(home, devices)
     if batch and len(set(places)) > 1:
@@ -133,6 +146,18 @@ def parallelize(
         )
     workers = Workers(places) if _by_workers(mode, places) else None
     return ParallelPipeline(pipe, places, options, workers, batch, mode == "auto")
+
+
+def _refuse_split(pipe: Any) -> None:
+    """A group whose processes share each forward of a denoiser cannot have them as ranks as well:
+    they would wait for each other.
+    """
+    name = split_over_processes(pipe)
+    if name is not None:
+        raise _core.UnsupportedError(
+            f"{name} is split over processes (enable_parallelism) that are to be ranks of a group "
+            "here: they would wait for each other; leave out one of the two"
+        )
 
 
 def _by_workers(mode: str, places: list[torch.device]) -> bool:
@@ -202,7 +227,7 @@ class ParallelPipeline:
         self._auto = auto  # workers where they can be, else threads
         self._replicas: dict[int, Any] = {}
         self._made_from: int | None = None
-        self._lock = threading.Lock()
+        self._lock, self._process = threading.Lock(), os.getpid()
         self._closed = False
 
     def __getattr__(self, name: str) -> Any:
@@ -247,11 +272,14 @@ class ParallelPipeline:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._closed:
             raise _core.StateError("this parallel pipeline is closed; parallelize the pipe again")
+        if os.getpid() != self._process:  # a forked child, in which no thread is in a call
+            self._lock, self._process = threading.Lock(), os.getpid()
         if not self._lock.acquire(blocking=False):
             raise _core.StateError("another thread is in a call of this pipeline; one at a time")
         try:
             if not isinstance(self._far, Group):
                 return self._call(args, kwargs)
+            _refuse_split(self.pipe)
             if self._far.rank == 0:
                 return self._far.lead(lambda: self._call(args, kwargs), lambda: self.report)
             result, self.report = self._far.follow(self.pipe)

@@ -115,10 +115,19 @@ class FarRank:
 
 
 class Link:
-    """The connection to a follower's process, for all calls to come."""
+    """The connection to a follower's process, for all calls to come; `ending` tells how a process
+    of ours has ended.
+    """
 
-    def __init__(self, stream: Stream, name: str, same_clock: bool) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        name: str,
+        same_clock: bool,
+        ending: Callable[[], str] | None = None,
+    ) -> None:
         self.same_clock = same_clock
+        self._ending = ending
         self.changed = threading.Condition()
         self.current: FarRank | None = None  # the call that it is in, or has not left yet
         self.loaded: str | None = None  # what it said of the last model: "" where all went well
@@ -182,6 +191,8 @@ class Link:
             self._pair_up(None, describe(error))
 
     def _gone(self, why: str) -> None:
+        if self._ending is not None:
+            why = f"{why} ({self._ending()})"
         with self.changed:
             current, pair = self.current, self.pair
             self.changed.notify_all()

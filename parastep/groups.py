@@ -30,7 +30,7 @@ from .api import describe
 from .call import Call
 from .far import FarCall, FarFollowers, Follower, Link
 from .packing import pack, unpack
-from .replicas import fingerprint, replicate
+from .replicas import fingerprint, refresh, replicate
 from .report import Report
 from .wire import Frame, Kind, Peer, Stream, read_frame, write_frame
 
@@ -190,6 +190,7 @@ class Group:
     def __init__(self, rank: int, size: int, streams: dict[int, Stream]) -> None:
         self.rank, self.size = rank, size
         self._streams = streams
+        self._process = os.getpid()
         self._calls = itertools.count(1)
         self._number = 0  # of the call that this rank is in
         self._links: dict[int, Link] = {}
@@ -216,6 +217,14 @@ class Group:
     def close(self) -> None:
         self._close()
 
+    def _next_call(self) -> int:
+        if os.getpid() != self._process:
+            raise _core.StateError(
+                "this process was forked from a rank of the group, which alone can use the group; "
+                "call the pipeline itself here"
+            )
+        return next(self._calls)
+
     # The leader.
 
     def refresh(self, pipe: Any) -> None:
@@ -229,7 +238,7 @@ class Group:
 
     def lead(self, call: Callable[[], Any], report: Callable[[], Report | None]) -> Any:
         """The leader's call; what it returns or raises goes to all ranks."""
-        self._number = next(self._calls)
+        self._number = self._next_call()
         try:
             result = call()
         except BaseException as error:
@@ -251,7 +260,7 @@ class Group:
 
     def follow(self, pipe: Any) -> tuple[Any, Report | None]:
         """The leader's call, followed; returns its result and report, or raises what it raised."""
-        self._number = next(self._calls)
+        self._number = self._next_call()
         while True:
             job = self._jobs.get()
             if isinstance(job, str):
@@ -269,6 +278,7 @@ class Group:
             if now != self._made_from:
                 self._replica = replicate(pipe, self._follower.device)
                 self._made_from = now
+            refresh(self._replica, pipe)
         except Exception as error:
             self._replica = None
             call.fail(self.rank, f"its replica cannot be made: {describe(error)}")

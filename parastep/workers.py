@@ -1,4 +1,4 @@
-"""Followers in processes of our own, `python -m parastep.workers FD`: the end of a pipe is theirs.
+"""Followers in processes of our own: the end of their pipe is theirs.
 
 `parallelize(..., mode="processes")` keeps a `Workers`: one process for each follower, started with
 the first call and kept for the next ones. The model goes over once, as memory that all workers map.
@@ -15,13 +15,11 @@ import os
 import queue
 import signal
 import socket
-import subprocess
 import sys
 import time
 import warnings
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +29,8 @@ from .api import describe
 from .call import Call
 from .far import FarCall, FarFollowers, Follower, Link
 from .packing import pipeline_from_memory, pipeline_to_memory
-from .replicas import denoisers_of, fingerprint
+from .replicas import fingerprint
+from .spawning import Spawned
 from .wire import Frame, Kind, SocketStream, read_frame, write_frame
 
 _LOADING = 600.0  # seconds for a worker to start and to load the model
@@ -42,17 +41,24 @@ class Workers:
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = dict(enumerate(devices[1:], 1))
-        self._workers: dict[int, _Worker] = {}
         self._calls = itertools.count(1)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._workers: dict[int, _Worker] = {}
         self._made_from: int | None = None
-        self._close = weakref.finalize(self, _end_all, self._workers, os.getpid())
+        self._process = os.getpid()
+        self._close = weakref.finalize(self, _end_all, self._workers, self._process)
 
     def refresh(self, pipe: Any) -> None:
         """A worker for each rank, with the pipeline as it is now.
 
-        Raises where none has it; one without it fails in the call.
+        Raises where none has it; one without it fails in the call. Workers belong to the process
+        that started them: a forked child starts its own.
         """
-        now = fingerprint(pipe, denoisers_of(pipe))  # encoders go over hollow
+        if os.getpid() != self._process:
+            self._begin()
+        now = fingerprint(pipe)
         if now != self._made_from:
             for worker in self._workers.values():
                 worker.has_model = False
@@ -90,10 +96,10 @@ class Workers:
 
 
 def _end_all(workers: dict[int, _Worker], process: int) -> None:
-    if os.getpid() == process:  # a forked child has no workers
+    if os.getpid() == process:  # a forked child has only copies of their sockets
         for worker in workers.values():
             worker.end()
-    workers.clear()
+        workers.clear()
 
 
 def _load(pipe: Any, workers: list[_Worker]) -> None:
@@ -112,22 +118,17 @@ class _Worker:
     """A process, and the connection to it."""
 
     def __init__(self, rank: int, device: torch.device) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self._process = _start(theirs.fileno())
-            except BaseException:
-                ours.close()
-                raise
-        stream = SocketStream(ours)
+        self._process = Spawned(__spec__.name)
+        stream = self._process.stream
         hello = {"path": sys.path, "rank": rank, "device": str(device)}
         with contextlib.suppress(OSError):  # it died at once: the link is going to say so
             write_frame(stream, Frame(Kind.HELLO, 0, json.dumps(hello).encode()))
-        self.link = Link(stream, f"parastep-worker-{rank}", same_clock=True)
+        name = f"parastep-worker-{rank}"
+        self.link = Link(stream, name, same_clock=True, ending=self._process.ending)
         self.has_model = False
 
     def alive(self) -> bool:
-        return self.link.alive and self._process.poll() is None
+        return self.link.alive and self._process.alive
 
     def load(self, memory: int) -> None:
         self.link.loaded = None
@@ -143,35 +144,12 @@ class _Worker:
             return f"the worker has not loaded the pipeline within {_LOADING:.0f} s"
         if self.link.loaded:
             return f"the worker cannot load the pipeline: {self.link.loaded}"
-        return f"the worker ended while loading the pipeline ({self._ending()})"
-
-    def _ending(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1.0)
-        code = self._process.returncode
-        return "killed" if code is None else f"exit status {code}"
+        return f"the worker ended while loading the pipeline ({self._process.ending()})"
 
     def end(self) -> None:
-        """Its pipe ends and it is killed: it holds nothing that would have to be put in order."""
-        self._process.kill()
-        self._process.wait()
+        """Its pipe ends and it is killed."""
+        self._process.end()
         self.link.peer.close()
-
-
-def _start(descriptor: int) -> subprocess.Popen[bytes]:
-    """A worker in a session of its own, so that Ctrl-C in a terminal reaches the leader alone."""
-    if not sys.executable:
-        raise _core.UnsupportedError("this Python does not know its own executable")
-    here = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(p for p in (here, *sys.path) if p)
-    return subprocess.Popen(
-        [sys.executable, "-m", __spec__.name, str(descriptor)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        pass_fds=[descriptor],
-        start_new_session=True,
-        env=os.environ | {"PYTHONPATH": path},
-    )
 
 
 # ---- in a worker ---------------------------------------------------------------------------------
@@ -223,9 +201,3 @@ def main(descriptor: int) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # whatever says no more than "cuda" means this one
     _Serving(stream, hello["rank"], device).run()
-
-
-if __name__ == "__main__":
-    from parastep.workers import main as own_main  # this module under its own name
-
-    own_main(int(sys.argv[1]))

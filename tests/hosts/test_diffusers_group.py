@@ -68,7 +68,7 @@ def check_good(lines: list[Any]) -> None:
 
 
 def test_torchrun(tmp_path: Path) -> None:
-    scenes = ["first", "others", "error", "raise", "after", "pause", "again"]
+    scenes = ["first", "others", "error", "split", "raise", "after", "pause", "again"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
     out = run([*torchrun, "--standalone", SCRIPT, str(tmp_path), *scenes])
     found = told(out, 4, scenes)
@@ -76,6 +76,8 @@ def test_torchrun(tmp_path: Path) -> None:
         check_good(found[scene])
     for line in found["error"]:
         assert "divisible by 8" in line["raised"]
+    for line in found["split"]:
+        assert "enable_parallelism" in line["raised"]
     for line in found["raise"]:
         assert line["equal"] and [f["status"] for f in line["failures"]] == ["FAILED"]
         assert "out of cheese" in line["failures"][0]["text"]
