@@ -7,7 +7,8 @@ from typing import Any
 from .package import NOTE, host
 
 _QUALITIES = ("exact", "high", "balanced", "fast")  # the names that parastep.tolerance has
-_OWN = "own tolerance"
+_CUSTOM = "custom"
+_BEFORE = "own tolerance"  # what graphs that were saved earlier say for it
 
 
 class ParaStep:
@@ -33,12 +34,12 @@ class ParaStep:
             },
         ),
         "quality": (
-            [*_QUALITIES, _OWN],
+            [*_QUALITIES, _CUSTOM],
             {
                 "default": "balanced",
-                "tooltip": "How far off guesses and estimates may be, in units of the noise "
-                "level. exact: the same picture bit for bit, no faster. high: .005. "
-                "balanced: .02. fast: .05. own tolerance: the number below.",
+                "tooltip": "What guesses and estimates may add to the error of the result, as "
+                "estimated. exact: the same picture bit for bit, no faster. high: .005. "
+                "balanced: .02. fast: .05. custom: the tolerance below.",
             },
         ),
         "tolerance": (
@@ -51,7 +52,9 @@ class ParaStep:
                 "round": False,
                 "display": "slider",
                 "advanced": True,
-                "tooltip": "Only where quality says own tolerance.",
+                "display_name": "tolerance (quality: custom)",
+                "tooltip": "Has no effect unless quality is custom: then this number takes the "
+                "place of its words.",
             },
         ),
         "policy": (
@@ -91,6 +94,15 @@ class ParaStep:
     }
     outputs = (("MODEL", "model"),)
 
+    @classmethod
+    def valid(cls, quality: str = _CUSTOM) -> bool | str:
+        """In place of the host's own look at the list, which would refuse graphs saved earlier.
+
+        A quality that comes over a link is not known yet, and not given here.
+        """
+        words = (*_QUALITIES, _CUSTOM)
+        return quality in (*words, _BEFORE) or f"{quality!r} is none of {', '.join(words)}"
+
     @staticmethod
     def run(
         model: Any,
@@ -102,6 +114,6 @@ class ParaStep:
         max_stride: int = 0,
     ) -> tuple[Any]:
         options: dict[str, Any] = {"policy": policy, "order": order}
-        options["tolerance"] = tolerance if quality == _OWN else quality
+        options["tolerance"] = tolerance if quality in (_CUSTOM, _BEFORE) else quality
         options["max_stride"] = max_stride or None
         return (host().patch(model, devices, **options),)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes.util
 import getpass
 import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
@@ -24,7 +25,7 @@ import numpy as np
 from . import _core
 from .api import describe, sample
 
-HOSTS = ("diffusers", "transformers", "accelerate", "peft", "safetensors", "ComfyUI")
+HOSTS = ("diffusers", "transformers", "accelerate", "peft", "safetensors")
 OTHERS = ("numpy", "mpi4py", "matplotlib", "tqdm", "nvidia-nccl-cu13", "nvidia-nccl-cu12")
 _STEPS, _RANKS = 20, 4
 
@@ -77,7 +78,7 @@ def found() -> Iterator[tuple[str, str]]:
             yield name, _listed(value)
     yield "torch", _torch()
     yield "devices", _devices()
-    yield "hosts", _listed({name: version_of(name) for name in HOSTS})
+    yield "hosts", _listed({name: version_of(name) for name in HOSTS} | {"ComfyUI": _comfyui()})
     yield "libraries", _listed({name: version_of(name) for name in OTHERS})
     yield "system", _listed({name: _system_library(name) for name in ("cuda", "cublas", "nccl")})
 
@@ -96,6 +97,17 @@ def version_of(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _comfyui() -> str | None:
+    """The version of a ComfyUI on the path, which is a checkout as a rule and no distribution.
+
+    `comfy` takes seconds to import: it is only looked for.
+    """
+    if importlib.util.find_spec("comfy") is None:
+        return None
+    told = getattr(_import("comfyui_version"), "__version__", None)
+    return told or version_of("ComfyUI") or "of an unknown version"
 
 
 def _system_library(name: str) -> str:

@@ -14,8 +14,13 @@ import parastep
 from parastep import check, cli
 
 
-def test_as_a_user_runs_it():
+def test_as_a_user_runs_it(tmp_path):
+    (tmp_path / "comfy").mkdir()
+    (tmp_path / "comfy" / "__init__.py").write_text("raise RuntimeError('slow to import')")
+    (tmp_path / "comfyui_version.py").write_text("__version__ = '9.8.7'")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "USER": "somebody", "LOGNAME": "somebody", "HOME": "/home/some"}
+    environment["PYTHONPATH"] = path
     command = [sys.executable, "-m", "parastep", "check"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -23,6 +28,7 @@ def test_as_a_user_runs_it():
     assert lines["parastep"] == parastep.__version__
     assert "cpu found" in lines["backends"] and "threads" in lines["transports"]
     assert f"numpy {np.__version__}" in lines["libraries"]
+    assert "ComfyUI 9.8.7" in lines["hosts"]
     assert lines["self-test"] == "passed"
     assert "somebody" not in done.stdout and "/" not in done.stdout.replace("\\", "/")
 
@@ -94,6 +100,7 @@ def test_what_is_missing_is_said(monkeypatch):
     with pytest.raises(check.Skip, match="torch"):
         check.TESTS["tensors"]()
     monkeypatch.setattr(check, "version_of", lambda name: None)
+    monkeypatch.setitem(sys.modules, "comfy", None)
     assert dict(check.found())["hosts"] == "none"
     with pytest.raises(check.Skip):
         check.TESTS["diffusers"]()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import math
 import shutil
 import subprocess
 import sys
+import types
 
 import comfy_graphs as graphs
 import pytest
@@ -16,6 +18,7 @@ from comfy_server import PATH, ROOT, PromptError, Server
 from conftest import NO_HOST
 
 import parastep
+from parastep.tolerance import NAMES
 
 NODES = ROOT / "nodes"
 
@@ -83,6 +86,44 @@ def test_a_host_without_v3_nodes_gets_the_older_form(older):
     given = {"devices": "cpu", "quality": "exact", "tolerance": 0.0, "policy": "verified"}
     with pytest.raises(parastep.InvalidError, match="not a ComfyUI MODEL"):
         step().run(model=object(), order=1, **given)
+
+
+OF_ONES_OWN = ("custom", "own tolerance")  # the second in graphs that were saved earlier
+
+
+def test_the_tolerance_counts_with_custom_alone(older, monkeypatch):
+    """And says so where it is set."""
+    step = older.NODE_CLASS_MAPPINGS["ParaStep"]
+    words, _ = step.INPUT_TYPES()["required"]["quality"]
+    assert words == [*NAMES, "custom"]
+    _, options = step.INPUT_TYPES()["required"]["tolerance"]
+    assert "quality: custom" in options["display_name"]
+    assert options["tooltip"].startswith("Has no effect unless quality is custom")
+    told = types.SimpleNamespace(patch=lambda model, devices, **options: options["tolerance"])
+    monkeypatch.setattr(sys.modules["older_pack.step"], "host", lambda: told)
+    given = {"model": None, "devices": "cpu", "tolerance": 0.007, "policy": "verified", "order": 1}
+    for word in (*NAMES, *OF_ONES_OWN):
+        assert step().run(quality=word, **given) == (0.007 if word in OF_ONES_OWN else word,)
+
+
+def test_graphs_of_before_are_valid(older):
+    """The host does not hold an input against its list where this function names it."""
+    step = older.NODE_CLASS_MAPPINGS["ParaStep"]
+    seen = inspect.getfullargspec(step.VALIDATE_INPUTS)
+    assert "quality" in seen.args and seen.varkw is None
+    assert all(step.VALIDATE_INPUTS(quality=word) is True for word in (*NAMES, *OF_ONES_OWN))
+    assert step.VALIDATE_INPUTS() is True  # over a link
+    assert "'own' is none of exact, high" in step.VALIDATE_INPUTS(quality="own")
+    assert not hasattr(older.NODE_CLASS_MAPPINGS["ParaStepReport"], "VALIDATE_INPUTS")
+
+
+def test_the_server_takes_graphs_of_before(server):
+    made = []
+    for given in ({"quality": "exact"}, *({"quality": q, "tolerance": 0.0} for q in OF_ONES_OWN)):
+        made.append(server.run(graphs.basic("eps", with_node=given)).outputs["end"]["digest"])
+    assert made[0] == made[1] == made[2]
+    with pytest.raises(PromptError, match="is none of exact"):
+        server.run(graphs.basic("eps", with_node={"quality": "own"}))
 
 
 def test_importing_it_imports_neither_torch_nor_parastep():

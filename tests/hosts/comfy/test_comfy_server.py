@@ -34,7 +34,7 @@ def test_nodes_are_declared(server):
     assert all(options.get("tooltip") for _, options in inputs.values())
     kind, options = inputs["quality"]
     words = kind if isinstance(kind, list) else options["options"]
-    assert words == [*NAMES, "own tolerance"]
+    assert words == [*NAMES, "custom"]
     assert "CANNOT RUN" not in step["description"]
     if "search_aliases" in step:  # which older versions do not have
         assert "multi GPU" in step["search_aliases"] and "drift" in report["search_aliases"]
