@@ -35,7 +35,7 @@ from ._version import __version__
 from .api import FollowerWarning, SerialWarning, sample
 from .calibration import Calibration, calibrate
 from .planning import plan
-from .report import Report
+from .report.report import Report
 
 if TYPE_CHECKING:
     from .diffusers import ParallelPipeline, parallelize

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from . import _core
-from .report import Report
+from .report.report import Report
 from .stacking import Stacking
 from .threads import HostContext
 from .tolerance import Tolerance, number_of

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import _core
 from .api import sample
-from .report import Report
+from .report.report import Report
 from .tolerance import Tolerance, number_of
 
 # From loose to tight, three a decade; between two neighbours the search goes on by bisection.

@@ -12,7 +12,7 @@ from typing import Any
 from . import __version__, _core
 from .check import check
 from .planning import LINKS, plan
-from .report import Report
+from .report.report import Report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from .comfy_replicas import Replicas, add_replicas, patcher_on
 from .comfy_serial import reason_against
 from .ksampling import Host, Sampling, may_stride
 from .ktracing import Traced, trace
-from .report import Report
+from .report.report import Report
 from .tolerance import Tolerance, number_of
 
 KEY = "parastep"  # of the wrappers on a patched model

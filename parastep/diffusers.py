@@ -28,15 +28,8 @@ from .groups import Group, group_of
 from .leading import Leading
 from .near import NearFollowers
 from .quiet import quiet_followers
-from .replicas import (
-    denoisers_of,
-    fingerprint,
-    refresh,
-    replicate,
-    split_over_processes,
-    unfit,
-)
-from .report import Report
+from .replicas import denoisers_of, fingerprint, refresh, replicate, split_over_processes, unfit
+from .report.report import Report
 from .seam import Hooks
 from .tolerance import Tolerance, number_of
 from .watch import Watch

@@ -31,7 +31,7 @@ from .call import Call
 from .far import FarCall, FarFollowers, Follower, Link
 from .packing import pack, unpack
 from .replicas import fingerprint, refresh, replicate
-from .report import Report
+from .report.report import Report
 from .wire import Frame, Kind, Peer, Stream, read_frame, write_frame
 
 _log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from .api import describe, serve
 from .kguidance import Guidance, Unguided, added_functions, call_after_guidance, with_function
 from .ktracing import NotTraceableError, Traced, noise_ahead, to_d, to_denoised
 from .quiet import name_of
-from .report import Report
+from .report.report import Report
 from .speculation import Speculation
 from .stacking import Stacking
 from .threads import HostContext

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import _core
 from .quantities import LINKS, bytes_in, link_in, seconds_in, shown_bytes
-from .report import Report
+from .report.report import Report
 from .rounds import Pace, Profile, Warmup, default_profile
 
 __all__ = ["LINKS", "Plan", "Plans", "plan"]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import _core
-from .report import Report
+from .report.report import Report
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .. import plot
+from ..report import plot
 from . import image, sound, video
 from .runs import FEWER, OURS, RANKS, Run, shown
 
