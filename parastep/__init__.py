@@ -34,7 +34,7 @@ from ._core import (
 from ._version import __version__
 from .api import FollowerWarning, SerialWarning, sample
 from .calibration import Calibration, calibrate
-from .planning import plan
+from .planning.plan import plan
 from .report.report import Report
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import __version__, _core
 from .check import check
-from .planning import LINKS, plan
+from .planning.plan import LINKS, plan
 from .report.report import Report
 
 

@@ -22,7 +22,7 @@ from _table import arguments, show, verdict, write
 
 import parastep
 from parastep.demo import image, video
-from parastep.rounds import Pace, Profile, rounds_of
+from parastep.planning.rounds import Pace, Profile, rounds_of
 
 GOAL = 0.10
 SEEDS = (100, 101, 102)

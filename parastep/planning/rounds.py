@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import _core
-from .report.report import Report
+from .. import _core
+from ..report.report import Report
 
 
 @dataclass(frozen=True)

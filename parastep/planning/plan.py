@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import _core
+from .. import _core
+from ..report.report import Report
 from .quantities import LINKS, bytes_in, link_in, seconds_in, shown_bytes
-from .report.report import Report
 from .rounds import Pace, Profile, Warmup, default_profile
 
 __all__ = ["LINKS", "Plan", "Plans", "plan"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from . import _core
+from .. import _core
 
 # Bytes a second in one direction and seconds until the first of them arrives; nominal figures.
 LINKS = {
