@@ -39,7 +39,7 @@ from .report.report import Report
 
 if TYPE_CHECKING:
     from .diffusers import ParallelPipeline, parallelize
-    from .tracing import trace
+    from .tracing.program import trace
 
 __all__ = [
     "AbandonedError",
@@ -73,7 +73,7 @@ __all__ = [
     "trace",
 ]
 
-_LAZY = {"parallelize": "diffusers", "ParallelPipeline": "diffusers", "trace": "tracing"}
+_LAZY = {"parallelize": "diffusers", "ParallelPipeline": "diffusers", "trace": "tracing.program"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _core
-from .noise import cloned_generator
 from .seam import map_tensors
 from .threads import finish_work
+from .tracing.noise import cloned_generator
 
 if TYPE_CHECKING:
     from .batching import Meeting

@@ -27,9 +27,9 @@ from .comfy_lanes import Lane, make_lanes, without_host_split
 from .comfy_replicas import Replicas, add_replicas, patcher_on
 from .comfy_serial import reason_against
 from .ksampling import Host, Sampling, may_stride
-from .ktracing import Traced, trace
 from .report.report import Report
 from .tolerance import Tolerance, number_of
+from .tracing.kdiffusion import Traced, trace
 
 KEY = "parastep"  # of the wrappers on a patched model
 

@@ -24,10 +24,10 @@ from . import _core, pairs
 from .api import describe
 from .call import Call, own_copy
 from .following import Following
-from .noise import cloned_global_generator
 from .packing import pack, unpack
 from .replicas import is_scheduler, refresh
 from .threads import HostContext, finish_work
+from .tracing.noise import cloned_global_generator
 from .wire import Frame, Kind, Peer, Stream
 
 _log = logging.getLogger(__name__)

@@ -19,7 +19,6 @@ import torch
 from . import _core
 from .api import describe
 from .call import Call, GoBack, Leave
-from .noise import Draws
 from .passing import Passing
 from .replicas import denoisers_of
 from .seam import (
@@ -31,6 +30,7 @@ from .seam import (
     map_tensors,
     named_arguments,
 )
+from .tracing.noise import Draws
 
 
 class Following:

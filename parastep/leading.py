@@ -19,7 +19,6 @@ from . import _core
 from .api import describe
 from .batching import LEADER, Inputs
 from .call import Call
-from .noise import NoiseAhead
 from .replicas import denoisers_of
 from .seam import (
     Hooks,
@@ -32,7 +31,8 @@ from .seam import (
     sample_in,
 )
 from .speculation import Speculation
-from .tracing import Traced, trace_rows
+from .tracing.noise import NoiseAhead
+from .tracing.program import Traced, trace_rows
 from .watch import Watch
 
 _FEWEST = 16  # steps that a lane is worth its own check at step 0 for

@@ -12,9 +12,9 @@ import torch
 from .api import describe
 from .call import Call, own_copy
 from .following import Following
-from .noise import cloned_global_generator
 from .quiet import name_of
 from .threads import HostContext, finish_work
+from .tracing.noise import cloned_global_generator
 
 _PATIENCE = 10.0  # seconds for those that are about to leave
 

@@ -117,7 +117,7 @@ class Jumps:
     """One step of DDIM or flow Euler from any level to any later one.
 
     Clean sample and noise that the model's output implies are held, so over one step of such a
-    solver it is the solver. `levels` are those of `parastep.schedulers.levels_of`.
+    solver it is the solver. `levels` are those of `parastep.tracing.schedulers.levels_of`.
     """
 
     def __init__(self, levels: Any) -> None:

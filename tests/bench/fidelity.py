@@ -25,7 +25,8 @@ from _rules import best_warmup, chords, chords_starts, paradigms, sequential, sk
 from _table import arguments, show, verdict, write
 
 import parastep
-from parastep import demo, schedulers
+from parastep import demo
+from parastep.tracing import schedulers
 
 FIRST_SEED = 400  # those of the demo, of the tests and of tuning are below
 CALIBRATION_SEEDS = range(300, 316)

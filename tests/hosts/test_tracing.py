@@ -25,9 +25,9 @@ diffusers = pytest.importorskip("diffusers")
 
 import diffusers.schedulers as library  # noqa: E402
 
-from parastep import tracing  # noqa: E402
-from parastep.noise import NoiseAhead  # noqa: E402
-from parastep.schedulers import fresh_copy  # noqa: E402
+from parastep.tracing import program as tracing  # noqa: E402
+from parastep.tracing.noise import NoiseAhead  # noqa: E402
+from parastep.tracing.schedulers import fresh_copy  # noqa: E402
 
 diffusers.logging.set_verbosity_error()
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import parastep
-from parastep import _core, cli, planning, quantities, rounds
+from parastep import _core, cli
+from parastep.planning import plan as planning
+from parastep.planning import quantities, rounds
 
 STEPS = 40
 

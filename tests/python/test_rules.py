@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import parastep
-from parastep import schedulers
+from parastep.tracing import schedulers
 
 torch = pytest.importorskip("torch")
 

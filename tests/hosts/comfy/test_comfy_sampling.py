@@ -15,7 +15,7 @@ import torch
 
 import parastep
 from parastep.ksampling import Host, Sampling
-from parastep.ktracing import NotTraceableError, noise_ahead, to_d, to_denoised, trace
+from parastep.tracing.kdiffusion import NotTraceableError, noise_ahead, to_d, to_denoised, trace
 
 
 def levels(steps):

@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from . import _core
-from .api import describe
-from .kguidance import added_functions, call_after_guidance
+from .. import _core
+from ..api import describe
+from ..kguidance import added_functions, call_after_guidance
 from .noise import Draws
 
 Array = npt.NDArray[np.float64]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .program import Traced, trace_rows
 from .schedulers import Stepper, fresh_copy, loop_timesteps
-from .tracing import Traced, trace_rows
 
 __all__ = ["Draws", "NoiseAhead"]
 

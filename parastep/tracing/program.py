@@ -41,7 +41,7 @@ from .schedulers import (
 if TYPE_CHECKING:
     import torch
 
-    from ._core import Program
+    from .._core import Program
     from .noise import NoiseAhead
 
 __all__ = ["NoiseAhead", "Traced", "fresh_copy", "is_stochastic", "trace", "trace_rows"]
@@ -99,7 +99,7 @@ class Traced:
         With `noise_ahead` the noise vectors will be those of `NoiseAhead`, which hold their factor
         already: c is 1 where noise is added and 0 elsewhere.
         """
-        from ._core import Program
+        from .._core import Program
 
         c = (self.c != 0).astype(np.float64) if noise_ahead else self.c
         return Program(*(np.array(v) for v in (self.a, self.b, c, self.s, self.g, self.alpha)))

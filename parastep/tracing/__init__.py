@@ -1,0 +1,1 @@
+"""Samplers read off as numbers: the sampling programs that guesses are made with."""
