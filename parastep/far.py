@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 
-from . import _core, pairs
+from . import _core
 from .api import describe
 from .call import Call, own_copy
 from .following import Following
 from .packing import pack, unpack
+from .processes import pairs
+from .processes.frames import Frame, Kind, Peer, Stream
 from .replicas import is_scheduler, refresh
 from .threads import HostContext, finish_work
 from .tracing.noise import cloned_global_generator
-from .wire import Frame, Kind, Peer, Stream
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds for followers to leave a call that is over

@@ -30,9 +30,9 @@ from .api import describe
 from .call import Call
 from .far import FarCall, FarFollowers, Follower, Link
 from .packing import pack, unpack
+from .processes.frames import Frame, Kind, Peer, Stream, read_frame, write_frame
 from .replicas import fingerprint, refresh, replicate
 from .report.report import Report
-from .wire import Frame, Kind, Peer, Stream, read_frame, write_frame
 
 _log = logging.getLogger(__name__)
 _TAG = 7421

@@ -29,9 +29,9 @@ from .api import describe
 from .call import Call
 from .far import FarCall, FarFollowers, Follower, Link
 from .packing import pipeline_from_memory, pipeline_to_memory
+from .processes.frames import Frame, Kind, SocketStream, read_frame, write_frame
+from .processes.spawning import Spawned
 from .replicas import fingerprint
-from .spawning import Spawned
-from .wire import Frame, Kind, SocketStream, read_frame, write_frame
 
 _LOADING = 600.0  # seconds for a worker to start and to load the model
 

@@ -26,7 +26,7 @@ from parastep import _core
 from parastep.call import Call
 from parastep.far import FarRank, Follower, Link
 from parastep.packing import pack
-from parastep.wire import _HEAD, _MAGIC, Kind, SocketStream, read_frame
+from parastep.processes.frames import _HEAD, _MAGIC, Kind, SocketStream, read_frame
 
 BODIES = [
     b"",

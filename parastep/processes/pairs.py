@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from . import _core
-from .api import describe
+from .. import _core
+from ..api import describe
 
 PATIENCE = 30.0  # seconds to connect: NCCL looks for networks when a process first uses it
 

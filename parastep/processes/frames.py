@@ -19,8 +19,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from . import _core
-from .api import describe
+from .. import _core
+from ..api import describe
 
 _HEAD = struct.Struct("<4sHHQQ")
 _MAGIC = b"PSF1"

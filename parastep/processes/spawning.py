@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import _core
-from .wire import SocketStream
+from .. import _core
+from .frames import SocketStream
 
 # The path is in order before anything is imported but sys, which is built in.
 _BEGIN = (
@@ -84,6 +84,6 @@ def _start(name: str, descriptor: int, errors: int) -> subprocess.Popen[bytes]:
 
 def _safe_path() -> list[str]:
     """Where this process finds modules, without the current folder, and the package first."""
-    package = str(Path(__file__).resolve().parent.parent)
+    package = str(Path(__file__).resolve().parents[2])
     current = os.path.realpath("")
     return [package, *(p for p in sys.path if p and os.path.realpath(p) != current)]

@@ -1,0 +1,1 @@
+"""Other processes, whatever the host: frames between them, NCCL, and starting one."""
