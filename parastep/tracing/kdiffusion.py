@@ -28,7 +28,7 @@ import torch
 
 from .. import _core
 from ..api import describe
-from ..kguidance import added_functions, call_after_guidance
+from ..comfy.guidance import added_functions, call_after_guidance
 from .noise import Draws
 
 Array = npt.NDArray[np.float64]

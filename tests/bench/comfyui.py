@@ -51,7 +51,7 @@ def cell(model: Any, own: Any, runs: list[dict[str, Any]], options: dict[str, An
     """Rounds and distance of these runs of a patched model; `own` are the untouched results."""
     import inprocess
 
-    from parastep.comfy import of_model, patch
+    from parastep.comfy.node import of_model, patch
 
     ours = patch(model, ["cpu"] * options["ranks"], **options["patch"])
     rounds, distances = [], []
@@ -127,7 +127,7 @@ def cost_of_one_rank(repeats: int) -> str:
     import inprocess
     from tiny_pack import models
 
-    from parastep.comfy import patch
+    from parastep.comfy.node import patch
 
     steps, wait = 20, 20.0
     model = models.build("eps", slow_ms=wait)

@@ -17,7 +17,7 @@ def exact(model, kind, change=None, devices=("cpu",) * 4, after=None, **given):
     """
     from inprocess import sample
 
-    from parastep.comfy import of_model, patch
+    from parastep.comfy.node import of_model, patch
 
     after = after or (lambda model: model)
     model = model if change is None else change(model)
@@ -79,7 +79,7 @@ def test_mask():
 def test_outside_of_the_mask_nothing_moves():
     from inprocess import sample
 
-    from parastep.comfy import of_model, patch
+    from parastep.comfy.node import of_model, patch
 
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., 3:5, 3:5] = 1.0
@@ -134,7 +134,7 @@ def control():
 def test_controlnet():
     from inprocess import sample
 
-    from parastep.comfy import of_model, patch
+    from parastep.comfy.node import of_model, patch
 
     def given():
         one = control()
@@ -246,7 +246,7 @@ def test_two_patched_models_in_one_graph():
     """Each has its report, and neither touches the other's samples."""
     from inprocess import sample
 
-    from parastep.comfy import of_model, patch
+    from parastep.comfy.node import of_model, patch
 
     first, second = build("eps"), build("flow")
     ours = [patch(model, ["cpu"] * 3, tolerance=0.0) for model in (first, second)]
@@ -282,7 +282,7 @@ def test_what_keeps_state_runs_serially():
 
     from inprocess import sample
 
-    from parastep.comfy import of_model, patch
+    from parastep.comfy.node import of_model, patch
 
     for change, words, ranks in ((counting, "'seen'", 4), (keeping, "'self.last'", 1)):
         own = sample(change(build("eps")), "eps")
@@ -306,7 +306,7 @@ def test_hooks_run_serially():
 def test_a_sampler_that_is_no_function():
     import comfy.samplers
 
-    from parastep.comfy import of_model, patch
+    from parastep.comfy.node import of_model, patch
 
     class Own(comfy.samplers.Sampler):
         def sample(self, model_wrap, sigmas, extra_args, callback, noise, *more, **others):
@@ -349,7 +349,7 @@ def test_the_report_in_words_and_as_an_image():
     from inprocess import sample
 
     import parastep
-    from parastep.comfy import patch, told
+    from parastep.comfy.node import patch, told
 
     model = build("eps")
     with pytest.raises(parastep.InvalidError, match="put one in"):

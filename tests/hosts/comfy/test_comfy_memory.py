@@ -67,7 +67,7 @@ def test_a_device_without_room_is_left_out_of_a_run(room, caplog, replicas):
     """Another run with the same patched model has it again when there is room."""
     from inprocess import sample
 
-    from parastep.comfy import of_model, patch
+    from parastep.comfy.node import of_model, patch
 
     free, asked = room
     model = replicas(build("eps"))
@@ -90,7 +90,7 @@ def test_as_many_ranks_on_a_device_as_there_is_room_for(room, monkeypatch, caplo
     from comfy.sampler_helpers import estimate_memory
     from inprocess import sample
 
-    from parastep.comfy import of_model, patch
+    from parastep.comfy.node import of_model, patch
 
     free, _ = room
     model = build("eps")
@@ -107,7 +107,7 @@ def test_as_many_ranks_on_a_device_as_there_is_room_for(room, monkeypatch, caplo
 def test_without_room_anywhere_the_host_samples_alone(room):
     from inprocess import sample
 
-    from parastep.comfy import of_model, patch
+    from parastep.comfy.node import of_model, patch
 
     free, _ = room
     free.update({FIRST: 0, SECOND: 0})
@@ -123,7 +123,7 @@ def test_memory_is_given_back(room, replicas):
     from comfy import model_management
     from inprocess import sample
 
-    from parastep.comfy import of_model, patch
+    from parastep.comfy.node import of_model, patch
 
     model = replicas(build("eps"))
     own, ours = sample(model, "eps"), patch(model, ["cpu", "cpu:1"], tolerance=0.0)
@@ -144,7 +144,7 @@ def test_memory_is_given_back(room, replicas):
 def test_a_model_too_large_for_a_device_gets_no_replica_there(monkeypatch, caplog):
     from comfy import model_management
 
-    import parastep.comfy_replicas as replicas
+    import parastep.comfy.replicas as replicas
 
     device = torch.device("cuda:1")  # which is never reached
     monkeypatch.setattr(model_management, "get_total_memory", lambda device: 1e9)
@@ -172,7 +172,7 @@ def test_both_on_the_same_devices_evaluate_steps_and_say_so(split, order, caplog
     """
     from inprocess import sample
 
-    from parastep.comfy import of_model, patch
+    from parastep.comfy.node import of_model, patch
 
     def ours(model):
         return patch(model, ["cpu", "cpu:1", "cpu:2"], tolerance=0.0)
@@ -193,7 +193,7 @@ def test_the_split_goes_on_below_one_rank(split, order, monkeypatch):
     import comfy.samplers
     from inprocess import sample
 
-    from parastep.comfy import of_model, patch
+    from parastep.comfy.node import of_model, patch
 
     calls = []
     real = comfy.samplers._calc_cond_batch_multigpu

@@ -27,13 +27,13 @@ SCHEDULES = ["normal", "karras", "simple", "sgm_uniform", "beta"]
 
 
 def patched(model, ranks=4, **options):
-    from parastep.comfy import patch
+    from parastep.comfy.node import patch
 
     return patch(model, ["cpu"] * ranks, **options)
 
 
 def report_of(model):
-    from parastep.comfy import of_model
+    from parastep.comfy.node import of_model
 
     return of_model(model).report
 
@@ -155,6 +155,6 @@ def test_refuses_what_cannot_be():
 
 
 def patched_on(model, devices):
-    from parastep.comfy import patch
+    from parastep.comfy.node import patch
 
     return patch(model, devices)

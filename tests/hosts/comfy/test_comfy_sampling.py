@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import parastep
-from parastep.ksampling import Host, Sampling
+from parastep.comfy.sampling import Host, Sampling
 from parastep.tracing.kdiffusion import NotTraceableError, noise_ahead, to_d, to_denoised, trace
 
 

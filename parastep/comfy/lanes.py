@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .kguidance import Function, with_function
+from .guidance import Function, with_function
 
 _OF_THE_HOST = ("multigpu_clones", "multigpu_thread_pool")  # its own split of CFG over GPUs
 

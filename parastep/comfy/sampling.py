@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from . import _core
-from .api import describe, serve
-from .kguidance import Guidance, Unguided, added_functions, call_after_guidance, with_function
-from .quiet import name_of
-from .report.report import Report
-from .speculation import Speculation
-from .stacking import Stacking
-from .threads import HostContext
-from .tracing.kdiffusion import NotTraceableError, Traced, noise_ahead, to_d, to_denoised
+from .. import _core
+from ..api import describe, serve
+from ..quiet import name_of
+from ..report.report import Report
+from ..speculation import Speculation
+from ..stacking import Stacking
+from ..threads import HostContext
+from ..tracing.kdiffusion import NotTraceableError, Traced, noise_ahead, to_d, to_denoised
+from .guidance import Guidance, Unguided, added_functions, call_after_guidance, with_function
 
 # (x, sigma (B,)) -> denoised; a third argument is a function to be called after guidance.
 Lane = Callable[..., torch.Tensor]

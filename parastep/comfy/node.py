@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import _core
-from .api import describe
-from .comfy_lanes import Lane, make_lanes, without_host_split
-from .comfy_replicas import Replicas, add_replicas, patcher_on
-from .comfy_serial import reason_against
-from .ksampling import Host, Sampling, may_stride
-from .report.report import Report
-from .tolerance import Tolerance, number_of
-from .tracing.kdiffusion import Traced, trace
+from .. import _core
+from ..api import describe
+from ..report.report import Report
+from ..tolerance import Tolerance, number_of
+from ..tracing.kdiffusion import Traced, trace
+from .lanes import Lane, make_lanes, without_host_split
+from .replicas import Replicas, add_replicas, patcher_on
+from .sampling import Host, Sampling, may_stride
+from .serial import reason_against
 
 KEY = "parastep"  # of the wrappers on a patched model
 
