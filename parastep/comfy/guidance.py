@@ -3,25 +3,22 @@
 They learn of it by a function of their own that the host calls after guidance. With d the guided
 output and d + q the unguided one, the core's vectors have two parts along the batch: latents (x, x)
 and outputs (d, d + q). Rows of a sampling program are numbers and cannot mix the parts, so what q
-adds to coming latents is handed over like noise, from the q of calls so far. Used by `ksampling`
-and `ktracing`; knows no host but the names that its samplers use.
+adds to coming latents is handed over like noise, from the q of calls so far. Used by `sampling` and
+`lanes`.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-Array = npt.NDArray[np.float64]
-Function = Callable[[dict[str, Any]], torch.Tensor]
+from ..tracing.kdiffusion import AFTER_GUIDANCE, UNGUIDED_TOO, Function
 
-_AFTER = "sampler_post_cfg_function"  # in model options: functions called after guidance
-_UNGUIDED_TOO = "disable_cfg1_optimization"  # evaluate the unguided output at a scale of 1 as well
+Array = npt.NDArray[np.float64]
 _DAMPING = 0.5  # of the slope along which q goes on, as the core's guesses of d
 
 
@@ -40,29 +37,9 @@ class Unguided:
 def with_function(arguments: dict[str, Any], function: Function) -> dict[str, Any]:
     """A model call's arguments with one more function after guidance."""
     options = dict(arguments.get("model_options") or {})
-    options[_AFTER] = [*options.get(_AFTER, ()), function]
-    options[_UNGUIDED_TOO] = True
+    options[AFTER_GUIDANCE] = [*options.get(AFTER_GUIDANCE, ()), function]
+    options[UNGUIDED_TOO] = True
     return {**arguments, "model_options": options}
-
-
-def added_functions(before: dict[str, Any], now: dict[str, Any]) -> list[Function] | None:
-    """The functions after guidance that a sampler put into model options; None: it did more."""
-    names = {*before, *now} - {_AFTER, _UNGUIDED_TOO}
-    old, new = list(before.get(_AFTER, ())), list(now.get(_AFTER, ()))
-    same = all(name in before and now.get(name) is before[name] for name in names)
-    return new[len(old) :] if same and new[: len(old)] == old else None
-
-
-def call_after_guidance(
-    functions: list[Function],
-    x: torch.Tensor,
-    sigma: torch.Tensor,
-    denoised: torch.Tensor,
-    unguided: torch.Tensor,
-) -> bool:
-    """Tells a sampler's functions of a model call; whether they left its output as it was."""
-    given = {"denoised": denoised, "uncond_denoised": unguided, "input": x, "sigma": sigma}
-    return all(function(given) is denoised for function in functions)
 
 
 class Guidance:

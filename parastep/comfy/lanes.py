@@ -2,7 +2,7 @@
 
 A lane is what the stock sampler calls, `KSamplerX0Inpaint`, with a guider of its own: the same
 class and conditioning, another device's model. Lanes on one device share its weights; what the
-host keeps in between calls (a ControlNet's resized hint) each has for itself. Called by `comfy`
+host keeps in between calls (a ControlNet's resized hint) each has for itself. Called by `node`
 when a run begins.
 """
 
@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .guidance import Function, with_function
+from ..tracing.kdiffusion import Function
+from .guidance import with_function
 
 _OF_THE_HOST = ("multigpu_clones", "multigpu_thread_pool")  # its own split of CFG over GPUs
 

@@ -3,7 +3,7 @@
 The patch is a wrapper around the sampler of a run (`WrappersMP.SAMPLER_SAMPLE`), so whatever else
 the graph has done to the model stays, and KSampler, SamplerCustom and guiders run as they are: the
 host's own sampler function, with its noise scaling, masks, callbacks and previews. Only what it
-calls as its model is a `ksampling.Sampling` here. Replicas for other devices are the host's own
+calls as its model is a `sampling.Sampling` here. Replicas for other devices are the host's own
 multi-GPU clones where it has them. Used by the node pack in `nodes/`; imports the host when called.
 """
 

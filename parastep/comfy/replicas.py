@@ -3,7 +3,7 @@
 Where the host makes multi-GPU clones, they are its own: it loads them with the model, brings LoRAs
 and patches to them before each run, and gives them ControlNets of their own. Elsewhere a replica is
 a deep copy of the model with a ModelPatcher around it, kept among the patcher's additional models,
-which the host loads too. `comfy` asks for replicas when the node runs; before each run the host
+which the host loads too. `node` asks for replicas when the node runs; before each run the host
 is asked for room, and devices that have none are left out of it.
 """
 

@@ -5,7 +5,7 @@ latents x at noise level sigma go to the core (`ask`), which answers with an out
 between two others, turned into denoised latents; or else sends guesses of the coming latents to the
 followers, each a thread with a `Lane` of its own, while the model itself runs here, at x or, where
 rounds are strided, at a guess further ahead; then takes in what all of them made (`submit`). Called
-by `comfy`; knows no host.
+by `node`; knows no host.
 """
 
 from __future__ import annotations
@@ -26,12 +26,20 @@ from ..report.report import Report
 from ..speculation import Speculation
 from ..stacking import Stacking
 from ..threads import HostContext
-from ..tracing.kdiffusion import NotTraceableError, Traced, noise_ahead, to_d, to_denoised
-from .guidance import Guidance, Unguided, added_functions, call_after_guidance, with_function
+from ..tracing.kdiffusion import (
+    NotTraceableError,
+    Traced,
+    added_functions,
+    call_after_guidance,
+    noise_ahead,
+    to_d,
+    to_denoised,
+)
+from .guidance import Guidance, Unguided, with_function
 
 # (x, sigma (B,)) -> denoised; a third argument is a function to be called after guidance.
 Lane = Callable[..., torch.Tensor]
-Function = Callable[..., torch.Tensor]
+Sampler = Callable[..., torch.Tensor]
 
 _PATIENCE = 10.0  # seconds for followers that are at work when the leader's loop is left
 
@@ -101,7 +109,7 @@ class Sampling(Speculation):
 
     def run(
         self,
-        function: Function,
+        function: Sampler,
         x: torch.Tensor,
         sigmas: torch.Tensor,
         extra_args: dict[str, Any],
@@ -148,7 +156,7 @@ class Sampling(Speculation):
 
     def _open(
         self,
-        function: Function,
+        function: Sampler,
         x: torch.Tensor,
         sigmas: torch.Tensor,
         extra_args: dict[str, Any],

@@ -8,9 +8,10 @@ its denoised output and d = (x - D) / sigma, the rows read
 
     x_{j+1} = sum_k ( a[j, k] x_{j-k} + b[j, k] d_{j-k} + e[j, k] q_{j-k} ) + z_j
 
-with q the unguided output less the guided one, d, where a sampler works with both (`kguidance`).
-One row is one model call, whatever the steps of the sampler. Rows serve guesses alone: a sampler
-that is not affine makes worse ones, never a wrong picture. Called by `comfy`; knows no host.
+with q the unguided output less the guided one, d, where a sampler works with both (CFG++). One row
+is one model call, whatever the steps of the sampler. Rows serve guesses alone: a sampler that is
+not affine makes worse ones, never a wrong picture. Called by `comfy.node`; knows no host, but for
+the names of the model options that samplers hang their own functions into.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ import torch
 
 from .. import _core
 from ..api import describe
-from ..comfy.guidance import added_functions, call_after_guidance
 from .noise import Draws
 
 Array = npt.NDArray[np.float64]
+Function = Callable[[dict[str, Any]], torch.Tensor]  # what a sampler has called after guidance
+
+AFTER_GUIDANCE = "sampler_post_cfg_function"  # in model options: a list of such functions
+UNGUIDED_TOO = "disable_cfg1_optimization"  # evaluate the unguided output at a scale of 1 as well
 
 _LONGEST = 4  # latents and answers that a row looks back on; the longest of the host's samplers
 _EXACT = 1e-7  # units of the noise level that a row of the sampler's own may be off by
@@ -81,6 +85,32 @@ def to_denoised(x: torch.Tensor, sigma: torch.Tensor, d: torch.Tensor) -> torch.
 def _beside(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
     return sigma if sigma.dtype == x.dtype else sigma.to(x.dtype)
+
+
+# ---- functions after guidance --------------------------------------------------------------------
+
+
+def added_functions(before: dict[str, Any], now: dict[str, Any]) -> list[Function] | None:
+    """The functions after guidance that a sampler put into model options; None: it did more."""
+    names = {*before, *now} - {AFTER_GUIDANCE, UNGUIDED_TOO}
+    old, new = list(before.get(AFTER_GUIDANCE, ())), list(now.get(AFTER_GUIDANCE, ()))
+    same = all(name in before and now.get(name) is before[name] for name in names)
+    return new[len(old) :] if same and new[: len(old)] == old else None
+
+
+def call_after_guidance(
+    functions: list[Function],
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    denoised: torch.Tensor,
+    unguided: torch.Tensor,
+) -> bool:
+    """Tells a sampler's functions of a model call; whether they left its output as it was."""
+    given = {"denoised": denoised, "uncond_denoised": unguided, "input": x, "sigma": sigma}
+    return all(function(given) is denoised for function in functions)
+
+
+# ---- the trace -----------------------------------------------------------------------------------
 
 
 class StandIn:
