@@ -38,7 +38,7 @@ from .planning.plan import plan
 from .report.report import Report
 
 if TYPE_CHECKING:
-    from .diffusers import ParallelPipeline, parallelize
+    from .diffusers.pipeline import ParallelPipeline, parallelize
     from .tracing.program import trace
 
 __all__ = [

@@ -197,7 +197,7 @@ _Run = Callable[[Any, Tolerance, bool], tuple[Any, Report]]
 
 
 def _calling(pipe: Any, options: dict[str, Any]) -> _Run:
-    from .diffusers import parallelize
+    from .diffusers.pipeline import parallelize
 
     def run(call: Any, tolerance: Tolerance, alone: bool) -> tuple[Any, Report]:
         if alone:

@@ -243,7 +243,7 @@ def _pipeline() -> str:
     import torch
     from diffusers import DDIMScheduler
 
-    from .diffusers import parallelize
+    from .diffusers.pipeline import parallelize
 
     class Denoiser(torch.nn.Module):
         def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -23,9 +23,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from parastep import _core
-from parastep.call import Call
-from parastep.far import FarRank, Follower, Link
-from parastep.packing import pack
+from parastep.diffusers.call import Call
+from parastep.diffusers.remote.link import FarRank, Follower, Link
+from parastep.diffusers.remote.packing import pack
 from parastep.processes.frames import _HEAD, _MAGIC, Kind, SocketStream, read_frame
 
 BODIES = [

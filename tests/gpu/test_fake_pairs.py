@@ -24,8 +24,8 @@ from parastep import _core
 
 torch = pytest.importorskip("torch")
 
-from parastep import far  # noqa: E402
-from parastep.call import Call  # noqa: E402
+from parastep.diffusers.call import Call  # noqa: E402
+from parastep.diffusers.remote import link as far  # noqa: E402
 from parastep.processes import pairs  # noqa: E402
 from parastep.processes.frames import SocketStream  # noqa: E402
 

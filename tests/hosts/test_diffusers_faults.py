@@ -33,7 +33,7 @@ from hosting import (  # noqa: E402
 )
 
 import parastep  # noqa: E402
-from parastep.replicas import fingerprint  # noqa: E402
+from parastep.diffusers.replicas import fingerprint  # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)
 Forward = Callable[..., Any]
@@ -419,7 +419,7 @@ INTERRUPTED = """
     sys.path.insert(0, {here!r})
     import tiny, torch
     from hosting import attributes, distance, parallel, threads
-    from parastep.replicas import fingerprint
+    from parastep.diffusers.replicas import fingerprint
 
     case = tiny.CASES["sd"]
     pipe = case.build()

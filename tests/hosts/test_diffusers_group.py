@@ -173,7 +173,7 @@ def free_port() -> str:
 # Rank 0 of a group whose other rank is late: with a process that does nothing yet, or with none.
 WAITS = """
 import os, signal, sys, threading, torch
-from parastep import groups
+from parastep.diffusers.remote import groups
 
 groups._LATE = 0.2
 torch.distributed.init_process_group("gloo") if sys.argv[1] == "idle" else None
@@ -208,7 +208,7 @@ def test_ctrl_c_while_a_rank_is_late(other: str) -> None:
 
 def test_a_group_of_one_is_none() -> None:
     """torchrun with one process: nothing to join."""
-    from parastep.groups import group_of
+    from parastep.diffusers.remote.groups import group_of
 
     before = dict(os.environ)
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

@@ -38,7 +38,7 @@ from hosting import (  # noqa: E402
 )
 
 import parastep  # noqa: E402
-from parastep.diffusers import _by_workers as by_workers  # noqa: E402
+from parastep.diffusers.pipeline import _by_workers as by_workers  # noqa: E402
 
 pytestmark = pytest.mark.timeout(280)  # a worker imports torch and diffusers, which takes seconds
 

@@ -23,7 +23,7 @@ class Walked:
     """A denoiser's calls, those that were left out among them, in the followers' threads."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from parastep.following import Following
+        from parastep.diffusers.follower import Following
 
         self.iterations = 0
         original = Following._stepped
@@ -183,7 +183,7 @@ INTERRUPTIBLE = ("sd", "sd_img2img", "sd_inpaint", "sdxl", "sd3", "flux", "cogvi
 
 @pytest.mark.parametrize("name", INTERRUPTIBLE)
 def test_real_pipelines_evaluate_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from parastep.passing import Passing
+    from parastep.diffusers.skipping import Passing
 
     pipe, results = host(name), []
     assert isinstance(getattr(type(pipe), "interrupt", None), property)

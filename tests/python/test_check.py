@@ -69,7 +69,7 @@ def test_each_can_fail(monkeypatch, broken, names):
 
 def test_the_pipeline_can_fail(monkeypatch):
     pytest.importorskip("diffusers")
-    from parastep import diffusers as adapter
+    from parastep.diffusers import pipeline as adapter
 
     monkeypatch.setattr(adapter.Leading, "_turn", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

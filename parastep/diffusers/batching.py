@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from .api import describe
+from ..api import describe
 from .call import Leave
-from .seam import inputs_in, map_tensors
+from .hooks import inputs_in, map_tensors
 
 LEADER = -1  # before all lanes: where it takes part, it makes the call
 

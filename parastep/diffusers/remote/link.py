@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 
-from . import _core
-from .api import describe
-from .call import Call, own_copy
-from .following import Following
+from ... import _core
+from ...api import describe
+from ...processes import pairs
+from ...processes.frames import Frame, Kind, Peer, Stream
+from ...threads import HostContext, finish_work
+from ...tracing.noise import cloned_global_generator
+from ..call import Call, own_copy
+from ..follower import Following
+from ..replicas import is_scheduler, refresh
 from .packing import pack, unpack
-from .processes import pairs
-from .processes.frames import Frame, Kind, Peer, Stream
-from .replicas import is_scheduler, refresh
-from .threads import HostContext, finish_work
-from .tracing.noise import cloned_global_generator
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds for followers to leave a call that is over

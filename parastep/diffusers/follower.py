@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 
-from . import _core
-from .api import describe
+from .. import _core
+from ..api import describe
+from ..tracing.noise import Draws
 from .call import Call, GoBack, Leave
-from .passing import Passing
-from .replicas import denoisers_of
-from .seam import (
+from .hooks import (
     Hooks,
     Outputs,
     inputs_in,
@@ -30,7 +29,8 @@ from .seam import (
     map_tensors,
     named_arguments,
 )
-from .tracing.noise import Draws
+from .replicas import denoisers_of
+from .skipping import Passing
 
 
 class Following:

@@ -24,15 +24,15 @@ from typing import Any
 
 import torch
 
-from . import _core
-from ._version import __version__
-from .api import describe
-from .call import Call
-from .far import FarCall, FarFollowers, Follower, Link
+from ... import _core
+from ..._version import __version__
+from ...api import describe
+from ...processes.frames import Frame, Kind, Peer, Stream, read_frame, write_frame
+from ...report.report import Report
+from ..call import Call
+from ..replicas import fingerprint, refresh, replicate
+from .link import FarCall, FarFollowers, Follower, Link
 from .packing import pack, unpack
-from .processes.frames import Frame, Kind, Peer, Stream, read_frame, write_frame
-from .replicas import fingerprint, refresh, replicate
-from .report.report import Report
 
 _log = logging.getLogger(__name__)
 _TAG = 7421

@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _core
-from .api import describe
+from .. import _core
+from ..api import describe
+from ..speculation import Speculation
+from ..tracing.noise import NoiseAhead
+from ..tracing.program import Traced, trace_rows
 from .batching import LEADER, Inputs
 from .call import Call
-from .replicas import denoisers_of
-from .seam import (
+from .hooks import (
     Hooks,
     Outputs,
     first_times,
@@ -30,9 +32,7 @@ from .seam import (
     named_arguments,
     sample_in,
 )
-from .speculation import Speculation
-from .tracing.noise import NoiseAhead
-from .tracing.program import Traced, trace_rows
+from .replicas import denoisers_of
 from .watch import Watch
 
 _FEWEST = 16  # steps that a lane is worth its own check at step 0 for

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .replicas import denoisers_of, encoders_of, replicate, twin_of
+from ..replicas import denoisers_of, encoders_of, replicate, twin_of
 
 _CALLS = ("forward", "encode", "get_text_features", "get_image_features")
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from .api import describe
+from ..api import describe
+from ..quiet import name_of
+from ..threads import HostContext, finish_work
+from ..tracing.noise import cloned_global_generator
 from .call import Call, own_copy
-from .following import Following
-from .quiet import name_of
-from .threads import HostContext, finish_work
-from .tracing.noise import cloned_global_generator
+from .follower import Following
 
 _PATIENCE = 10.0  # seconds for those that are about to leave
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .seam import Hooks, first_times
+from .hooks import Hooks, first_times
 
 
 class Passing:

@@ -19,21 +19,21 @@ from typing import Any
 
 import torch
 
-from . import _core
-from .api import describe, warn_of
+from .. import _core
+from ..api import describe, warn_of
+from ..quiet import quiet_followers
+from ..report.report import Report
+from ..tolerance import Tolerance, number_of
 from .batching import Meeting
 from .call import Call
-from .far import FarFollowers
-from .groups import Group, group_of
-from .leading import Leading
-from .near import NearFollowers
-from .quiet import quiet_followers
+from .hooks import Hooks
+from .leader import Leading
+from .local import NearFollowers
+from .remote.groups import Group, group_of
+from .remote.link import FarFollowers
+from .remote.workers import Workers
 from .replicas import denoisers_of, fingerprint, refresh, replicate, split_over_processes, unfit
-from .report.report import Report
-from .seam import Hooks
-from .tolerance import Tolerance, number_of
 from .watch import Watch
-from .workers import Workers
 
 _log = logging.getLogger(__name__)
 _CALLBACKS = ("callback_on_step_end", "callback")

@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 
-from . import _core
-from .api import describe
-from .call import Call
-from .far import FarCall, FarFollowers, Follower, Link
+from ... import _core
+from ...api import describe
+from ...processes.frames import Frame, Kind, SocketStream, read_frame, write_frame
+from ...processes.spawning import Spawned
+from ..call import Call
+from ..replicas import fingerprint
+from .link import FarCall, FarFollowers, Follower, Link
 from .packing import pipeline_from_memory, pipeline_to_memory
-from .processes.frames import Frame, Kind, SocketStream, read_frame, write_frame
-from .processes.spawning import Spawned
-from .replicas import fingerprint
 
 _LOADING = 600.0  # seconds for a worker to start and to load the model
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _core
-from .seam import map_tensors
-from .threads import finish_work
-from .tracing.noise import cloned_generator
+from .. import _core
+from ..threads import finish_work
+from ..tracing.noise import cloned_generator
+from .hooks import map_tensors
 
 if TYPE_CHECKING:
     from .batching import Meeting
-    from .far import FarRank
+    from .remote.link import FarRank
 
 
 class Leave(BaseException):
