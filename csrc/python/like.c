@@ -5,7 +5,7 @@
  */
 #include <string.h>
 
-#include "tensor.h"
+#include "block.h"
 
 /* ---- one of the caller's kind ---------------------------------------------------------------- */
 

@@ -1,7 +1,7 @@
 /* probe.c - private functions of the module through which tests reach views and tensors. */
 #include <string.h>
 
-#include "tensor.h"
+#include "block.h"
 
 static int read_dtype(psb_state *st, const char *name, ps_dtype *dtype)
 {

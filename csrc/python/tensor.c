@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "tensor.h"
+#include "block.h"
 /* ---- memory ---------------------------------------------------------------------------------- */
 
 enum { ALIGNMENT = 64 }; /* a cache line; JAX copies what is aligned to less */

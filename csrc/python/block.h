@@ -1,7 +1,7 @@
-/* tensor.h - what a Tensor of ours is, for the files that make one, hand it on and export it:
+/* block.h - what a Tensor of ours is, for the files that make one, hand it on and export it:
  * tensor.c, like.c and dlpack_out.c. */
-#ifndef PSB_TENSOR_H
-#define PSB_TENSOR_H
+#ifndef PSB_BLOCK_H
+#define PSB_BLOCK_H
 
 #include <stdatomic.h>
 
