@@ -1,10 +1,10 @@
 /* binding.h - what the files of the CPython binding share: module state, tensors, types.
  *
  * csrc/python turns Python calls into calls of the C API and back; it holds no maths.  module.c
- * makes the module and its exceptions, program_type.c, leader_type.c and follower_type.c wrap the
- * core's objects, convert.c takes the caller's tensors in, tensor.c hands ours out.  Every function
- * here is called under the GIL unless its comment says more, and reports failure as CPython does:
- * NULL or -1 with an exception set.
+ * makes the module, errors.c its exceptions, program_type.c, leader_type.c and follower_type.c wrap
+ * the core's objects, convert.c takes the caller's tensors in, tensor.c hands ours out.  Every
+ * function here is called under the GIL unless its comment says more, and reports failure as
+ * CPython does: NULL or -1 with an exception set.
  */
 #ifndef PSB_BINDING_H
 #define PSB_BINDING_H
@@ -42,7 +42,7 @@
 enum { PSB_STATUS_COUNT = 16 }; /* PS_OK and the errors; -status indexes psb_state.errors */
 
 typedef struct psb_state {
-  /* exceptions, module.c */
+  /* exceptions, errors.c */
   PyObject *error;                    /* parastep.Error */
   PyObject *errors[PSB_STATUS_COUNT]; /* its subclass for a status; NULL at PS_OK */
 
@@ -77,26 +77,6 @@ static inline psb_state *psb_state_of(PyTypeObject *type)
 {
   return PyType_GetModuleState(type);
 }
-
-/* ---- exceptions (module.c) ------------------------------------------------------------------- */
-
-/* Raises the exception of a status with a text that says what, value and what to do.  The format is
- * that of PyUnicode_FromFormat.  Returns NULL. */
-PyObject *psb_raise(psb_state *st, ps_status status, const char *format, ...);
-
-/* The same with the core's own words, ps_last_error(), unless an exception is set already. */
-PyObject *psb_raise_last(psb_state *st, ps_status status);
-
-/* The exception in flight, raised by code of others, becomes the cause of ours, and its words
- * follow those of the format.  KeyboardInterrupt and its like pass as they are. */
-void psb_explain(psb_state *st, ps_status status, const char *format, ...);
-
-/* A str of the core's words.  They sit in buffers of fixed size: the last character may be cut. */
-PyObject *psb_text(const char *words);
-
-/* The check of every wait of a run, called without the GIL: lets Ctrl-C through.  The exception it
- * sets is what the call raises.  run.c */
-int psb__check_signals(void *unused);
 
 /* ---- places (place.c) ------------------------------------------------------------------------ */
 

@@ -2,8 +2,8 @@
 #ifndef PSB_INTAKE_H
 #define PSB_INTAKE_H
 
-#include "binding.h"
 #include "dlpack_abi.h"
+#include "errors.h"
 
 typedef struct psb_intake {
   psb_state *st;

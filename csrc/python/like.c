@@ -164,9 +164,7 @@ static int copy_at(psb_state *st, const psb_place *place, void *to, const void *
   Py_BEGIN_ALLOW_THREADS;
   status = place->backend->copy(place->backend, to, from, bytes);
   Py_END_ALLOW_THREADS;
-  if (status != PS_OK)
-    psb_raise_last(st, status);
-  return status == PS_OK ? 0 : -1;
+  return psb__judge(st, status);
 }
 
 static PyObject *allocated_like(psb_state *st, const dl_exchange *api, const psb_place *place,

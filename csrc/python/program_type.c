@@ -3,7 +3,7 @@
  * Made from NumPy arrays by tracing.py or by the user, or by one of the core's builders;
  * options_in.c hands it to a leader.  Immutable, so it may be shared by threads and runs.
  */
-#include "binding.h"
+#include "errors.h"
 
 typedef struct program_object {
   PyObject_HEAD ps_program *program;

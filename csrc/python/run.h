@@ -9,7 +9,7 @@
 
 #include <sys/types.h>
 
-#include "binding.h"
+#include "errors.h"
 
 #include "parastep_transport.h"
 
@@ -30,10 +30,6 @@ void psb__leave(psb_guard *guard);
 /* Whether this is still the process that made the run; a forked child must leave its locks alone.
  */
 bool psb__at_home(const psb_guard *guard);
-
-/* 0 where the core succeeded and no check has raised; otherwise -1 with the exception set.  A reply
- * may come in while the check is running, and the core then knows nothing of the interrupt. */
-int psb__judge(psb_state *st, ps_status status);
 
 /* ---- latents of the run ---------------------------------------------------------------------- */
 
