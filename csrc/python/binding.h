@@ -19,8 +19,8 @@
 #include "parastep.h"
 #include "parastep_backend.h"
 
-/* NumPy's function table is the one global of the binding.  tensor.c defines PSB_IMPORT_NUMPY and
- * fills it in psb_tensor_add_types; every other file only refers to it. */
+/* NumPy's function table is the one global of the binding.  lookup.c defines PSB_IMPORT_NUMPY and
+ * fills it in psb_lookup_load; every other file only refers to it. */
 #define NPY_NO_DEPRECATED_API  NPY_1_22_API_VERSION
 #define NPY_TARGET_VERSION     NPY_1_22_API_VERSION
 #define PY_ARRAY_UNIQUE_SYMBOL psb_numpy_table
@@ -54,7 +54,7 @@ typedef struct psb_state {
   PyTypeObject *inbox_type;    /* carrier.c */
   PyTypeObject *pair_type;     /* pair.c */
 
-  /* names that convert.c and tensor.c look up, made once by psb_tensor_add_types */
+  /* names that are looked up, made once by psb_lookup_load */
   struct psb_names {
     PyObject *dlpack;                 /* "__dlpack__" */
     PyObject *exchange_api;           /* "__dlpack_c_exchange_api__" */
@@ -68,7 +68,7 @@ typedef struct psb_state {
     PyObject *max_version;            /* ("max_version",), keyword names of a vectorcall */
     PyObject *stream;                 /* ("stream",) likewise */
     PyObject *max_version_and_stream; /* both */
-    PyObject *version;                /* (1, 3), the newest DLPack version that convert.c reads */
+    PyObject *version;                /* (1, 3), the newest DLPack version that dlpack_in.c reads */
   } names;
 } psb_state;
 
@@ -148,12 +148,8 @@ void psb_view_release(psb_view *view);
 
 /* ---- tensors out (tensor.c) ------------------------------------------------------------------ */
 
-/* Makes the Tensor type, adds it to the module, interns the names and loads NumPy's table. */
-int psb_tensor_add_types(PyObject *module, psb_state *st);
-/* The tensor part of the module's m_traverse and m_clear. */
-int psb_tensor_traverse(psb_state *st, visitproc visit, void *arg);
-void psb_tensor_clear(psb_state *st);
-
+/* Makes the Tensor type and adds it to the module. */
+int psb_tensor_add_type(PyObject *module, psb_state *st);
 /* "float32", "float16", "bfloat16", "float64"; "none" for anything else. */
 const char *psb_dtype_name(ps_dtype dtype);
 
@@ -178,7 +174,7 @@ extern PyMethodDef psb_tensor_methods[];
 
 /* ---- programs (program_type.c) --------------------------------------------------------------- */
 
-int psb_program_add_types(PyObject *module, psb_state *st);
+int psb_program_add_type(PyObject *module, psb_state *st);
 
 /* The core's program of a Program object, borrowed; NULL with TypeError for anything else. */
 ps_program *psb_program_of(psb_state *st, PyObject *obj);

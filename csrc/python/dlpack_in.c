@@ -223,53 +223,6 @@ int psb__take_capsule(psb_intake *in, PyObject *capsule)
 
 /* ---- the C exchange API ---------------------------------------------------------------------- */
 
-int psb__lookup(PyObject *obj, PyObject *name, PyObject **value)
-{
-  int rc;
-
-#if PY_VERSION_HEX >= 0x030D0000
-  rc = PyObject_GetOptionalAttr(obj, name, value);
-#else
-  *value = PyObject_GetAttr(obj, name);
-  if (*value) {
-    rc = 1;
-  } else if (PyErr_ExceptionMatches(PyExc_AttributeError)) {
-    PyErr_Clear();
-    rc = 0;
-  } else {
-    rc = -1;
-  }
-#endif
-  return rc;
-}
-
-/* The table behind one attribute of a type.  Early producers stored a bare address there: an
- * integer is no proof of anything, so it is passed over and __dlpack__ serves them. */
-static const dl_exchange *exchange_at(PyObject *type, PyObject *name)
-{
-  const dl_exchange_header *header = NULL;
-  PyObject *capsule;
-
-  if (psb__lookup(type, name, &capsule) <= 0)
-    goto out;
-  if (PyCapsule_IsValid(capsule, "dlpack_exchange_api"))
-    header = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
-  while (header && header->version.major != DL_MAJOR)
-    header = header->previous;
-  Py_DECREF(capsule);
-out:
-  PyErr_Clear();
-  return (const dl_exchange *)header;
-}
-
-const dl_exchange *psb__exchange(psb_state *st, PyObject *obj)
-{
-  PyObject *type = (PyObject *)Py_TYPE(obj);
-  const dl_exchange *api = exchange_at(type, st->names.exchange_api);
-
-  return api ? api : exchange_at(type, st->names.exchange_api_old);
-}
-
 /* Without a managed tensor a read costs no allocation; only that one can tell read-only memory.
  * 1 taken, -1 refused, 0 where the producer failed: its __dlpack__ may know better, or say why. */
 static int take_exchanged(psb_intake *in, const dl_exchange *api, PyObject *obj)

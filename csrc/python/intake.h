@@ -2,8 +2,8 @@
 #ifndef PSB_INTAKE_H
 #define PSB_INTAKE_H
 
-#include "dlpack_abi.h"
 #include "errors.h"
+#include "lookup.h"
 
 typedef struct psb_intake {
   psb_state *st;
@@ -30,9 +30,6 @@ int psb__take_producer(psb_intake *in, PyObject *obj);
 /* Refuses a view that is filled in but not where the run is. */
 int psb__check_device(const psb_intake *in);
 
-/* The exchange table that a tensor's type offers in a version we read, or NULL (no exception). */
-const dl_exchange *psb__exchange(psb_state *st, PyObject *obj);
-
 /* PS_NONE for a NumPy dtype that the core does not compute with. */
 ps_dtype psb__numpy_dtype(PyArray_Descr *descr);
 
@@ -44,8 +41,5 @@ static inline int psb__wanted_device(const psb_place *place)
 {
   return place != NULL ? place->device : -1;
 }
-
-/* getattr without the exception for a missing attribute: 1 found, 0 missing, -1 error. */
-int psb__lookup(PyObject *obj, PyObject *name, PyObject **value);
 
 #endif

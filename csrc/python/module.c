@@ -3,6 +3,7 @@
  * Python imports it through parastep/__init__.py.  Import starts no thread and takes no lock; all
  * state is the module's own, so that sub-interpreters and free-threaded builds work.
  */
+#include "lookup.h"
 #include "run.h"
 
 #include "parastep_backend.h"
@@ -94,10 +95,10 @@ static PyMethodDef methods[] = {
 static int module_exec(PyObject *module)
 {
   psb_state *st = PyModule_GetState(module);
-  if (psb_errors_add_types(module, st) < 0 || psb_tensor_add_types(module, st) < 0 ||
-      psb_program_add_types(module, st) < 0 || psb_leader_add_type(module, st) < 0 ||
-      psb_follower_add_type(module, st) < 0 || psb_inbox_add_type(module, st) < 0 ||
-      psb_pair_add_type(module, st) < 0) {
+  if (psb_errors_add_types(module, st) < 0 || psb_lookup_load(st) < 0 ||
+      psb_tensor_add_type(module, st) < 0 || psb_program_add_type(module, st) < 0 ||
+      psb_leader_add_type(module, st) < 0 || psb_follower_add_type(module, st) < 0 ||
+      psb_inbox_add_type(module, st) < 0 || psb_pair_add_type(module, st) < 0) {
     return -1;
   }
   return PyModule_AddFunctions(module, psb_tensor_methods);
@@ -110,12 +111,13 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
   for (int k = 0; k < PSB_STATUS_COUNT; ++k) {
     Py_VISIT(st->errors[k]);
   }
+  Py_VISIT(st->tensor_type);
   Py_VISIT(st->program_type);
   Py_VISIT(st->leader_type);
   Py_VISIT(st->follower_type);
   Py_VISIT(st->inbox_type);
   Py_VISIT(st->pair_type);
-  return psb_tensor_traverse(st, visit, arg);
+  return 0;
 }
 
 static int module_clear(PyObject *module)
@@ -125,12 +127,13 @@ static int module_clear(PyObject *module)
   for (int k = 0; k < PSB_STATUS_COUNT; ++k) {
     Py_CLEAR(st->errors[k]);
   }
+  Py_CLEAR(st->tensor_type);
   Py_CLEAR(st->program_type);
   Py_CLEAR(st->leader_type);
   Py_CLEAR(st->follower_type);
   Py_CLEAR(st->inbox_type);
   Py_CLEAR(st->pair_type);
-  psb_tensor_clear(st);
+  psb_lookup_clear(st);
   return 0;
 }
 

@@ -375,7 +375,7 @@ static PyType_Spec type_spec = {
     .slots = type_slots,
 };
 
-int psb_program_add_types(PyObject *module, psb_state *st)
+int psb_program_add_type(PyObject *module, psb_state *st)
 {
   st->program_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &type_spec, NULL);
   return st->program_type != NULL ? PyModule_AddType(module, st->program_type) : -1;

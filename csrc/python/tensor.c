@@ -4,11 +4,11 @@
  * what a denoiser is given.  Memory sits in a block that counts its users, so that a consumer on
  * any thread lets go of it without the GIL, also when Python is gone.
  */
-#define PSB_IMPORT_NUMPY
 #include <stdlib.h>
 #include <string.h>
 
 #include "block.h"
+
 /* ---- memory ---------------------------------------------------------------------------------- */
 
 enum { ALIGNMENT = 64 }; /* a cache line; JAX copies what is aligned to less */
@@ -340,60 +340,8 @@ static PyType_Spec tensor_spec = {
     .slots = tensor_slots,
 };
 
-static int make_names(struct psb_names *names)
+int psb_tensor_add_type(PyObject *module, psb_state *st)
 {
-  names->dlpack = PyUnicode_InternFromString("__dlpack__");
-  names->exchange_api = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
-  names->exchange_api_old = PyUnicode_InternFromString("__c_dlpack_exchange_api__");
-  names->is_neg = PyUnicode_InternFromString("is_neg");
-  names->requires_grad = PyUnicode_InternFromString("requires_grad");
-  names->detach = PyUnicode_InternFromString("detach");
-  names->array_namespace = PyUnicode_InternFromString("__array_namespace__");
-  names->module = PyUnicode_InternFromString("__module__");
-  names->from_dlpack = PyUnicode_InternFromString("from_dlpack");
-  names->max_version = Py_BuildValue("(s)", "max_version");
-  names->stream = Py_BuildValue("(s)", "stream");
-  names->max_version_and_stream = Py_BuildValue("(ss)", "max_version", "stream");
-  names->version = Py_BuildValue("(ii)", DL_MAJOR, DL_MINOR);
-  return PyErr_Occurred() ? -1 : 0;
-}
-
-int psb_tensor_add_types(PyObject *module, psb_state *st)
-{
-  int rc = -1;
-
-  if (PyArray_ImportNumPyAPI() < 0 || make_names(&st->names) < 0)
-    goto out;
   st->tensor_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &tensor_spec, NULL);
-  if (st->tensor_type)
-    rc = PyModule_AddType(module, st->tensor_type);
-out:
-  return rc;
-}
-
-int psb_tensor_traverse(psb_state *st, visitproc visit, void *arg)
-{
-  Py_VISIT(st->tensor_type);
-  return 0;
-}
-
-/* The names are strings and tuples of them: in no cycle, so only clear needs to know them. */
-void psb_tensor_clear(psb_state *st)
-{
-  struct psb_names *names = &st->names;
-
-  Py_CLEAR(st->tensor_type);
-  Py_CLEAR(names->dlpack);
-  Py_CLEAR(names->exchange_api);
-  Py_CLEAR(names->exchange_api_old);
-  Py_CLEAR(names->is_neg);
-  Py_CLEAR(names->requires_grad);
-  Py_CLEAR(names->detach);
-  Py_CLEAR(names->array_namespace);
-  Py_CLEAR(names->module);
-  Py_CLEAR(names->from_dlpack);
-  Py_CLEAR(names->max_version);
-  Py_CLEAR(names->stream);
-  Py_CLEAR(names->max_version_and_stream);
-  Py_CLEAR(names->version);
+  return st->tensor_type != NULL ? PyModule_AddType(module, st->tensor_type) : -1;
 }
