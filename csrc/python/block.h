@@ -1,11 +1,12 @@
-/* block.h - what a Tensor of ours is, for the files that make one, hand it on and export it:
- * tensor.c, like.c and dlpack_out.c. */
+/* block.h - what a Tensor of ours is, for the files that make one, export it and hand it on:
+ * block.c, dlpack_out.c, tensor.c and like.c. */
 #ifndef PSB_BLOCK_H
 #define PSB_BLOCK_H
 
 #include <stdatomic.h>
 
-#include "intake.h"
+#include "dlpack_abi.h"
+#include "tensor.h"
 
 /* Memory that counts its users, so that a consumer on any thread lets go of it without the GIL. */
 typedef struct block {
@@ -32,6 +33,11 @@ typedef struct tensor {
   Py_ssize_t strides[PSB_DIMS_MAX]; /* bytes */
 } tensor;
 
+static inline size_t psb__tensor_bytes(const tensor *self)
+{
+  return self->count * ps_dtype_size(self->dtype);
+}
+
 /* What a consumer gets: a managed tensor of either kind, with room for what it points to. */
 typedef struct exported {
   union {
@@ -43,19 +49,18 @@ typedef struct exported {
   int64_t strides[PSB_DIMS_MAX]; /* elements */
 } exported;
 
-/* tensor.c */
-block *psb__block_new(size_t bytes, const void *data); /* one user; data may be NULL */
+/* block.c: with one user, on the host or on the device of a place; data may be NULL. */
+block *psb__block_new(size_t bytes, const void *data);
+block *psb__block_at(psb_state *st, const psb_place *place, size_t bytes, const void *data);
 block *psb__block_retain(block *shared);
 void psb__block_release(block *shared);
-size_t psb__tensor_bytes(const tensor *self);
-/* Refuses a shape that no tensor of ours can have; *count receives its elements. */
-int psb__check_shape(psb_state *st, ps_dtype dtype, int ndim, const int64_t *shape, size_t *count);
 
 /* dlpack_out.c: a managed tensor on self's memory, or on a copy of it; the caller owns it. */
 exported *psb__export_new(const tensor *self, bool versioned, bool copy);
 PyObject *psb__tensor_dlpack(PyObject *obj, PyObject *args, PyObject *kwargs);
 PyObject *psb__tensor_dlpack_device(PyObject *obj, PyObject *ignored);
 
-#define WITH_KEYWORDS(function) ((PyCFunction)(void (*)(void))(function))
+/* tensor.c: refuses a shape that no tensor of ours can have; *count receives its elements. */
+int psb__check_shape(psb_state *st, ps_dtype dtype, int ndim, const int64_t *shape, size_t *count);
 
 #endif

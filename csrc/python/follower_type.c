@@ -236,13 +236,11 @@ static PyObject *get_company(PyObject *obj, void *unused)
 
 /* ---- the type -------------------------------------------------------------------------------- */
 
-#define KEYWORDS(function) ((PyCFunction)(void (*)(void))(function))
-
 static PyMethodDef methods[] = {
     {"next", follower_next, METH_NOARGS,
      "next($self)\n--\n\n"
      "Waits for work: [(step, point), ...] with fresh tensors, or None when the run is over."},
-    {"submit", KEYWORDS(follower_submit), METH_VARARGS | METH_KEYWORDS,
+    {"submit", PSB_KEYWORDS(follower_submit), METH_VARARGS | METH_KEYWORDS,
      "submit($self, outputs, points=None, began_ns=0)\n--\n\n"
      "One output a step of the work; points: where they were really evaluated, if the host moved\n"
      "them.  Raises AbandonedError where the leader went on without this rank."},

@@ -1,11 +1,12 @@
 /* like.c - a fresh tensor of the caller's own kind: NumPy's, torch's, or of any library with
  * DLPack.
  *
- * run types call psb_tensor_like for what a denoiser is given and for every result.
+ * Runs call psb_tensor_like for what a denoiser is given and for every result.
  */
 #include <string.h>
 
 #include "block.h"
+#include "lookup.h"
 
 /* ---- one of the caller's kind ---------------------------------------------------------------- */
 
@@ -223,7 +224,7 @@ PyObject *psb_tensor_like(psb_state *st, PyObject *like, const psb_place *place,
   else
     result = through_module(st, like, (tensor *)ours, writable != NULL);
   if (result && writable)
-    *writable = psb_tensor_data(ours);
+    *writable = ((tensor *)ours)->block->data;
 out:
   Py_XDECREF(ours);
   return result;

@@ -3,8 +3,8 @@
  * Leader and Follower have a place each and enter it at the beginning of every method, so that work
  * goes to whatever stream the host's library works on in this thread just now.
  */
-#include "intake.h"
-#include "parastep_backend.h"
+#include "place.h"
+#include "lookup.h"
 
 int psb__place_open(psb_state *st, int device, psb_place *place)
 {

@@ -325,15 +325,13 @@ static PyGetSetDef getters[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-#define KEYWORDS(function) (PyCFunction)(void (*)(void)) function
-
 static PyMethodDef methods[] = {
-    {"ddim", KEYWORDS(program_ddim), METH_CLASS | METH_VARARGS | METH_KEYWORDS,
+    {"ddim", PSB_KEYWORDS(program_ddim), METH_CLASS | METH_VARARGS | METH_KEYWORDS,
      "ddim($type, alpha, s, prediction='noise')\n--\n\n"
      "DDIM without added noise (arXiv 2010.02502).  alpha, s: (N + 1,) signal and noise scales, "
      "the\n"
      "last pair where sampling ends.  prediction: 'noise', 'flow', 'velocity' or 'sample'."},
-    {"dpmpp_2m", KEYWORDS(program_dpmpp_2m), METH_CLASS | METH_VARARGS | METH_KEYWORDS,
+    {"dpmpp_2m", PSB_KEYWORDS(program_dpmpp_2m), METH_CLASS | METH_VARARGS | METH_KEYWORDS,
      "dpmpp_2m($type, alpha, s, prediction='noise')\n--\n\n"
      "DPM-Solver++ of second order, multistep (arXiv 2211.01095).  Arguments as for ddim."},
     {"euler", program_euler, METH_CLASS | METH_O,
@@ -343,7 +341,7 @@ static PyMethodDef methods[] = {
      "flow_euler($type, sigmas, /)\n--\n\n"
      "Euler on a flow, x = (1 - sigma) x0 + sigma eps, m = eps - x0.  sigmas: (N + 1,) from 1 to "
      "0."},
-    {"adams_bashforth", KEYWORDS(program_adams_bashforth),
+    {"adams_bashforth", PSB_KEYWORDS(program_adams_bashforth),
      METH_CLASS | METH_VARARGS | METH_KEYWORDS,
      "adams_bashforth($type, sigmas, order=2)\n--\n\n"
      "Adams-Bashforth of order 1 to 4 on the uneven grid of decreasing sigmas, (N + 1,)."},

@@ -9,7 +9,7 @@
 
 #include <sys/types.h>
 
-#include "errors.h"
+#include "tensor.h"
 
 #include "parastep_transport.h"
 
