@@ -1,10 +1,22 @@
-/* binding.h - what the files of the CPython binding share: module state, tensors, types.
+/* binding.h - what every file of the CPython binding begins with: Python, NumPy, module state.
  *
- * csrc/python turns Python calls into calls of the C API and back; it holds no maths.  module.c
- * makes the module, errors.c its exceptions, program_type.c, leader_type.c and follower_type.c wrap
- * the core's objects, convert.c takes the caller's tensors in, tensor.c hands ours out.  Every
- * function here is called under the GIL unless its comment says more, and reports failure as
- * CPython does: NULL or -1 with an exception set.
+ * csrc/python turns Python calls into calls of the C API and back; it holds no maths.  Its headers,
+ * from the bottom; a file calls those above it in this list, and those of its own line:
+ *
+ *   errors.h   the core's errors as exceptions, Ctrl-C: errors.c
+ *   lookup.h   what other libraries offer: lookup.c
+ *   place.h    where tensors are: place.c
+ *   tensor.h   our own Tensor: block.c, dlpack_out.c, tensor.c, which share block.h
+ *   view.h     tensors in: intake.c, dlpack_in.c, convert.c, which share intake.h
+ *   like.h     tensors out, of the caller's kind: like.c; for tests probe.c
+ *   program.h  Program: program_type.c
+ *   run.h      what the objects of a run share: run.c
+ *   options.h  what a Leader is made with and what it reports: options_in.c, report_out.c
+ *   ends.h     Follower, Pair, Inbox, the ends of links: follower_type.c, pair.c, carrier.c
+ *   leader.h   Leader: leader_life.c, leader_type.c
+ *
+ * module.c alone knows them all.  Every function is called under the GIL unless its comment says
+ * more, and reports failure as CPython does: NULL or -1 with an exception set.
  */
 #ifndef PSB_BINDING_H
 #define PSB_BINDING_H
@@ -80,19 +92,5 @@ static inline psb_state *psb_state_of(PyTypeObject *type)
 {
   return PyType_GetModuleState(type);
 }
-
-/* ---- programs (program_type.c) --------------------------------------------------------------- */
-
-int psb_program_add_type(PyObject *module, psb_state *st);
-
-/* The core's program of a Program object, borrowed; NULL with TypeError for anything else. */
-ps_program *psb_program_of(psb_state *st, PyObject *obj);
-
-/* ---- runs (leader_type.c, follower_type.c, carrier.c, pair.c) -------------------------------- */
-
-int psb_leader_add_type(PyObject *module, psb_state *st);
-int psb_follower_add_type(PyObject *module, psb_state *st);
-int psb_inbox_add_type(PyObject *module, psb_state *st);
-int psb_pair_add_type(PyObject *module, psb_state *st);
 
 #endif

@@ -1,5 +1,5 @@
-/* block.h - what a Tensor of ours is, for the files that make one, export it and hand it on:
- * block.c, dlpack_out.c, tensor.c and like.c. */
+/* block.h - what a Tensor of ours is, for the files that make it up (block.c, dlpack_out.c,
+ * tensor.c), take it in (convert.c) and hand it on (like.c). */
 #ifndef PSB_BLOCK_H
 #define PSB_BLOCK_H
 

@@ -7,8 +7,8 @@
  */
 #include <string.h>
 
+#include "block.h"
 #include "intake.h"
-#include "tensor.h"
 
 /* ---- NumPy arrays ---------------------------------------------------------------------------- */
 
@@ -65,10 +65,20 @@ out:
 
 /* ---- our Tensor ------------------------------------------------------------------------------ */
 
-static int take_own(psb_intake *in, PyObject *tensor)
+static int take_own(psb_intake *in, PyObject *obj)
 {
-  psb__tensor_describe(tensor, in->view);
-  in->view->owner = Py_NewRef(tensor);
+  const tensor *own = (tensor *)obj;
+  psb_view *view = in->view;
+  int device = psb__block_device(own->block);
+
+  view->data = own->block->data;
+  view->device_type = device >= 0 ? DL_CUDA : DL_CPU;
+  view->device_id = device >= 0 ? device : 0;
+  view->dtype = own->dtype;
+  view->ndim = own->ndim;
+  for (int d = 0; d < own->ndim; d++)
+    view->shape[d] = own->shape[d];
+  view->owner = Py_NewRef(obj);
   return psb__check_device(in) == 0 ? 1 : -1;
 }
 

@@ -1,9 +1,9 @@
 /* follower_type.c - Follower: a follower's end of a run as a Python object.
  *
- * Leader.follower makes it for the thread that serves the rank: api.py's own, or a replica's.  It
+ * Leader.follower makes it for the thread that serves the rank: sample's own, or a replica's.  It
  * may be lost at any moment; the run does not need it.
  */
-#include "run.h"
+#include "ends.h"
 
 typedef struct follower_object {
   PyObject_HEAD psb_guard guard;
@@ -72,7 +72,7 @@ static int follower_clear(PyObject *obj)
   return 0;
 }
 
-/* A forked child leaks, as in leader_type.c. */
+/* A forked child leaks, as in leader_life.c. */
 static void follower_dealloc(PyObject *obj)
 {
   follower_object *self = (follower_object *)obj;

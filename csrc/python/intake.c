@@ -12,7 +12,7 @@
 /* Copies above this size let other threads run meanwhile. */
 enum { LARGE_COPY = 64 * 1024 };
 
-/* ---- dimensions and size --------------------------------------------------------------------- */
+/* ---- dimensions, and where it lies ----------------------------------------------------------- */
 
 int psb__take_ndim(psb_intake *in, int64_t ndim)
 {
@@ -27,24 +27,6 @@ int psb__take_ndim(psb_intake *in, int64_t ndim)
   }
   return rc;
 }
-
-bool psb__count(int ndim, const int64_t *shape, size_t element, size_t *count)
-{
-  int64_t product = 1;
-  bool empty = false, fits = true;
-
-  for (int d = 0; d < ndim; d++) {
-    fits = fits && shape[d] >= 0;
-    empty = empty || shape[d] == 0;
-  }
-  for (int d = 0; d < ndim && fits && !empty; d++)
-    fits = !__builtin_mul_overflow(product, shape[d], &product);
-  fits = fits && (empty || product <= PTRDIFF_MAX / (int64_t)element);
-  *count = empty ? 0 : (size_t)product;
-  return fits;
-}
-
-/* ---- where it lies --------------------------------------------------------------------------- */
 
 /* Pinned memory is host memory; managed memory is not, as a kernel may be writing it right now. */
 static bool is_host(dl_device device)

@@ -20,9 +20,6 @@ typedef struct psb_intake {
 /* Refuses a number of dimensions that a view cannot hold, then sets it. */
 int psb__take_ndim(psb_intake *in, int64_t ndim);
 
-/* Elements of a shape.  False where a size is negative or the bytes do not fit an address. */
-bool psb__count(int ndim, const int64_t *shape, size_t element, size_t *count);
-
 /* Refuses a view that is filled in but not where the run is. */
 int psb__check_device(const psb_intake *in);
 

@@ -1,10 +1,12 @@
 /* leader_type.c - Leader: the core's leader of a run as a Python object.
  *
- * api.py's loop and the hosts' adapters drive it.  The GIL is released around every exchange, wait
- * and pass over memory.  A leader hands out the other ends of its links, which leader_life.c opens:
- * a Follower for a thread, an Inbox or a Pair for a rank in another process.
+ * The loop of parastep.sample and the hosts' adapters drive it.  The GIL is released around every
+ * exchange, wait and pass over memory.  A leader hands out the other ends of its links, which
+ * leader_life.c opens: a Follower for a thread, an Inbox or a Pair for a rank in another process.
  */
+#include "ends.h"
 #include "leader.h"
+#include "options.h"
 
 /* ---- one call of the core -------------------------------------------------------------------- */
 

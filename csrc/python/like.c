@@ -6,7 +6,9 @@
 #include <string.h>
 
 #include "block.h"
+#include "like.h"
 #include "lookup.h"
+#include "view.h"
 
 /* ---- one of the caller's kind ---------------------------------------------------------------- */
 

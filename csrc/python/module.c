@@ -3,10 +3,10 @@
  * Python imports it through parastep/__init__.py.  Import starts no thread and takes no lock; all
  * state is the module's own, so that sub-interpreters and free-threaded builds work.
  */
+#include "ends.h"
+#include "leader.h"
 #include "lookup.h"
-#include "run.h"
-
-#include "parastep_backend.h"
+#include "program.h"
 
 /* ---- what was found -------------------------------------------------------------------------- */
 
@@ -101,7 +101,7 @@ static int module_exec(PyObject *module)
       psb_inbox_add_type(module, st) < 0 || psb_pair_add_type(module, st) < 0) {
     return -1;
   }
-  return PyModule_AddFunctions(module, psb_tensor_methods);
+  return PyModule_AddFunctions(module, psb_probe_methods);
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)

@@ -1,11 +1,13 @@
 /* options_in.c - what a Leader is made with: program, latent, and options by keyword.
  *
- * leader_type.c calls it once a run.  Each error names the argument, what was given and what may
+ * leader_life.c calls it once a run.  Each error names the argument, what was given and what may
  * be; what only the core can judge (the tolerance, the latent's shape) is left to it.
  */
 #include <limits.h>
 #include <string.h>
 
+#include "options.h"
+#include "program.h"
 #include "run.h"
 
 /* All readers leave the default where the argument was not given, obj being NULL. */

@@ -1,7 +1,9 @@
 /* probe.c - private functions of the module through which tests reach views and tensors. */
 #include <string.h>
 
+#include "like.h"
 #include "tensor.h"
+#include "view.h"
 
 static int read_dtype(psb_state *st, const char *name, ps_dtype *dtype)
 {
@@ -83,7 +85,7 @@ out:
   return result;
 }
 
-PyMethodDef psb_tensor_methods[] = {
+PyMethodDef psb_probe_methods[] = {
     {"_roundtrip", PSB_KEYWORDS(probe_roundtrip), METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("_roundtrip($module, tensor, /, writable=False, name='x')\n--\n\n"
                "A Tensor with a copy of the elements.  With writable the tensor itself is zeroed "

@@ -1,9 +1,9 @@
 /* program_type.c - parastep.Program: the sampling program as a Python object.
  *
- * Made from NumPy arrays by tracing.py or by the user, or by one of the core's builders;
+ * Made from NumPy arrays by parastep.trace or by the user, or by one of the core's builders;
  * options_in.c hands it to a leader.  Immutable, so it may be shared by threads and runs.
  */
-#include "errors.h"
+#include "program.h"
 
 typedef struct program_object {
   PyObject_HEAD ps_program *program;

@@ -4,9 +4,24 @@
  * probe.c makes them for tests.
  */
 #include "block.h"
-#include "intake.h"
 
 /* ---- the Tensor type ------------------------------------------------------------------------- */
+
+bool psb__count(int ndim, const int64_t *shape, size_t element, size_t *count)
+{
+  int64_t product = 1;
+  bool empty = false, fits = true;
+
+  for (int d = 0; d < ndim; d++) {
+    fits = fits && shape[d] >= 0;
+    empty = empty || shape[d] == 0;
+  }
+  for (int d = 0; d < ndim && fits && !empty; d++)
+    fits = !__builtin_mul_overflow(product, shape[d], &product);
+  fits = fits && (empty || product <= PTRDIFF_MAX / (int64_t)element);
+  *count = empty ? 0 : (size_t)product;
+  return fits;
+}
 
 /* Elements of a shape that the binding itself computed; an error is raised all the same. */
 int psb__check_shape(psb_state *st, ps_dtype dtype, int ndim, const int64_t *shape, size_t *count)
@@ -64,19 +79,6 @@ static void tensor_dealloc(PyObject *obj)
   psb__block_release(((tensor *)obj)->block);
   type->tp_free(obj);
   Py_DECREF(type);
-}
-
-void psb__tensor_describe(PyObject *obj, psb_view *view)
-{
-  tensor *self = (tensor *)obj;
-
-  view->data = self->block->data;
-  view->device_type = psb__block_device(self->block) >= 0 ? DL_CUDA : DL_CPU;
-  view->device_id = view->device_type == DL_CUDA ? psb__block_device(self->block) : 0;
-  view->dtype = self->dtype;
-  view->ndim = self->ndim;
-  for (int d = 0; d < self->ndim; d++)
-    view->shape[d] = self->shape[d];
 }
 
 static PyObject *tensor_get_shape(PyObject *obj, void *Py_UNUSED(closure))

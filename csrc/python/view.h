@@ -3,8 +3,7 @@
 #define PSB_VIEW_H
 
 #include "place.h"
-
-enum { PSB_DIMS_MAX = 8 };
+#include "tensor.h"
 
 enum psb_view_flags {
   PSB_READ = 0,
