@@ -6,6 +6,7 @@
 #include "ends.h"
 #include "leader.h"
 #include "lookup.h"
+#include "options.h"
 #include "program.h"
 
 /* ---- what was found -------------------------------------------------------------------------- */
@@ -73,6 +74,10 @@ static PyObject *core_copy(PyObject *module, PyObject *x)
 static PyMethodDef methods[] = {
     {"copy", core_copy, METH_O,
      "copy($module, x, /)\n--\n\nA contiguous copy of a tensor, of the same kind."},
+    {"check_options", PSB_KEYWORDS(psb_check_options), METH_VARARGS | METH_KEYWORDS,
+     "check_options($module, /, *, tolerance=0.02, policy='verified', order=1, max_stride=None, "
+     "warmup=5, deadline=None, on_failure='continue')\n--\n\n"
+     "Raises what Leader raises for options that cannot be, without a program and a latent."},
     {"build_info", core_build_info, METH_NOARGS,
      "build_info($module)\n--\n\nVersion, backends and transports of this build, as a dict."},
     {"join", psb_join, METH_VARARGS,

@@ -18,6 +18,9 @@ typedef struct psb_order {
 
 int psb__order_in(psb_state *st, PyObject *args, PyObject *kwargs, psb_order *order);
 
+/* check_options(*, tolerance, ...) of the module. */
+PyObject *psb_check_options(PyObject *module, PyObject *args, PyObject *kwargs);
+
 /* The report as a dict of plain Python objects. */
 PyObject *psb__report_out(const ps_report *report);
 
