@@ -189,6 +189,9 @@ typedef struct ps_options {
 PS_API void ps_options_init(
     ps_options *options); /* verified, .02, order 1, warm-up 5, default rule */
 
+/* What ps_leader_create refuses of options, in the same words, without a run. */
+PS_API ps_status ps_options_check(const ps_options *options);
+
 /* links: (ranks) leader ends, link r to rank r; the leader owns them from now on, also when
  * creation fails.  links[0] is a lane: a follower on the leader's own device, for hosts that cannot
  * evaluate steps ahead of their loop; NULL where the host itself evaluates what PS_AHEAD asks for.

@@ -3,7 +3,7 @@
  * Called at the beginning of lincomb, sweep and copy.
  */
 #include "backend/check.h"
-#include "core/internal.h"
+#include "core/base.h"
 
 static ps_status check_dtype(ps_dtype dtype, const char *what)
 {

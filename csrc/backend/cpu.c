@@ -12,7 +12,7 @@
 
 #include "backend/check.h"
 #include "backend/half.h"
-#include "core/internal.h"
+#include "core/base.h"
 #include "parastep_backend.h"
 
 _Static_assert(FLT_EVAL_METHOD == 0, "every float operation must round to float");

@@ -11,32 +11,6 @@
 #include "backend/check.h"
 #include "backend/cuda.h"
 
-ps_status ps__cuda_mark(ps__cuda_rank *rank)
-{
-  return ps__cuda_check(rank->device, ps__cuda.event_record(rank->done, rank->stream),
-                        "an event behind its work");
-}
-
-ps_status ps__cuda_copy(ps__cuda_rank *rank, CUdeviceptr to, CUdeviceptr from, size_t bytes)
-{
-  return to == from ? PS_OK
-                    : ps__cuda_check(rank->device, ps__cuda.copy(to, from, bytes, rank->stream),
-                                     "copying");
-}
-
-ps_status ps__cuda_scratch(ps__cuda_rank *rank, size_t bytes)
-{
-  ps_status status = PS_OK;
-  if (rank->scratch_bytes < bytes) {
-    ps__device_free_after(rank->device, rank->done);
-    ps__device_free(rank->device, rank->scratch);
-    rank->scratch_bytes = 0;
-    status = ps__device_alloc(rank->device, bytes, &rank->scratch);
-    rank->scratch_bytes = status == PS_OK ? bytes : 0;
-  }
-  return status;
-}
-
 /* ---- passes ---------------------------------------------------------------------------------- */
 
 static ps_status lincomb(const ps_backend *backend, size_t n, int outs, int terms,

@@ -1,5 +1,6 @@
-/* cuda.h - a rank's backend on a CUDA device, for the files that make it up: cuda.c,
- * cuda_mirror.c, and for passes cuda_kernels.c, cuda_cublas.c and cuda_plain.c. */
+/* cuda.h - a rank's backend on a CUDA device, for the files that make it up: cuda_rank.c at the
+ * bottom, cuda_mirror.c, for passes cuda_kernels.c, cuda_cublas.c and cuda_plain.c, and cuda.c
+ * above them all. */
 #ifndef PS_CUDA_H
 #define PS_CUDA_H
 
@@ -40,6 +41,8 @@ static inline CUdeviceptr ps__address(const void *p)
 {
   return (CUdeviceptr)(uintptr_t)p;
 }
+
+/* cuda_rank.c */
 
 /* Puts the done event behind what was given to the stream; inside of enter. */
 ps_status ps__cuda_mark(ps__cuda_rank *rank);

@@ -4,29 +4,7 @@
  * cuda.c and cuda_cublas.c call it in place of a launch.  Operands go to the host, through the CPU
  * backend and back, so that results are the specification's own; a call waits for its operands.
  */
-#include <string.h>
-
 #include "backend/cuda.h"
-
-ps_status ps__cuda_staged(ps__cuda_rank *rank, size_t bytes)
-{
-  void *p;
-  if (rank->staged_bytes >= bytes) {
-    return PS_OK;
-  }
-  ps_status status = ps__device_wait(rank->device, rank->done, NULL);
-  ps__pinned_free(rank->device, rank->staged);
-  rank->staged = NULL;
-  rank->staged_bytes = 0;
-  if (status == PS_OK) {
-    status = ps__pinned_alloc(rank->device, bytes, &p);
-  }
-  if (status == PS_OK) {
-    rank->staged = p;
-    rank->staged_bytes = bytes;
-  }
-  return status;
-}
 
 static size_t apart(size_t bytes)
 {

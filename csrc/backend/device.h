@@ -8,7 +8,7 @@
 
 #include "backend/cuda_api.h"
 #include "backend/kernels.h"
-#include "core/internal.h"
+#include "core/base.h"
 
 enum { PS__DEVICES_MAX = 64 };
 

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/internal.h"
+#include "core/base.h"
 
 enum { ALIGNMENT = 64 };
 

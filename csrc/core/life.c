@@ -13,7 +13,7 @@ void ps_options_init(ps_options *options)
   *options = (ps_options){.policy = PS_VERIFIED, .tolerance = 0.02, .order = 1, .warmup = 5};
 }
 
-static ps_status check_options(const ps_options *options)
+ps_status ps_options_check(const ps_options *options)
 {
   if (options->policy != PS_VERIFIED && options->policy != PS_PAPER) {
     return ps__fail(PS_INVALID, "policy %d: must be verified or paper", (int)options->policy);
@@ -187,7 +187,7 @@ ps_status ps_leader_create(ps_program *program, const ps_layout *layout, const p
   *out = NULL;
   ps_status status = ps__layout_check(layout);
   if (status == PS_OK) {
-    status = check_options(options);
+    status = ps_options_check(options);
   }
   if (status == PS_OK) {
     status = check_ranks(ranks, links, slots);

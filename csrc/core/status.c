@@ -5,7 +5,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-#include "core/internal.h"
+#include "core/base.h"
 
 #ifndef PARASTEP_VERSION
 #define PARASTEP_VERSION "0.0.0+unversioned"

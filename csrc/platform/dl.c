@@ -8,7 +8,7 @@
 #include <pthread.h>
 #include <string.h>
 
-#include "core/internal.h"
+#include "core/base.h"
 #include "platform/dl.h"
 
 /* Guards the handles and tables of all libraries; taken when a run is created, never in a round. */

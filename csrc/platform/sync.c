@@ -5,7 +5,7 @@
 #include <errno.h>
 #include <time.h>
 
-#include "core/internal.h"
+#include "core/base.h"
 #include "platform/sync.h"
 
 enum { SLICE_NS = 50 * 1000 * 1000 };

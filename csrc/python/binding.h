@@ -1,10 +1,22 @@
-/* binding.h - what the files of the CPython binding share: module state, tensors, types.
+/* binding.h - what every file of the CPython binding begins with: Python, NumPy, module state.
  *
- * csrc/python turns Python calls into calls of the C API and back; it holds no maths.  module.c
- * makes the module and its exceptions, program_type.c, leader_type.c and follower_type.c wrap the
- * core's objects, convert.c takes the caller's tensors in, tensor.c hands ours out.  Every function
- * here is called under the GIL unless its comment says more, and reports failure as CPython does:
- * NULL or -1 with an exception set.
+ * csrc/python turns Python calls into calls of the C API and back; it holds no maths.  Its headers,
+ * from the bottom; a file calls those above it in this list, and those of its own line:
+ *
+ *   errors.h   the core's errors as exceptions, Ctrl-C: errors.c
+ *   lookup.h   what other libraries offer: lookup.c
+ *   place.h    where tensors are: place.c
+ *   tensor.h   our own Tensor: block.c, dlpack_out.c, tensor.c, which share block.h
+ *   view.h     tensors in: intake.c, dlpack_in.c, convert.c, which share intake.h
+ *   like.h     tensors out, of the caller's kind: like.c; for tests probe.c
+ *   program.h  Program: program_type.c
+ *   run.h      what the objects of a run share: run.c
+ *   options.h  what a Leader is made with and what it reports: options_in.c, report_out.c
+ *   ends.h     Follower, Pair, Inbox, the ends of links: follower_type.c, pair.c, carrier.c
+ *   leader.h   Leader: leader_life.c, leader_type.c
+ *
+ * module.c alone knows them all.  Every function is called under the GIL unless its comment says
+ * more, and reports failure as CPython does: NULL or -1 with an exception set.
  */
 #ifndef PSB_BINDING_H
 #define PSB_BINDING_H
@@ -19,8 +31,8 @@
 #include "parastep.h"
 #include "parastep_backend.h"
 
-/* NumPy's function table is the one global of the binding.  tensor.c defines PSB_IMPORT_NUMPY and
- * fills it in psb_tensor_add_types; every other file only refers to it. */
+/* NumPy's function table is the one global of the binding.  lookup.c defines PSB_IMPORT_NUMPY and
+ * fills it in psb_lookup_load; every other file only refers to it. */
 #define NPY_NO_DEPRECATED_API  NPY_1_22_API_VERSION
 #define NPY_TARGET_VERSION     NPY_1_22_API_VERSION
 #define PY_ARRAY_UNIQUE_SYMBOL psb_numpy_table
@@ -37,12 +49,15 @@
 #define PSB_END_LOCKED()         }
 #endif
 
+/* In a table of methods, a function that takes keywords. */
+#define PSB_KEYWORDS(function) ((PyCFunction)(void (*)(void))(function))
+
 /* ---- module state ---------------------------------------------------------------------------- */
 
 enum { PSB_STATUS_COUNT = 16 }; /* PS_OK and the errors; -status indexes psb_state.errors */
 
 typedef struct psb_state {
-  /* exceptions, module.c */
+  /* exceptions, errors.c */
   PyObject *error;                    /* parastep.Error */
   PyObject *errors[PSB_STATUS_COUNT]; /* its subclass for a status; NULL at PS_OK */
 
@@ -54,7 +69,7 @@ typedef struct psb_state {
   PyTypeObject *inbox_type;    /* carrier.c */
   PyTypeObject *pair_type;     /* pair.c */
 
-  /* names that convert.c and tensor.c look up, made once by psb_tensor_add_types */
+  /* names that are looked up, made once by psb_lookup_load */
   struct psb_names {
     PyObject *dlpack;                 /* "__dlpack__" */
     PyObject *exchange_api;           /* "__dlpack_c_exchange_api__" */
@@ -68,7 +83,7 @@ typedef struct psb_state {
     PyObject *max_version;            /* ("max_version",), keyword names of a vectorcall */
     PyObject *stream;                 /* ("stream",) likewise */
     PyObject *max_version_and_stream; /* both */
-    PyObject *version;                /* (1, 3), the newest DLPack version that convert.c reads */
+    PyObject *version;                /* (1, 3), the newest DLPack version that dlpack_in.c reads */
   } names;
 } psb_state;
 
@@ -77,137 +92,5 @@ static inline psb_state *psb_state_of(PyTypeObject *type)
 {
   return PyType_GetModuleState(type);
 }
-
-/* ---- exceptions (module.c) ------------------------------------------------------------------- */
-
-/* Raises the exception of a status with a text that says what, value and what to do.  The format is
- * that of PyUnicode_FromFormat.  Returns NULL. */
-PyObject *psb_raise(psb_state *st, ps_status status, const char *format, ...);
-
-/* The same with the core's own words, ps_last_error(), unless an exception is set already. */
-PyObject *psb_raise_last(psb_state *st, ps_status status);
-
-/* The exception in flight, raised by code of others, becomes the cause of ours, and its words
- * follow those of the format.  KeyboardInterrupt and its like pass as they are. */
-void psb_explain(psb_state *st, ps_status status, const char *format, ...);
-
-/* A str of the core's words.  They sit in buffers of fixed size: the last character may be cut. */
-PyObject *psb_text(const char *words);
-
-/* The check of every wait of a run, called without the GIL: lets Ctrl-C through.  The exception it
- * sets is what the call raises.  run.c */
-int psb__check_signals(void *unused);
-
-/* ---- places (place.c) ------------------------------------------------------------------------ */
-
-/* Where a rank's tensors are: the host, or a CUDA device with a backend of the rank's own. */
-typedef struct psb_place {
-  const ps_backend *backend; /* retained */
-  int device;                /* of CUDA, or -1: the host */
-  void *stream;              /* the host library's current one there, at the last enter */
-} psb_place;
-
-int psb__place_open(psb_state *st, int device, psb_place *place);
-void psb__place_close(psb_place *place); /* twice is fine */
-
-/* Work of the place's backend goes to the stream on which the library of `like` works in this
- * thread; called at the beginning of every method of a run. */
-int psb__place_enter(psb_state *st, psb_place *place, PyObject *like);
-
-/* Waits until the work of the place is done; without the GIL. */
-ps_status psb__place_settle(const psb_place *place);
-
-/* The CUDA device of a tensor, -1 for everything else; no exception. */
-int psb__device_of(psb_state *st, PyObject *obj);
-
-/* ---- tensors in (convert.c) ------------------------------------------------------------------ */
-
-enum { PSB_DIMS_MAX = 8 };
-
-enum psb_view_flags {
-  PSB_READ = 0,
-  /* The caller's own memory is written: read-only or non-contiguous tensors are an error, never a
-   * copy. */
-  PSB_WRITABLE = 1,
-};
-
-/* A caller's tensor at a place, C-contiguous and aligned to its element.  All pointers are
- * borrowed until psb_view_release; the memory stays valid while the GIL is released. */
-typedef struct psb_view {
-  void *data; /* (count) of dtype; may be NULL where count is 0 */
-  ps_dtype dtype;
-  int ndim;
-  int64_t shape[PSB_DIMS_MAX];
-  size_t count;    /* elements; 1 for a tensor without dimensions, 0 for an empty one */
-  size_t bytes;    /* count times the size of an element */
-  int device_type; /* of DLPack: 1 CPU, 3 or 11 pinned by CUDA or ROCm, 2 CUDA where that is the
-                      place; anything else is refused */
-  int device_id;
-  bool readonly; /* the caller does not want its memory written; also true of a temporary copy */
-  bool copied; /* data is a temporary copy: the input had strides, swapped bytes or odd alignment */
-
-  /* What release gives back; at most one of managed and buffer is in use. */
-  PyObject *owner; /* strong reference that keeps data alive, or NULL */
-  void *managed;   /* managed tensor whose deleter is called once, or NULL */
-  void (*delete_managed)(void *managed);
-  Py_buffer buffer; /* buffer.obj is NULL when there is none */
-  void *temporary;  /* memory of the copy, or NULL */
-} psb_view;
-
-/* place NULL is the host.  Takes in NumPy arrays, our Tensor, DLPack capsules, producers of DLPack
- * (C exchange API or
- * __dlpack__) and buffers of format f, d, e.  name is what errors call the argument ("x", "m_out").
- * An empty tensor is taken in with count 0; shapes are the caller's to check.  On failure the view
- * is zeroed and nothing is held. */
-int psb_view_from(psb_state *st, PyObject *obj, const char *name, int flags, const psb_place *place,
-                  psb_view *view);
-
-/* Gives back what the view holds and zeroes it; a zeroed view is fine.  An exception that is set
- * stays set. */
-void psb_view_release(psb_view *view);
-
-/* ---- tensors out (tensor.c) ------------------------------------------------------------------ */
-
-/* Makes the Tensor type, adds it to the module, interns the names and loads NumPy's table. */
-int psb_tensor_add_types(PyObject *module, psb_state *st);
-/* The tensor part of the module's m_traverse and m_clear. */
-int psb_tensor_traverse(psb_state *st, visitproc visit, void *arg);
-void psb_tensor_clear(psb_state *st);
-
-/* "float32", "float16", "bfloat16", "float64"; "none" for anything else. */
-const char *psb_dtype_name(ps_dtype dtype);
-
-/* A fresh Tensor that owns its memory at the place (NULL: the host), (shape) of dtype, filled from
- * data there unless that is NULL.  Up to PSB_DIMS_MAX dimensions. */
-PyObject *psb_tensor_new(psb_state *st, const psb_place *place, ps_dtype dtype, int ndim,
-                         const int64_t *shape, const void *data);
-
-/* As psb_tensor_new, but of the kind of `like`: a NumPy array for a NumPy array, a tensor of like's
- * own library where that takes DLPack in, else our Tensor.  writable, unless NULL, receives the
- * memory of the new tensor, borrowed while the tensor lives; write to it only before Python code
- * has seen the tensor or where both sides expect it. */
-PyObject *psb_tensor_like(psb_state *st, PyObject *like, const psb_place *place, ps_dtype dtype,
-                          int ndim, const int64_t *shape, const void *data, void **writable);
-
-/* The memory of a Tensor of ours, borrowed while it lives; obj must be one. */
-void *psb_tensor_data(PyObject *obj);
-
-/* _roundtrip, _like and _view: private functions through which tests reach the above.  Part of the
- * module's method table, ends with a zeroed entry. */
-extern PyMethodDef psb_tensor_methods[];
-
-/* ---- programs (program_type.c) --------------------------------------------------------------- */
-
-int psb_program_add_types(PyObject *module, psb_state *st);
-
-/* The core's program of a Program object, borrowed; NULL with TypeError for anything else. */
-ps_program *psb_program_of(psb_state *st, PyObject *obj);
-
-/* ---- runs (leader_type.c, follower_type.c, carrier.c, pair.c) -------------------------------- */
-
-int psb_leader_add_type(PyObject *module, psb_state *st);
-int psb_follower_add_type(PyObject *module, psb_state *st);
-int psb_inbox_add_type(PyObject *module, psb_state *st);
-int psb_pair_add_type(PyObject *module, psb_state *st);
 
 #endif

@@ -1,13 +1,10 @@
 /* carrier.c - links to another process: a callable as a carrier, and Inbox; or a Pair.
  *
- * leader_type.c opens the leader's ends of ranks in other processes with it; there `join` opens the
+ * leader_life.c opens the leader's ends of ranks in other processes with it; there `join` opens the
  * follower's end.  Whatever moves the bytes of a callable (a pipe, torch.distributed, MPI) is
  * Python's business.
  */
-#include "run.h"
-
-#include "parastep_backend.h"
-#include "parastep_transport.h"
+#include "ends.h"
 
 typedef struct inbox_object {
   PyObject_HEAD psb_guard guard;

@@ -1,233 +1,14 @@
 /* convert.c - a tensor of the caller becomes a psb_view: plain, aligned, contiguous memory of the
  * host or of a run's device.
  *
- * The types of program and runs call psb_view_from for every tensor argument and psb_view_release
- * when they are done with it.  Each kind of object fills in what it says of itself (NumPy arrays,
- * our Tensor and buffers here, DLPack in dlpack_in.c); settle then judges all of them alike and
- * makes the temporary copy where one is needed.
+ * Runs call psb_view_from for every tensor argument and psb_view_release when they are done with
+ * it. Each kind of object fills in what it says of itself (NumPy arrays, our Tensor and buffers
+ * here, DLPack in dlpack_in.c); intake.c then judges all of them alike.
  */
-#include <stdlib.h>
 #include <string.h>
 
+#include "block.h"
 #include "intake.h"
-
-/* Copies above this size let other threads run meanwhile. */
-enum { LARGE_COPY = 64 * 1024 };
-
-/* ---- memory as the caller laid it out -------------------------------------------------------- */
-
-int psb__take_ndim(psb_intake *in, int64_t ndim)
-{
-  int rc = 0;
-
-  if (ndim < 0 || ndim > PSB_DIMS_MAX) {
-    psb_raise(in->st, PS_SHAPE, "%s has %lld dimensions; from 0 to %d are supported", in->name,
-              (long long)ndim, PSB_DIMS_MAX);
-    rc = -1;
-  } else {
-    in->view->ndim = (int)ndim;
-  }
-  return rc;
-}
-
-bool psb__count(int ndim, const int64_t *shape, size_t element, size_t *count)
-{
-  int64_t product = 1;
-  bool empty = false, fits = true;
-
-  for (int d = 0; d < ndim; d++) {
-    fits = fits && shape[d] >= 0;
-    empty = empty || shape[d] == 0;
-  }
-  for (int d = 0; d < ndim && fits && !empty; d++)
-    fits = !__builtin_mul_overflow(product, shape[d], &product);
-  fits = fits && (empty || product <= PTRDIFF_MAX / (int64_t)element);
-  *count = empty ? 0 : (size_t)product;
-  return fits;
-}
-
-/* Whether the elements follow each other in C order.  Strides of sizes below 2 say nothing. */
-static bool is_contiguous(const psb_intake *in)
-{
-  const psb_view *view = in->view;
-  int64_t expected = (int64_t)ps_dtype_size(view->dtype);
-  bool contiguous = true;
-
-  for (int d = view->ndim - 1; d >= 0 && in->strided; d--) {
-    contiguous = contiguous && (view->shape[d] < 2 || in->stride[d] == expected);
-    expected *= view->shape[d];
-  }
-  return contiguous;
-}
-
-static bool is_aligned(const psb_view *view)
-{
-  return (uintptr_t)view->data % ps_dtype_size(view->dtype) == 0;
-}
-
-/* Strides come from outside: their reach must fit an offset before one is computed. */
-static bool strides_fit(const psb_intake *in)
-{
-  int64_t reach = 0, step;
-  bool fit = true;
-
-  for (int d = 0; d < in->view->ndim && in->strided; d++) {
-    fit = fit && in->stride[d] != INT64_MIN &&
-          !__builtin_mul_overflow(llabs(in->stride[d]), in->view->shape[d] - 1, &step) &&
-          !__builtin_add_overflow(reach, step, &reach);
-  }
-  return fit;
-}
-
-static void gather_row(char *to, const char *from, int64_t n, int64_t stride, size_t element)
-{
-  if (stride == (int64_t)element) {
-    memcpy(to, from, (size_t)n * element);
-  } else if (element == 2) {
-    for (int64_t i = 0; i < n; i++)
-      memcpy(to + 2 * i, from + i * stride, 2);
-  } else if (element == 4) {
-    for (int64_t i = 0; i < n; i++)
-      memcpy(to + 4 * i, from + i * stride, 4);
-  } else {
-    for (int64_t i = 0; i < n; i++)
-      memcpy(to + 8 * i, from + i * stride, 8);
-  }
-}
-
-/* Row by row over the last dimension; the others count up like an odometer.  count is above 0. */
-static void gather(const psb_intake *in, char *to)
-{
-  const psb_view *view = in->view;
-  const char *from = view->data;
-  size_t element = ps_dtype_size(view->dtype);
-  int last = view->ndim - 1, d;
-  int64_t row = last < 0 ? 1 : view->shape[last];
-  int64_t stride = last < 0 ? 0 : in->stride[last];
-  int64_t index[PSB_DIMS_MAX] = {0}, offset = 0;
-
-  do {
-    gather_row(to, from + offset, row, stride, element);
-    to += (size_t)row * element;
-    for (d = last - 1; d >= 0 && index[d] == view->shape[d] - 1; d--) {
-      offset -= index[d] * in->stride[d];
-      index[d] = 0;
-    }
-    if (d >= 0) {
-      offset += in->stride[d];
-      index[d]++;
-    }
-  } while (d >= 0);
-}
-
-static void swap_bytes(char *data, size_t count, size_t element)
-{
-  for (size_t i = 0; i < count; i++, data += element) {
-    for (size_t k = 0; k < element / 2; k++) {
-      char byte = data[k];
-      data[k] = data[element - 1 - k];
-      data[element - 1 - k] = byte;
-    }
-  }
-}
-
-static void copy_elements(const psb_intake *in, char *to)
-{
-  const psb_view *view = in->view;
-
-  if (in->strided)
-    gather(in, to);
-  else
-    memcpy(to, view->data, view->bytes);
-  if (in->swapped)
-    swap_bytes(to, view->count, ps_dtype_size(view->dtype));
-}
-
-/* ---- judging what was filled in -------------------------------------------------------------- */
-
-/* Gives the source back but keeps what the view says; the temporary copy has taken its place. */
-static void release_source(psb_view *view)
-{
-  PyObject *type, *value, *traceback;
-
-  PyErr_Fetch(&type, &value, &traceback);
-  if (view->managed)
-    view->delete_managed(view->managed);
-  view->managed = NULL;
-  PyBuffer_Release(&view->buffer);
-  Py_CLEAR(view->owner);
-  PyErr_Restore(type, value, traceback);
-}
-
-static int copy_aside(psb_intake *in)
-{
-  psb_view *view = in->view;
-  int rc = -1;
-
-  if (!strides_fit(in)) {
-    psb_raise(in->st, PS_SHAPE, "%s has strides that no memory can have", in->name);
-    goto out;
-  }
-  view->temporary = malloc(view->bytes);
-  if (!view->temporary) {
-    PyErr_NoMemory();
-    goto out;
-  }
-  if (view->bytes > LARGE_COPY) {
-    Py_BEGIN_ALLOW_THREADS;
-    copy_elements(in, view->temporary);
-    Py_END_ALLOW_THREADS;
-  } else {
-    copy_elements(in, view->temporary);
-  }
-  release_source(view);
-  view->data = view->temporary;
-  view->device_type = DL_CPU;
-  view->device_id = 0;
-  view->copied = view->readonly = true;
-  rc = 0;
-out:
-  return rc;
-}
-
-static int settle(psb_intake *in)
-{
-  psb_view *view = in->view;
-  size_t element = ps_dtype_size(view->dtype);
-  bool writable = in->flags & PSB_WRITABLE;
-  int rc = -1;
-
-  if (!psb__count(view->ndim, view->shape, element, &view->count)) {
-    psb_raise(in->st, PS_SHAPE, "%s has a negative size or more elements than fit in memory",
-              in->name);
-    goto out;
-  }
-  view->bytes = view->count * element;
-  if (!view->data && view->count > 0) {
-    psb_raise(in->st, PS_INVALID,
-              "%s has no memory behind it; give a materialized tensor, not a fake or meta one",
-              in->name);
-  } else if (writable && view->readonly) {
-    psb_raise(in->st, PS_INVALID, "%s is to be written but is read-only; give a copy of it",
-              in->name);
-  } else if (view->count == 0 || (is_contiguous(in) && is_aligned(view) && !in->swapped)) {
-    rc = 0;
-  } else if (view->device_type == DL_CUDA && !writable) {
-    psb_raise(in->st, PS_INVALID,
-              "%s is not contiguous in the memory of cuda:%d; give %s.contiguous()", in->name,
-              view->device_id, in->name);
-  } else if (writable) {
-    psb_raise(in->st, PS_INVALID,
-              "%s is written in place and so must be C-contiguous, aligned and in native byte "
-              "order; give "
-              "a contiguous tensor and copy it back afterwards",
-              in->name);
-  } else {
-    rc = copy_aside(in);
-  }
-out:
-  return rc;
-}
 
 /* ---- NumPy arrays ---------------------------------------------------------------------------- */
 
@@ -284,10 +65,20 @@ out:
 
 /* ---- our Tensor ------------------------------------------------------------------------------ */
 
-static int take_own(psb_intake *in, PyObject *tensor)
+static int take_own(psb_intake *in, PyObject *obj)
 {
-  psb__tensor_describe(tensor, in->view);
-  in->view->owner = Py_NewRef(tensor);
+  const tensor *own = (tensor *)obj;
+  psb_view *view = in->view;
+  int device = psb__block_device(own->block);
+
+  view->data = own->block->data;
+  view->device_type = device >= 0 ? DL_CUDA : DL_CPU;
+  view->device_id = device >= 0 ? device : 0;
+  view->dtype = own->dtype;
+  view->ndim = own->ndim;
+  for (int d = 0; d < own->ndim; d++)
+    view->shape[d] = own->shape[d];
+  view->owner = Py_NewRef(obj);
   return psb__check_device(in) == 0 ? 1 : -1;
 }
 
@@ -380,7 +171,7 @@ int psb_view_from(psb_state *st, PyObject *obj, const char *name, int flags, con
     psb_raise(st, PS_DEVICE, "%s lies on the host, but the run is on cuda:%d; move it there", name,
               place->device);
   else if (taken > 0)
-    rc = settle(&in);
+    rc = psb__settle(&in);
   else if (taken == 0)
     psb_raise(
         st, PS_DTYPE,
@@ -391,11 +182,4 @@ int psb_view_from(psb_state *st, PyObject *obj, const char *name, int flags, con
   if (rc < 0)
     psb_view_release(view);
   return rc;
-}
-
-void psb_view_release(psb_view *view)
-{
-  release_source(view);
-  free(view->temporary);
-  memset(view, 0, sizeof *view);
 }

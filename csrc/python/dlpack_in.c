@@ -52,49 +52,6 @@ static int refuse_dtype(const psb_intake *in, dl_dtype type)
   return -1;
 }
 
-/* Pinned memory is host memory; managed memory is not, as a kernel may be writing it right now. */
-static bool is_host(dl_device device)
-{
-  return device.type == DL_CPU || device.type == DL_CUDA_HOST || device.type == DL_ROCM_HOST;
-}
-
-static int refuse_place(const psb_intake *in, dl_device device)
-{
-  psb_raise(in->st, PS_DEVICE, "%s lies on cuda:%d, but the run is on cuda:%d; move it there",
-            in->name, (int)device.id, in->place->device);
-  return -1;
-}
-
-static int refuse_device(const psb_intake *in, dl_device device)
-{
-  const char *name = "an unknown device";
-
-  switch (device.type) {
-  case DL_CUDA: name = "a CUDA device"; break;
-  case DL_CUDA_MANAGED: name = "CUDA managed memory"; break;
-  case DL_ROCM: name = "a ROCm device"; break;
-  case DL_METAL: name = "a Metal device"; break;
-  case DL_ONEAPI: name = "a oneAPI device"; break;
-  case DL_OPENCL: name = "an OpenCL device"; break;
-  case DL_VULKAN: name = "a Vulkan device"; break;
-  default: break;
-  }
-  psb_raise(in->st, PS_DEVICE,
-            "%s lies on %s (DLPack type %d, id %d); move it to the CPU, with torch %s.cpu()",
-            in->name, name, (int)device.type, (int)device.id, in->name);
-  return -1;
-}
-
-int psb__check_device(const psb_intake *in)
-{
-  dl_device device = {in->view->device_type, in->view->device_id};
-  int wanted = psb__wanted_device(in->place);
-
-  if (device.type == DL_CUDA && wanted >= 0)
-    return device.id == wanted ? 0 : refuse_place(in, device);
-  return is_host(device) ? 0 : refuse_device(in, device);
-}
-
 /* Shape and strides are copied, so that nothing but data outlives the DLTensor. */
 static int take_shape(psb_intake *in, const dl_tensor *tensor)
 {
@@ -222,53 +179,6 @@ int psb__take_capsule(psb_intake *in, PyObject *capsule)
 }
 
 /* ---- the C exchange API ---------------------------------------------------------------------- */
-
-int psb__lookup(PyObject *obj, PyObject *name, PyObject **value)
-{
-  int rc;
-
-#if PY_VERSION_HEX >= 0x030D0000
-  rc = PyObject_GetOptionalAttr(obj, name, value);
-#else
-  *value = PyObject_GetAttr(obj, name);
-  if (*value) {
-    rc = 1;
-  } else if (PyErr_ExceptionMatches(PyExc_AttributeError)) {
-    PyErr_Clear();
-    rc = 0;
-  } else {
-    rc = -1;
-  }
-#endif
-  return rc;
-}
-
-/* The table behind one attribute of a type.  Early producers stored a bare address there: an
- * integer is no proof of anything, so it is passed over and __dlpack__ serves them. */
-static const dl_exchange *exchange_at(PyObject *type, PyObject *name)
-{
-  const dl_exchange_header *header = NULL;
-  PyObject *capsule;
-
-  if (psb__lookup(type, name, &capsule) <= 0)
-    goto out;
-  if (PyCapsule_IsValid(capsule, "dlpack_exchange_api"))
-    header = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
-  while (header && header->version.major != DL_MAJOR)
-    header = header->previous;
-  Py_DECREF(capsule);
-out:
-  PyErr_Clear();
-  return (const dl_exchange *)header;
-}
-
-const dl_exchange *psb__exchange(psb_state *st, PyObject *obj)
-{
-  PyObject *type = (PyObject *)Py_TYPE(obj);
-  const dl_exchange *api = exchange_at(type, st->names.exchange_api);
-
-  return api ? api : exchange_at(type, st->names.exchange_api_old);
-}
 
 /* Without a managed tensor a read costs no allocation; only that one can tell read-only memory.
  * 1 taken, -1 refused, 0 where the producer failed: its __dlpack__ may know better, or say why. */

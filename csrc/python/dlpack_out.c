@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "tensor.h"
+#include "block.h"
 
 /* ---- DLPack out ------------------------------------------------------------------------------ */
 

@@ -1,9 +1,9 @@
 /* follower_type.c - Follower: a follower's end of a run as a Python object.
  *
- * Leader.follower makes it for the thread that serves the rank: api.py's own, or a replica's.  It
+ * Leader.follower makes it for the thread that serves the rank: sample's own, or a replica's.  It
  * may be lost at any moment; the run does not need it.
  */
-#include "run.h"
+#include "ends.h"
 
 typedef struct follower_object {
   PyObject_HEAD psb_guard guard;
@@ -72,7 +72,7 @@ static int follower_clear(PyObject *obj)
   return 0;
 }
 
-/* A forked child leaks, as in leader_type.c. */
+/* A forked child leaks, as in leader_life.c. */
 static void follower_dealloc(PyObject *obj)
 {
   follower_object *self = (follower_object *)obj;
@@ -236,13 +236,11 @@ static PyObject *get_company(PyObject *obj, void *unused)
 
 /* ---- the type -------------------------------------------------------------------------------- */
 
-#define KEYWORDS(function) ((PyCFunction)(void (*)(void))(function))
-
 static PyMethodDef methods[] = {
     {"next", follower_next, METH_NOARGS,
      "next($self)\n--\n\n"
      "Waits for work: [(step, point), ...] with fresh tensors, or None when the run is over."},
-    {"submit", KEYWORDS(follower_submit), METH_VARARGS | METH_KEYWORDS,
+    {"submit", PSB_KEYWORDS(follower_submit), METH_VARARGS | METH_KEYWORDS,
      "submit($self, outputs, points=None, began_ns=0)\n--\n\n"
      "One output a step of the work; points: where they were really evaluated, if the host moved\n"
      "them.  Raises AbandonedError where the leader went on without this rank."},

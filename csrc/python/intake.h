@@ -1,9 +1,10 @@
-/* intake.h - what convert.c and dlpack_in.c share while a tensor of the caller becomes a view. */
+/* intake.h - a tensor of the caller while it becomes a view: intake.c judges it, dlpack_in.c and
+ * convert.c fill it in. */
 #ifndef PSB_INTAKE_H
 #define PSB_INTAKE_H
 
-#include "binding.h"
-#include "dlpack_abi.h"
+#include "lookup.h"
+#include "view.h"
 
 typedef struct psb_intake {
   psb_state *st;
@@ -19,33 +20,15 @@ typedef struct psb_intake {
 /* Refuses a number of dimensions that a view cannot hold, then sets it. */
 int psb__take_ndim(psb_intake *in, int64_t ndim);
 
-/* Elements of a shape.  False where a size is negative or the bytes do not fit an address. */
-bool psb__count(int ndim, const int64_t *shape, size_t element, size_t *count);
+/* Refuses a view that is filled in but not where the run is. */
+int psb__check_device(const psb_intake *in);
+
+/* Judges a view that is filled in, and copies what is not plain memory; -1 where it is refused. */
+int psb__settle(psb_intake *in);
 
 /* The DLPack part, dlpack_in.c.  Both fill the view without judging strides; 1 filled, -1 refused,
  * and 0 from psb__take_producer where obj does not speak DLPack. */
 int psb__take_capsule(psb_intake *in, PyObject *capsule);
 int psb__take_producer(psb_intake *in, PyObject *obj);
-
-/* Refuses a view that is filled in but not where the run is. */
-int psb__check_device(const psb_intake *in);
-
-/* The exchange table that a tensor's type offers in a version we read, or NULL (no exception). */
-const dl_exchange *psb__exchange(psb_state *st, PyObject *obj);
-
-/* PS_NONE for a NumPy dtype that the core does not compute with. */
-ps_dtype psb__numpy_dtype(PyArray_Descr *descr);
-
-/* Fills data, dtype and shape from obj, a Tensor of ours, tensor.c. */
-void psb__tensor_describe(PyObject *obj, psb_view *view);
-
-/* Whether a tensor must be on a device, and which. */
-static inline int psb__wanted_device(const psb_place *place)
-{
-  return place != NULL ? place->device : -1;
-}
-
-/* getattr without the exception for a missing attribute: 1 found, 0 missing, -1 error. */
-int psb__lookup(PyObject *obj, PyObject *name, PyObject **value);
 
 #endif

@@ -2,7 +2,10 @@
 #ifndef PSB_LEADER_H
 #define PSB_LEADER_H
 
+#include "parastep_transport.h"
 #include "run.h"
+
+int psb_leader_add_type(PyObject *module, psb_state *st);
 
 typedef struct leader_object {
   PyObject_HEAD psb_guard guard;

@@ -3,9 +3,9 @@
  * leader_type.c names these functions in the type's slots.  Here a leader opens its links: to a
  * thread, whose end waits for leader.follower, or through a carrier to another process.
  */
+#include "ends.h"
 #include "leader.h"
-
-#include "parastep_backend.h"
+#include "options.h"
 
 /* ---- making ---------------------------------------------------------------------------------- */
 

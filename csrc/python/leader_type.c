@@ -1,10 +1,12 @@
 /* leader_type.c - Leader: the core's leader of a run as a Python object.
  *
- * api.py's loop and the hosts' adapters drive it.  The GIL is released around every exchange, wait
- * and pass over memory.  A leader hands out the other ends of its links, which leader_life.c opens:
- * a Follower for a thread, an Inbox or a Pair for a rank in another process.
+ * The loop of parastep.sample and the hosts' adapters drive it.  The GIL is released around every
+ * exchange, wait and pass over memory.  A leader hands out the other ends of its links, which
+ * leader_life.c opens: a Follower for a thread, an Inbox or a Pair for a rank in another process.
  */
+#include "ends.h"
 #include "leader.h"
+#include "options.h"
 
 /* ---- one call of the core -------------------------------------------------------------------- */
 
@@ -361,28 +363,26 @@ static PyObject *leader_inbox(PyObject *obj, PyObject *arg)
 
 /* ---- the type -------------------------------------------------------------------------------- */
 
-#define KEYWORDS(function) ((PyCFunction)(void (*)(void))(function))
-
 static PyMethodDef methods[] = {
-    {"ask", KEYWORDS(leader_ask), METH_VARARGS | METH_KEYWORDS,
+    {"ask", PSB_KEYWORDS(leader_ask), METH_VARARGS | METH_KEYWORDS,
      "ask($self, step, x, m_out=None)\n--\n\n"
      "The host is at this step with the true latent x.  True: m_out holds the answer, no model "
      "run.\n"
      "False: evaluate and submit; followers are already at work.  Without m_out always False.\n"
      "None: nothing to evaluate at x; evaluate work(), fill(), submit(None), and ask again.  Only\n"
      "with max_stride other than 1 and without a lane."},
-    {"amend", KEYWORDS(leader_amend), METH_VARARGS | METH_KEYWORDS,
+    {"amend", PSB_KEYWORDS(leader_amend), METH_VARARGS | METH_KEYWORDS,
      "amend($self, x, m_out=None)\n--\n\n"
      "The latent of the present step turns out to be x.  After an answer m_out is rebased to it,\n"
      "and what the drift there spends of the tolerance returned; before submit x replaces the one\n"
      "asked with (NaN is returned)."},
-    {"submit", KEYWORDS(leader_submit), METH_VARARGS | METH_KEYWORDS,
+    {"submit", PSB_KEYWORDS(leader_submit), METH_VARARGS | METH_KEYWORDS,
      "submit($self, m, began_ns=0)\n--\n\nThe leader's own output, or None where what an ask "
      "that\nreturned None wanted is filled in; gathers the followers'."},
-    {"noise", KEYWORDS(leader_noise), METH_VARARGS | METH_KEYWORDS,
+    {"noise", PSB_KEYWORDS(leader_noise), METH_VARARGS | METH_KEYWORDS,
      "noise($self, step, z)\n--\n\nNoise of a step below horizon, for guesses that pass it; "
      "copied."},
-    {"advance", KEYWORDS(leader_advance), METH_VARARGS | METH_KEYWORDS,
+    {"advance", PSB_KEYWORDS(leader_advance), METH_VARARGS | METH_KEYWORDS,
      "advance($self, z=None)\n--\n\nx_{j+1} by the program's row, as a fresh tensor."},
     {"output", leader_output, METH_NOARGS,
      "output($self)\n--\n\nA fresh tensor for ask to write an answer into."},

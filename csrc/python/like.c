@@ -1,11 +1,14 @@
 /* like.c - a fresh tensor of the caller's own kind: NumPy's, torch's, or of any library with
  * DLPack.
  *
- * run types call psb_tensor_like for what a denoiser is given and for every result.
+ * Runs call psb_tensor_like for what a denoiser is given and for every result.
  */
 #include <string.h>
 
-#include "tensor.h"
+#include "block.h"
+#include "like.h"
+#include "lookup.h"
+#include "view.h"
 
 /* ---- one of the caller's kind ---------------------------------------------------------------- */
 
@@ -164,9 +167,7 @@ static int copy_at(psb_state *st, const psb_place *place, void *to, const void *
   Py_BEGIN_ALLOW_THREADS;
   status = place->backend->copy(place->backend, to, from, bytes);
   Py_END_ALLOW_THREADS;
-  if (status != PS_OK)
-    psb_raise_last(st, status);
-  return status == PS_OK ? 0 : -1;
+  return psb__judge(st, status);
 }
 
 static PyObject *allocated_like(psb_state *st, const dl_exchange *api, const psb_place *place,
@@ -225,7 +226,7 @@ PyObject *psb_tensor_like(psb_state *st, PyObject *like, const psb_place *place,
   else
     result = through_module(st, like, (tensor *)ours, writable != NULL);
   if (result && writable)
-    *writable = psb_tensor_data(ours);
+    *writable = ((tensor *)ours)->block->data;
 out:
   Py_XDECREF(ours);
   return result;

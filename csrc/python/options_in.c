@@ -1,14 +1,19 @@
 /* options_in.c - what a Leader is made with: program, latent, and options by keyword.
  *
- * leader_type.c calls it once a run.  Each error names the argument, what was given and what may
- * be; what only the core can judge (the tolerance, the latent's shape) is left to it.
+ * leader_life.c calls it once a run, module.c has check_options of it.  Each error names the
+ * argument, what was given and what may be; what only the core can judge (the tolerance, the
+ * latent's shape) is left to it.
  */
 #include <limits.h>
 #include <string.h>
 
+#include "options.h"
+#include "program.h"
 #include "run.h"
 
-/* All readers leave the default where the argument was not given, obj being NULL. */
+/* ---- readers --------------------------------------------------------------------------------- */
+
+/* All of them leave the default where the argument was not given, obj being NULL. */
 
 static int int_in(psb_state *st, PyObject *obj, const char *name, int least, int most, int *value)
 {
@@ -98,6 +103,51 @@ static int deadline_in(psb_state *st, PyObject *obj, int64_t *deadline_ns)
   return 0;
 }
 
+/* ---- options that need no run to be judged --------------------------------------------------- */
+
+/* Those that hosts pass on from their users; NULL where one was not given. */
+typedef struct choices {
+  PyObject *tolerance, *policy, *order, *max_stride, *warmup, *deadline, *on_failure;
+} choices;
+
+static int options_in(psb_state *st, const choices *given, ps_options *options)
+{
+  static const char *const policies[] = {"verified", "paper"};
+  static const char *const reactions[] = {"continue", "raise"};
+  int policy = 0;
+  ps_options_init(options);
+  if (real_in(given->tolerance, "tolerance", &options->tolerance) < 0 ||
+      choice_in(st, given->policy, "policy", policies, &policy) < 0 ||
+      int_in(st, given->order, "order", 0, 1, &options->order) < 0 ||
+      int_in(st, given->max_stride != Py_None ? given->max_stride : NULL, "max_stride", 1, INT_MAX,
+             &options->max_stride) < 0 ||
+      int_in(st, given->warmup, "warmup", 1, INT_MAX, &options->warmup) < 0 ||
+      deadline_in(st, given->deadline, &options->deadline_ns) < 0 ||
+      choice_in(st, given->on_failure, "on_failure", reactions, &options->raise_on_loss) < 0) {
+    return -1;
+  }
+  options->policy = policy == 0 ? PS_VERIFIED : PS_PAPER;
+  return 0;
+}
+
+PyObject *psb_check_options(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+  static char *names[] = {"tolerance", "policy",   "order",      "max_stride",
+                          "warmup",    "deadline", "on_failure", NULL};
+  psb_state *st = PyModule_GetState(module);
+  ps_options options;
+  choices given = {0};
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOOOOO:check_options", names, &given.tolerance,
+                                   &given.policy, &given.order, &given.max_stride, &given.warmup,
+                                   &given.deadline, &given.on_failure) ||
+      options_in(st, &given, &options) < 0) {
+    return NULL;
+  }
+  return psb__judge(st, ps_options_check(&options)) == 0 ? Py_NewRef(Py_None) : NULL;
+}
+
+/* ---- what belongs to one run ----------------------------------------------------------------- */
+
 /* None, which changes nothing, or a sequence with a number for every rank. */
 static int numbers_in(psb_state *st, PyObject *obj, const char *name, int least, int most,
                       int ranks, int *numbers)
@@ -121,7 +171,7 @@ static int numbers_in(psb_state *st, PyObject *obj, const char *name, int least,
   return failed;
 }
 
-/* One a rank where nothing is said. */
+/* One a rank where nothing is choices. */
 static int slots_in(psb_state *st, PyObject *obj, int ranks, int *slots)
 {
   for (int rank = 0; rank < ranks; ++rank) {
@@ -130,28 +180,7 @@ static int slots_in(psb_state *st, PyObject *obj, int ranks, int *slots)
   return numbers_in(st, obj, "slots", 1, PS_SLOTS_MAX, ranks, slots);
 }
 
-typedef struct keywords {
-  PyObject *program, *x, *ranks, *slots, *tolerance, *policy, *order, *max_stride, *warmup,
-      *deadline, *on_failure, *carriers, *devices;
-  int lane;
-} keywords;
-
-static int keywords_in(PyObject *args, PyObject *kwargs, keywords *given)
-{
-  static char *names[] = {"program",    "x",     "ranks",      "slots",   "tolerance",
-                          "policy",     "order", "max_stride", "warmup",  "deadline",
-                          "on_failure", "lane",  "carriers",   "devices", NULL};
-  *given = (keywords){0};
-  return PyArg_ParseTupleAndKeywords(
-             args, kwargs, "OO|$OOOOOOOOOpOO:Leader", names, &given->program, &given->x,
-             &given->ranks, &given->slots, &given->tolerance, &given->policy, &given->order,
-             &given->max_stride, &given->warmup, &given->deadline, &given->on_failure, &given->lane,
-             &given->carriers, &given->devices)
-             ? 0
-             : -1;
-}
-
-/* CUDA devices, -1 for the host; all where x is where nothing is said. */
+/* CUDA devices, -1 for the host; all where x is where nothing is choices. */
 static int devices_in(psb_state *st, PyObject *obj, PyObject *x, int ranks, int *devices)
 {
   int own = psb__device_of(st, x);
@@ -189,12 +218,30 @@ static int carriers_in(psb_state *st, PyObject *obj, int ranks, PyObject **carri
   return 0;
 }
 
+typedef struct keywords {
+  PyObject *program, *x, *ranks, *slots, *carriers, *devices;
+  choices options;
+  int lane;
+} keywords;
+
+static int keywords_in(PyObject *args, PyObject *kwargs, keywords *given)
+{
+  static char *names[] = {"program",    "x",     "ranks",      "slots",   "tolerance",
+                          "policy",     "order", "max_stride", "warmup",  "deadline",
+                          "on_failure", "lane",  "carriers",   "devices", NULL};
+  choices *options = &given->options;
+  *given = (keywords){0};
+  return PyArg_ParseTupleAndKeywords(
+             args, kwargs, "OO|$OOOOOOOOOpOO:Leader", names, &given->program, &given->x,
+             &given->ranks, &given->slots, &options->tolerance, &options->policy, &options->order,
+             &options->max_stride, &options->warmup, &options->deadline, &options->on_failure,
+             &given->lane, &given->carriers, &given->devices)
+             ? 0
+             : -1;
+}
+
 int psb__order_in(psb_state *st, PyObject *args, PyObject *kwargs, psb_order *order)
 {
-  static const char *const policies[] = {"verified", "paper"};
-  static const char *const reactions[] = {"continue", "raise"};
-  ps_options *options = &order->options;
-  int policy = 0;
   keywords given;
   if (keywords_in(args, kwargs, &given) < 0) {
     return -1;
@@ -203,23 +250,14 @@ int psb__order_in(psb_state *st, PyObject *args, PyObject *kwargs, psb_order *or
   order->x = given.x;
   order->ranks = 1;
   order->lane = given.lane;
-  ps_options_init(options);
-  options->check = psb__check_signals;
   if (order->program == NULL ||
       int_in(st, given.ranks, "ranks", 1, PS_RANKS_MAX, &order->ranks) < 0 ||
       slots_in(st, given.slots, order->ranks, order->slots) < 0 ||
-      real_in(given.tolerance, "tolerance", &options->tolerance) < 0 ||
-      choice_in(st, given.policy, "policy", policies, &policy) < 0 ||
-      int_in(st, given.order, "order", 0, 1, &options->order) < 0 ||
-      int_in(st, given.max_stride != Py_None ? given.max_stride : NULL, "max_stride", 1, INT_MAX,
-             &options->max_stride) < 0 ||
-      int_in(st, given.warmup, "warmup", 1, INT_MAX, &options->warmup) < 0 ||
-      deadline_in(st, given.deadline, &options->deadline_ns) < 0 ||
-      choice_in(st, given.on_failure, "on_failure", reactions, &options->raise_on_loss) < 0 ||
+      options_in(st, &given.options, &order->options) < 0 ||
       carriers_in(st, given.carriers, order->ranks, &order->carriers) < 0 ||
       devices_in(st, given.devices, order->x, order->ranks, order->devices) < 0) {
     return -1;
   }
-  options->policy = policy == 0 ? PS_VERIFIED : PS_PAPER;
+  order->options.check = psb__check_signals;
   return 0;
 }

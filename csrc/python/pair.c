@@ -3,9 +3,7 @@
  * Python agrees on the id with the other process and keeps the pair from run to run; carrier.c
  * opens the ends of links over it.
  */
-#include "run.h"
-
-#include "parastep_backend.h"
+#include "ends.h"
 
 typedef struct pair_object {
   PyObject_HEAD psb_guard guard;

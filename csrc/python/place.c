@@ -3,8 +3,8 @@
  * Leader and Follower have a place each and enter it at the beginning of every method, so that work
  * goes to whatever stream the host's library works on in this thread just now.
  */
-#include "intake.h"
-#include "parastep_backend.h"
+#include "place.h"
+#include "lookup.h"
 
 int psb__place_open(psb_state *st, int device, psb_place *place)
 {
@@ -17,11 +17,7 @@ int psb__place_open(psb_state *st, int device, psb_place *place)
   Py_BEGIN_ALLOW_THREADS;
   status = ps_cuda_open(device, &place->backend);
   Py_END_ALLOW_THREADS;
-  if (status != PS_OK) {
-    psb_raise_last(st, status);
-    return -1;
-  }
-  return 0;
+  return psb__judge(st, status);
 }
 
 void psb__place_close(psb_place *place)
@@ -92,11 +88,7 @@ int psb__place_enter(psb_state *st, psb_place *place, PyObject *like)
   Py_BEGIN_ALLOW_THREADS;
   status = ps_cuda_use_stream(place->backend, place->stream);
   Py_END_ALLOW_THREADS;
-  if (status != PS_OK) {
-    psb_raise_last(st, status);
-    return -1;
-  }
-  return 0;
+  return psb__judge(st, status);
 }
 
 ps_status psb__place_settle(const psb_place *place)

@@ -1,13 +1,15 @@
 /* probe.c - private functions of the module through which tests reach views and tensors. */
 #include <string.h>
 
+#include "like.h"
 #include "tensor.h"
+#include "view.h"
 
 static int read_dtype(psb_state *st, const char *name, ps_dtype *dtype)
 {
   *dtype = PS_NONE;
   for (ps_dtype known = PS_F32; known <= PS_F64; known++)
-    if (strcmp(name, psb_dtype_name(known)) == 0)
+    if (strcmp(name, ps_dtype_name(known)) == 0)
       *dtype = known;
   if (*dtype == PS_NONE)
     psb_raise(st, PS_DTYPE, "unknown dtype '%s'", name);
@@ -74,7 +76,7 @@ static PyObject *probe_view(PyObject *module, PyObject *args, PyObject *kwargs)
     goto out;
   address = PyLong_FromVoidPtr(view.data);
   if (address)
-    result = Py_BuildValue("(OsniOO)", address, psb_dtype_name(view.dtype), (Py_ssize_t)view.count,
+    result = Py_BuildValue("(OsniOO)", address, ps_dtype_name(view.dtype), (Py_ssize_t)view.count,
                            view.ndim, view.readonly ? Py_True : Py_False,
                            view.copied ? Py_True : Py_False);
 out:
@@ -83,15 +85,15 @@ out:
   return result;
 }
 
-PyMethodDef psb_tensor_methods[] = {
-    {"_roundtrip", WITH_KEYWORDS(probe_roundtrip), METH_VARARGS | METH_KEYWORDS,
+PyMethodDef psb_probe_methods[] = {
+    {"_roundtrip", PSB_KEYWORDS(probe_roundtrip), METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("_roundtrip($module, tensor, /, writable=False, name='x')\n--\n\n"
                "A Tensor with a copy of the elements.  With writable the tensor itself is zeroed "
                "afterwards.  For tests.")},
-    {"_like", WITH_KEYWORDS(probe_like), METH_VARARGS | METH_KEYWORDS,
+    {"_like", PSB_KEYWORDS(probe_like), METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("_like($module, tensor, /, dtype=None)\n--\n\n"
                "A copy of the same kind; zeros where another dtype is named.  For tests.")},
-    {"_view", WITH_KEYWORDS(probe_view), METH_VARARGS | METH_KEYWORDS,
+    {"_view", PSB_KEYWORDS(probe_view), METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("_view($module, tensor, /, writable=False)\n--\n\n"
                "(address, dtype, count, ndim, readonly, copied) of what the core would read.  For "
                "tests.")},

@@ -1,9 +1,9 @@
 /* program_type.c - parastep.Program: the sampling program as a Python object.
  *
- * Made from NumPy arrays by tracing.py or by the user, or by one of the core's builders;
+ * Made from NumPy arrays by parastep.trace or by the user, or by one of the core's builders;
  * options_in.c hands it to a leader.  Immutable, so it may be shared by threads and runs.
  */
-#include "binding.h"
+#include "program.h"
 
 typedef struct program_object {
   PyObject_HEAD ps_program *program;
@@ -325,15 +325,13 @@ static PyGetSetDef getters[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-#define KEYWORDS(function) (PyCFunction)(void (*)(void)) function
-
 static PyMethodDef methods[] = {
-    {"ddim", KEYWORDS(program_ddim), METH_CLASS | METH_VARARGS | METH_KEYWORDS,
+    {"ddim", PSB_KEYWORDS(program_ddim), METH_CLASS | METH_VARARGS | METH_KEYWORDS,
      "ddim($type, alpha, s, prediction='noise')\n--\n\n"
      "DDIM without added noise (arXiv 2010.02502).  alpha, s: (N + 1,) signal and noise scales, "
      "the\n"
      "last pair where sampling ends.  prediction: 'noise', 'flow', 'velocity' or 'sample'."},
-    {"dpmpp_2m", KEYWORDS(program_dpmpp_2m), METH_CLASS | METH_VARARGS | METH_KEYWORDS,
+    {"dpmpp_2m", PSB_KEYWORDS(program_dpmpp_2m), METH_CLASS | METH_VARARGS | METH_KEYWORDS,
      "dpmpp_2m($type, alpha, s, prediction='noise')\n--\n\n"
      "DPM-Solver++ of second order, multistep (arXiv 2211.01095).  Arguments as for ddim."},
     {"euler", program_euler, METH_CLASS | METH_O,
@@ -343,7 +341,7 @@ static PyMethodDef methods[] = {
      "flow_euler($type, sigmas, /)\n--\n\n"
      "Euler on a flow, x = (1 - sigma) x0 + sigma eps, m = eps - x0.  sigmas: (N + 1,) from 1 to "
      "0."},
-    {"adams_bashforth", KEYWORDS(program_adams_bashforth),
+    {"adams_bashforth", PSB_KEYWORDS(program_adams_bashforth),
      METH_CLASS | METH_VARARGS | METH_KEYWORDS,
      "adams_bashforth($type, sigmas, order=2)\n--\n\n"
      "Adams-Bashforth of order 1 to 4 on the uneven grid of decreasing sigmas, (N + 1,)."},
@@ -375,7 +373,7 @@ static PyType_Spec type_spec = {
     .slots = type_slots,
 };
 
-int psb_program_add_types(PyObject *module, psb_state *st)
+int psb_program_add_type(PyObject *module, psb_state *st)
 {
   st->program_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &type_spec, NULL);
   return st->program_type != NULL ? PyModule_AddType(module, st->program_type) : -1;

@@ -1,7 +1,8 @@
 /* report_out.c - what a run remembers of itself, as a dict of plain Python objects.
  *
- * Leader.report calls it; report.py makes a Report of the dict.
+ * Leader.report calls it; parastep.Report is made of the dict.
  */
+#include "options.h"
 #include "run.h"
 
 static PyObject *int_item(const void *values, int k)

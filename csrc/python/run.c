@@ -39,24 +39,6 @@ void psb__leave(psb_guard *guard)
   __atomic_store_n(&guard->busy, 0, __ATOMIC_RELEASE);
 }
 
-int psb__check_signals(void *unused)
-{
-  (void)unused;
-  PyGILState_STATE gil = PyGILState_Ensure();
-  int stop = PyErr_CheckSignals();
-  PyGILState_Release(gil);
-  return stop;
-}
-
-int psb__judge(psb_state *st, ps_status status)
-{
-  if (status == PS_OK && !PyErr_Occurred()) {
-    return 0;
-  }
-  psb_raise_last(st, status);
-  return -1;
-}
-
 /* ---- lists ----------------------------------------------------------------------------------- */
 
 PyObject *psb__list(int count, psb_item item, const void *context)

@@ -1,17 +1,11 @@
-/* run.h - what Leader and Follower share: who is inside, the latents of a run, work out and in.
- *
- * leader_type.c and follower_type.c wrap the core's two state machines; options_in.c reads what a
- * leader is made with, report_out.c shows what a run remembers of itself.  All of it is called
- * under the GIL and reports failure as CPython does, unless a comment says more.
- */
+/* run.h - what the objects of a run share: who is inside, its latents, work out and in; run.c. */
 #ifndef PSB_RUN_H
 #define PSB_RUN_H
 
 #include <sys/types.h>
 
-#include "binding.h"
-
-#include "parastep_transport.h"
+#include "like.h"
+#include "view.h"
 
 /* ---- who is inside --------------------------------------------------------------------------- */
 
@@ -30,10 +24,6 @@ void psb__leave(psb_guard *guard);
 /* Whether this is still the process that made the run; a forked child must leave its locks alone.
  */
 bool psb__at_home(const psb_guard *guard);
-
-/* 0 where the core succeeded and no check has raised; otherwise -1 with the exception set.  A reply
- * may come in while the check is running, and the core then knows nothing of the interrupt. */
-int psb__judge(psb_state *st, ps_status status);
 
 /* ---- latents of the run ---------------------------------------------------------------------- */
 
@@ -87,41 +77,5 @@ PyObject *psb__list(int count, psb_item item, const void *context);
 /* The items of a sequence as a tuple, which no code that is called meanwhile, and no other thread,
  * can change.  Errors say that name needs a sequence of what. */
 PyObject *psb__items(PyObject *obj, const char *name, const char *what);
-
-/* ---- options_in.c, report_out.c, follower_type.c, carrier.c, pair.c -------------------------- */
-
-/* What a Leader is made with; the objects are borrowed from the call's arguments. */
-typedef struct psb_order {
-  ps_program *program;
-  PyObject *x;
-  int ranks;
-  int slots[PS_RANKS_MAX];   /* (ranks) */
-  PyObject *carriers;        /* {rank: carrier} of ranks in other processes, or NULL */
-  int lane;                  /* rank 0 has a follower too */
-  int devices[PS_RANKS_MAX]; /* (ranks) of CUDA; -1: the host */
-  ps_options options;
-} psb_order;
-
-int psb__order_in(psb_state *st, PyObject *args, PyObject *kwargs, psb_order *order);
-
-PyObject *psb__report_out(const ps_report *report);
-
-/* A Follower that owns link and place from now on, also when NULL is returned. */
-PyObject *psb__follower_new(psb_state *st, PyObject *like, psb_place *place, const psb_spec *spec,
-                            ps_link *link, int rank);
-
-/* One end of a link to another process, and what is to be told where that is lost: an Inbox, or the
- * Pair.  carrier is a tuple (send, same_clock) or (Pair, same_clock).  The caller closes the end,
- * but not where NULL is returned. */
-PyObject *psb__far_open(psb_state *st, const psb_place *place, const psb_spec *spec, int slots,
-                        ps_role role, PyObject *carrier, ps_link **end);
-
-/* The pair of a Pair, borrowed; NULL with an exception where that is closed. */
-ps_pair *psb__pair_of(psb_state *st, PyObject *obj);
-
-/* join(x, rank, slots, carrier), nccl_version() and nccl_id() of the module. */
-PyObject *psb_join(PyObject *module, PyObject *args);
-PyObject *psb_nccl_version(PyObject *module, PyObject *unused);
-PyObject *psb_nccl_id(PyObject *module, PyObject *unused);
 
 #endif

@@ -1,91 +1,26 @@
-/* tensor.c - our own Tensor: its memory, its Python type, its buffer.
+/* tensor.c - our own Tensor: its Python type and its buffer.
  *
- * The types of program and runs call psb_tensor_new and psb_tensor_like for every result and for
- * what a denoiser is given.  Memory sits in a block that counts its users, so that a consumer on
- * any thread lets go of it without the GIL, also when Python is gone.
+ * like.c makes one for the caller's library to take over, or for a caller whose library cannot;
+ * probe.c makes them for tests.
  */
-#define PSB_IMPORT_NUMPY
-#include <stdlib.h>
-#include <string.h>
-
-#include "tensor.h"
-/* ---- memory ---------------------------------------------------------------------------------- */
-
-enum { ALIGNMENT = 64 }; /* a cache line; JAX copies what is aligned to less */
-
-block *psb__block_new(size_t bytes, const void *data)
-{
-  block *made = NULL;
-  uintptr_t address;
-
-  if (bytes <= PTRDIFF_MAX - sizeof *made - ALIGNMENT)
-    made = malloc(sizeof *made + ALIGNMENT + bytes);
-  if (made) {
-    address = (uintptr_t)(made + 1) + ALIGNMENT - 1;
-    made->data = (void *)(address - address % ALIGNMENT);
-    made->backend = NULL;
-    atomic_init(&made->users, 1);
-    atomic_init(&made->stream, NULL);
-    if (data)
-      memcpy(made->data, data, bytes);
-  } else {
-    PyErr_NoMemory();
-  }
-  return made;
-}
-
-block *psb__block_retain(block *shared)
-{
-  atomic_fetch_add_explicit(&shared->users, 1, memory_order_relaxed);
-  return shared;
-}
-
-/* Memory of a device, not yet written; for psb_tensor_new alone, which releases the GIL. */
-static block *block_on(const ps_backend *backend, size_t bytes)
-{
-  block *made = calloc(1, sizeof *made);
-
-  if (made) {
-    made->data = backend->alloc(backend, bytes > 0 ? bytes : 1);
-    if (!made->data) {
-      free(made);
-      return NULL;
-    }
-    atomic_init(&made->users, 1);
-    atomic_init(&made->stream, NULL);
-    backend->retain(backend);
-    made->backend = backend;
-  }
-  return made;
-}
-
-/* The last user frees: it must see what the others wrote before they let go.  What a consumer gave
- * to its stream may still read the memory of a device: that is given back behind it. */
-void psb__block_release(block *shared)
-{
-  if (atomic_fetch_sub_explicit(&shared->users, 1, memory_order_acq_rel) != 1)
-    return;
-  if (shared->backend) {
-    ps_cuda_give_back(shared->backend, shared->data, atomic_load(&shared->stream));
-    shared->backend->release(shared->backend);
-  }
-  free(shared);
-}
+#include "block.h"
 
 /* ---- the Tensor type ------------------------------------------------------------------------- */
 
-const char *psb_dtype_name(ps_dtype dtype)
+bool psb__count(int ndim, const int64_t *shape, size_t element, size_t *count)
 {
-  const char *name = "none";
+  int64_t product = 1;
+  bool empty = false, fits = true;
 
-  switch (dtype) {
-  case PS_NONE: break;
-  case PS_F32: name = "float32"; break;
-  case PS_F16: name = "float16"; break;
-  case PS_BF16: name = "bfloat16"; break;
-  case PS_F64: name = "float64"; break;
+  for (int d = 0; d < ndim; d++) {
+    fits = fits && shape[d] >= 0;
+    empty = empty || shape[d] == 0;
   }
-  return name;
+  for (int d = 0; d < ndim && fits && !empty; d++)
+    fits = !__builtin_mul_overflow(product, shape[d], &product);
+  fits = fits && (empty || product <= PTRDIFF_MAX / (int64_t)element);
+  *count = empty ? 0 : (size_t)product;
+  return fits;
 }
 
 /* Elements of a shape that the binding itself computed; an error is raised all the same. */
@@ -104,31 +39,6 @@ int psb__check_shape(psb_state *st, ps_dtype dtype, int ndim, const int64_t *sha
   return rc;
 }
 
-/* Memory at a place, with its contents: written to the end before anyone sees it, so that whatever
- * stream a consumer names need not wait. */
-static block *block_at(psb_state *st, const psb_place *place, size_t bytes, const void *data)
-{
-  const ps_backend *backend = place->backend;
-  ps_status status = PS_OK;
-  block *made;
-
-  Py_BEGIN_ALLOW_THREADS;
-  made = block_on(backend, bytes);
-  status = made ? PS_OK : PS_NO_MEMORY;
-  if (status == PS_OK && data && bytes > 0)
-    status = backend->copy(backend, made->data, data, bytes);
-  if (status == PS_OK)
-    status = psb__place_settle(place);
-  Py_END_ALLOW_THREADS;
-  if (status != PS_OK) {
-    psb_raise_last(st, status);
-    if (made)
-      psb__block_release(made);
-    made = NULL;
-  }
-  return made;
-}
-
 PyObject *psb_tensor_new(psb_state *st, const psb_place *place, ps_dtype dtype, int ndim,
                          const int64_t *shape, const void *data)
 {
@@ -139,8 +49,9 @@ PyObject *psb_tensor_new(psb_state *st, const psb_place *place, ps_dtype dtype, 
 
   if (psb__check_shape(st, dtype, ndim, shape, &count) < 0)
     goto out;
-  memory = psb__wanted_device(place) >= 0 ? block_at(st, place, count * ps_dtype_size(dtype), data)
-                                          : psb__block_new(count * ps_dtype_size(dtype), data);
+  memory = psb__wanted_device(place) >= 0
+               ? psb__block_at(st, place, count * ps_dtype_size(dtype), data)
+               : psb__block_new(count * ps_dtype_size(dtype), data);
   if (!memory)
     goto out;
   self = PyObject_New(tensor, st->tensor_type);
@@ -170,24 +81,6 @@ static void tensor_dealloc(PyObject *obj)
   Py_DECREF(type);
 }
 
-void *psb_tensor_data(PyObject *obj)
-{
-  return ((tensor *)obj)->block->data;
-}
-
-void psb__tensor_describe(PyObject *obj, psb_view *view)
-{
-  tensor *self = (tensor *)obj;
-
-  view->data = self->block->data;
-  view->device_type = psb__block_device(self->block) >= 0 ? DL_CUDA : DL_CPU;
-  view->device_id = view->device_type == DL_CUDA ? psb__block_device(self->block) : 0;
-  view->dtype = self->dtype;
-  view->ndim = self->ndim;
-  for (int d = 0; d < self->ndim; d++)
-    view->shape[d] = self->shape[d];
-}
-
 static PyObject *tensor_get_shape(PyObject *obj, void *Py_UNUSED(closure))
 {
   tensor *self = (tensor *)obj;
@@ -205,17 +98,12 @@ static PyObject *tensor_get_shape(PyObject *obj, void *Py_UNUSED(closure))
 
 static PyObject *tensor_get_dtype(PyObject *obj, void *Py_UNUSED(closure))
 {
-  return PyUnicode_FromString(psb_dtype_name(((tensor *)obj)->dtype));
+  return PyUnicode_FromString(ps_dtype_name(((tensor *)obj)->dtype));
 }
 
 static PyObject *tensor_get_ndim(PyObject *obj, void *Py_UNUSED(closure))
 {
   return PyLong_FromLong(((tensor *)obj)->ndim);
-}
-
-size_t psb__tensor_bytes(const tensor *self)
-{
-  return self->count * ps_dtype_size(self->dtype);
 }
 
 static PyObject *tensor_get_nbytes(PyObject *obj, void *Py_UNUSED(closure))
@@ -229,11 +117,11 @@ static PyObject *tensor_repr(PyObject *obj)
 
   if (shape && psb__block_device(((tensor *)obj)->block) >= 0)
     text = PyUnicode_FromFormat("parastep.Tensor(shape=%R, dtype='%s', device='cuda:%d')", shape,
-                                psb_dtype_name(((tensor *)obj)->dtype),
+                                ps_dtype_name(((tensor *)obj)->dtype),
                                 psb__block_device(((tensor *)obj)->block));
   else if (shape)
     text = PyUnicode_FromFormat("parastep.Tensor(shape=%R, dtype='%s')", shape,
-                                psb_dtype_name(((tensor *)obj)->dtype));
+                                ps_dtype_name(((tensor *)obj)->dtype));
   Py_XDECREF(shape);
   return text;
 }
@@ -305,7 +193,7 @@ out:
 /* ---- making the type ------------------------------------------------------------------------- */
 
 static PyMethodDef tensor_methods[] = {
-    {"__dlpack__", WITH_KEYWORDS(psb__tensor_dlpack), METH_VARARGS | METH_KEYWORDS,
+    {"__dlpack__", PSB_KEYWORDS(psb__tensor_dlpack), METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("__dlpack__($self, /, *, stream=None, max_version=None, dl_device=None, copy=None)\n"
                "--\n\nA DLPack capsule on the tensor's memory, or on a copy of it.")},
     {"__dlpack_device__", psb__tensor_dlpack_device, METH_NOARGS,
@@ -340,60 +228,8 @@ static PyType_Spec tensor_spec = {
     .slots = tensor_slots,
 };
 
-static int make_names(struct psb_names *names)
+int psb_tensor_add_type(PyObject *module, psb_state *st)
 {
-  names->dlpack = PyUnicode_InternFromString("__dlpack__");
-  names->exchange_api = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
-  names->exchange_api_old = PyUnicode_InternFromString("__c_dlpack_exchange_api__");
-  names->is_neg = PyUnicode_InternFromString("is_neg");
-  names->requires_grad = PyUnicode_InternFromString("requires_grad");
-  names->detach = PyUnicode_InternFromString("detach");
-  names->array_namespace = PyUnicode_InternFromString("__array_namespace__");
-  names->module = PyUnicode_InternFromString("__module__");
-  names->from_dlpack = PyUnicode_InternFromString("from_dlpack");
-  names->max_version = Py_BuildValue("(s)", "max_version");
-  names->stream = Py_BuildValue("(s)", "stream");
-  names->max_version_and_stream = Py_BuildValue("(ss)", "max_version", "stream");
-  names->version = Py_BuildValue("(ii)", DL_MAJOR, DL_MINOR);
-  return PyErr_Occurred() ? -1 : 0;
-}
-
-int psb_tensor_add_types(PyObject *module, psb_state *st)
-{
-  int rc = -1;
-
-  if (PyArray_ImportNumPyAPI() < 0 || make_names(&st->names) < 0)
-    goto out;
   st->tensor_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &tensor_spec, NULL);
-  if (st->tensor_type)
-    rc = PyModule_AddType(module, st->tensor_type);
-out:
-  return rc;
-}
-
-int psb_tensor_traverse(psb_state *st, visitproc visit, void *arg)
-{
-  Py_VISIT(st->tensor_type);
-  return 0;
-}
-
-/* The names are strings and tuples of them: in no cycle, so only clear needs to know them. */
-void psb_tensor_clear(psb_state *st)
-{
-  struct psb_names *names = &st->names;
-
-  Py_CLEAR(st->tensor_type);
-  Py_CLEAR(names->dlpack);
-  Py_CLEAR(names->exchange_api);
-  Py_CLEAR(names->exchange_api_old);
-  Py_CLEAR(names->is_neg);
-  Py_CLEAR(names->requires_grad);
-  Py_CLEAR(names->detach);
-  Py_CLEAR(names->array_namespace);
-  Py_CLEAR(names->module);
-  Py_CLEAR(names->from_dlpack);
-  Py_CLEAR(names->max_version);
-  Py_CLEAR(names->stream);
-  Py_CLEAR(names->max_version_and_stream);
-  Py_CLEAR(names->version);
+  return st->tensor_type != NULL ? PyModule_AddType(module, st->tensor_type) : -1;
 }

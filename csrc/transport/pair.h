@@ -5,6 +5,7 @@
 #define PS_PAIR_H
 
 #include "backend/cuda.h"
+#include "parastep_transport.h"
 #include "transport/nccl_api.h"
 
 struct ps_pair {

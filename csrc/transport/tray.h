@@ -7,7 +7,9 @@
 #ifndef PS_TRAY_H
 #define PS_TRAY_H
 
-#include "core/internal.h"
+#include "core/base.h"
+#include "parastep_backend.h"
+#include "parastep_transport.h"
 
 /* Bytes from one slot's to the next one's. */
 typedef struct ps__slots {

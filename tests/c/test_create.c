@@ -60,8 +60,10 @@ TEST(leaders_that_make_no_sense_are_refused)
   bad[4].deadline_ns = -1;
   memcpy(&bad[5].policy, &unknown, sizeof unknown);
   for (int k = 0; k < 6; ++k) {
+    CHECK_STATUS(ps_options_check(&bad[k]), PS_INVALID);
     refuse_leader(program, &good, &bad[k], NULL, PS_INVALID);
   }
+  CHECK_OK(ps_options_check(&options));
   ps_program_release(program);
 }
 
