@@ -32,10 +32,11 @@ from ._core import (
     build_info,
 )
 from ._version import __version__
-from .api import FollowerWarning, SerialWarning, sample
 from .calibration import Calibration, calibrate
+from .messages import FollowerWarning, SerialWarning
 from .planning.plan import plan
 from .report.report import Report
+from .sampling import sample
 
 if TYPE_CHECKING:
     from .diffusers.pipeline import ParallelPipeline, parallelize

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _core
-from .api import sample
 from .report.report import Report
+from .sampling import sample
 from .tolerance import Tolerance, number_of
 
 # From loose to tight, three a decade; between two neighbours the search goes on by bisection.

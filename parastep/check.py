@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .api import describe, sample
+from .messages import describe
+from .sampling import sample
 
 HOSTS = ("diffusers", "transformers", "accelerate", "peft", "safetensors")
 OTHERS = ("numpy", "mpi4py", "matplotlib", "tqdm", "nvidia-nccl-cu13", "nvidia-nccl-cu12")

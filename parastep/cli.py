@@ -11,7 +11,8 @@ from typing import Any
 
 from . import __version__, _core
 from .check import check
-from .planning.plan import LINKS, plan
+from .planning.plan import plan
+from .planning.quantities import LINKS
 from .report.report import Report
 
 

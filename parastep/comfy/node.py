@@ -22,13 +22,14 @@ import numpy as np
 import torch
 
 from .. import _core
-from ..api import describe
+from ..messages import describe
+from ..options import Options
 from ..report.report import Report
 from ..tolerance import Tolerance, number_of
 from ..tracing.kdiffusion import Traced, trace
 from .lanes import Lane, make_lanes, without_host_split
 from .replicas import Replicas, add_replicas, patcher_on
-from .sampling import Host, Sampling, may_stride
+from .sampling import Host, Sampling
 from .serial import reason_against
 
 KEY = "parastep"  # of the wrappers on a patched model
@@ -42,7 +43,7 @@ def patch(
     model: Any,
     devices: str | Sequence[str | torch.device] = "auto",
     *,
-    tolerance: Tolerance = 0.02,
+    tolerance: Tolerance = "balanced",
     policy: str = "verified",
     max_stride: int | None = None,
     warmup: int = 5,
@@ -55,25 +56,15 @@ def patch(
 
     `devices`: the first is the model's own, repeats allowed; also as one string, "cuda:0, cuda:1",
     or "auto", all that the host sees. A device without room for a replica is left out, with a
-    warning. The other arguments are those of `parastep.sample`; at a `max_stride` of 1 every step
-    is evaluated, and one device gains nothing.
+    warning. The other arguments are those of `parastep.options.Options`; at a `max_stride` of 1
+    every step is evaluated, and one device gains nothing.
 
     Raises InvalidError, DeviceError, UnsupportedError: subclasses of parastep.Error; the text says
     what to do.
     """
     if not all(hasattr(model, name) for name in ("add_wrapper_with_key", "load_device", "clone")):
         raise _core.InvalidError(f"model: {type(model).__name__} is not a ComfyUI MODEL")
-    options: dict[str, Any] = {
-        "tolerance": number_of(tolerance),
-        "policy": policy,
-        "max_stride": max_stride,
-        "warmup": warmup,
-        "order": order,
-        "deadline": deadline,
-        "on_failure": on_failure,
-    }
-    # Refuses bad options here, on the node that has them, and not in a sampler.
-    _core.Leader(_core.Program([[1.0]], [[0.0]]), np.zeros(1, np.float32), ranks=1, **options)
+    options = Options(tolerance, policy, max_stride, warmup, order, deadline, on_failure)
     model = model.clone()
     found = add_replicas(model, devices_of(model, devices))
     steps = ParaStep(found, options)
@@ -175,7 +166,7 @@ class ParaStep:
     conditioning processed.
     """
 
-    def __init__(self, devices: list[torch.device], options: dict[str, Any]) -> None:
+    def __init__(self, devices: list[torch.device], options: Options) -> None:
         self.devices, self.options = devices, options
         self.replicas = Replicas(devices)
         self.report: Report | None = None
@@ -213,8 +204,9 @@ class ParaStep:
         reason: str | None = None
         lanes: list[Lane] = []
         host = _Comfy(model, extra_args)
-        core = {**self.options, "tolerance": self.options["tolerance"] * host.share}
-        if len(self.devices) > 1 or may_stride(core):
+        tolerance = host.share * number_of(self.options.tolerance)
+        run_options = dataclasses.replace(self.options, tolerance=tolerance)
+        if len(self.devices) > 1 or run_options.strides:
             reason = reason_against(guider, extra_args)
         if len(self.devices) > 1 and reason is None:
             patcher = functools.partial(
@@ -224,7 +216,7 @@ class ParaStep:
             lanes, missing = make_lanes(model, extra_args, devices, patcher)
             for line in dict.fromkeys([*short, *missing]):
                 _log.warning("ParaStep: %s", line)
-        run = Sampling(model, lanes, core, host, reason)
+        run = Sampling(model, lanes, run_options, host, reason)
         rows = functools.partial(_rows, stock, model, sigmas, extra_args, options)
         arguments = host.alone(extra_args, bool(lanes))
         try:

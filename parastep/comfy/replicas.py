@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..api import describe
+from ..messages import describe
 
 KEY = "parastep"  # of our own copies among a patcher's additional models
 _HOSTS_KEY = "multigpu"  # of the host's

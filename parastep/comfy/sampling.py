@@ -20,9 +20,11 @@ from typing import Any
 import torch
 
 from .. import _core
-from ..api import describe, serve
+from ..messages import describe
+from ..options import Options
 from ..quiet import name_of
 from ..report.report import Report
+from ..sampling import serve
 from ..speculation import Speculation
 from ..stacking import Stacking
 from ..threads import HostContext
@@ -42,12 +44,6 @@ Lane = Callable[..., torch.Tensor]
 Sampler = Callable[..., torch.Tensor]
 
 _PATIENCE = 10.0  # seconds for followers that are at work when the leader's loop is left
-
-
-def may_stride(options: dict[str, Any]) -> bool:
-    """Whether the options of `_core.Leader` allow strided rounds, from which one device gains."""
-    verified = options.get("policy", "verified") == "verified"
-    return verified and options["tolerance"] > 0 and options.get("max_stride") != 1
 
 
 class Host:
@@ -79,14 +75,12 @@ class Sampling(Speculation):
         self,
         model: Any,
         lanes: Sequence[Lane],
-        options: dict[str, Any],
+        options: Options,
         host: Host | None = None,
         reason: str | None = None,
     ) -> None:
-        """`lanes` are the followers', ranks 1 and on; `options` are those of `_core.Leader`, with
-        the tolerance among them.
-
-        `reason`, where there is one, is why the model is to be asked alone from the start.
+        """`lanes` are the followers', ranks 1 and on; `reason`, where there is one, is why the
+        model is to be asked alone from the start.
         """
         super().__init__(reason)
         self._model, self._lanes, self._options = model, list(lanes), options
@@ -123,7 +117,7 @@ class Sampling(Speculation):
         """
         began = time.perf_counter()
         try:
-            if (self._lanes or may_stride(self._options)) and self.reason is None:
+            if (self._lanes or self._options.strides) and self.reason is None:
                 self._open(function, x, sigmas, extra_args, options, traced)
             return function(self, x, sigmas, extra_args=extra_args, **rest, **options)
         except self._host.interrupt as error:
@@ -137,12 +131,10 @@ class Sampling(Speculation):
     def report(self) -> Report:
         """What happened, once `run` is over."""
         ranks = 1 + len(self._lanes)
-        if self.leader is None:
+        if self.core is None:
             report = Report(ranks=ranks, evaluations=[0] * ranks)
         else:
-            paper = self._options.get("policy") == "paper"
-            tolerance = None if paper else self._options.get("tolerance")
-            report = Report.from_core(self.leader.report(), tolerance)
+            report = Report.from_core(self.core.report(), self._options.decides)
         alone = self.evaluated - report.rounds
         report.accepted = report.accepted + [1] * max(alone, 0)
         report.steps = self.calls
@@ -175,12 +167,12 @@ class Sampling(Speculation):
                 self._guidance = Guidance(rows.b, rows.e)
             devices = [x.device, *(getattr(lane, "device", x.device) for lane in self._lanes)]
             places = [d.index if d.type == "cuda" else -1 for d in devices]
-            self.leader = _core.Leader(
+            self.core = _core.Leader(
                 program,
                 self._latents(x),
                 ranks=len(devices),
                 devices=places if x.is_cuda else None,
-                **self._options,
+                **self._options.for_core(),
             )
         except (NotTraceableError, _core.Error) as error:
             self.give_up(str(error))
@@ -191,22 +183,22 @@ class Sampling(Speculation):
         context = HostContext()
         for rank, lane in enumerate(self._lanes, 1):
             follow = Stacking(partial(self._follow, lane))
-            body = partial(serve, self.leader.follower(rank), follow)
+            body = partial(serve, self.core.follower(rank), follow)
             # The leader keeps its own number of threads, which its bits may depend on.
             intraop = 1 if devices[rank].type == "cpu" else None
             try:
                 self._threads[rank] = context.start(body, name_of(rank), intraop, devices[rank])
             except RuntimeError as error:  # no more threads
-                self.leader.leave_out(rank, describe(error))
+                self.core.leave_out(rank, describe(error))
 
     def _close(self) -> None:
         """Followers leave. Where the user cancelled, those at work are made to stop as well: the
         host tells only one model call.
         """
-        if self.leader is None:
+        if self.core is None:
             return
-        self.leader.finish()
-        lost = {line[0] for line in self.leader.report()["failures"]}
+        self.core.finish()
+        lost = {line[0] for line in self.core.report()["failures"]}
         patience = time.monotonic() + _PATIENCE
         for rank, thread in self._threads.items():
             until = time.monotonic() + 0.05 if rank in lost else patience
@@ -267,7 +259,7 @@ class Sampling(Speculation):
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **arguments: Any) -> torch.Tensor:
         step, self.calls = self.calls, self.calls + 1
-        if self.leader is None or self.reason is not None:
+        if self.core is None or self.reason is not None:
             return self._evaluate(x, sigma, None, arguments)
         self._watch(step, x, sigma, arguments)
         if self.reason is None and (answer := self._ask(step, x, arguments)) is not None:
@@ -279,7 +271,7 @@ class Sampling(Speculation):
             self.give_up("the guider tells nobody of its unguided output")
         if self.reason is None:
             output = self._output(x, sigma, denoised, unguided)
-            self._told(self.leader.submit, output, began)
+            self._told(self.core.submit, output, began)
             if self._guidance is not None:
                 self._guidance.take(step, output)
         self._check_interrupt()
@@ -315,12 +307,12 @@ class Sampling(Speculation):
 
     def _ask(self, step: int, x: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor | None:
         """d of this call by a verified output, or interpolated; None: to be evaluated."""
-        assert self.leader is not None
+        assert self.core is not None
         self._give_noise(step)
         x = self._latents(x)
         answer = torch.empty_like(x, memory_format=torch.contiguous_format)
         while True:
-            answered = self._told(self.leader.ask, step, x, answer)
+            answered = self._told(self.core.ask, step, x, answer)
             self._check_interrupt()
             if answered is not None or self.reason is not None:
                 return answer if answered else None
@@ -328,25 +320,25 @@ class Sampling(Speculation):
 
     def _evaluate_ahead(self, arguments: dict[str, Any]) -> None:
         """A round in which the model runs at guesses ahead of this call, as in a follower."""
-        assert self.leader is not None
+        assert self.core is not None
         model = partial(self._evaluate, unguided=None, arguments=arguments)
-        work = self._told(self.leader.work) or []
+        work = self._told(self.core.work) or []
         outputs = [self._d(model, step, point) for step, point in work]
-        for take, given in ((self.leader.fill, outputs), (self.leader.submit, None)):
+        for take, given in ((self.core.fill, outputs), (self.core.submit, None)):
             if self.reason is None:
                 self._told(take, given)
 
     def _give_noise(self, step: int) -> None:
         """Noise of the rows that the next guesses may pass; what q adds is told anew each time."""
-        assert self.leader is not None
-        horizon = min(self.leader.horizon, len(self._values))
+        assert self.core is not None
+        horizon = min(self.core.horizon, len(self._values))
         if self._guidance is not None:
             for later, z in enumerate(self._guidance.ahead(step, horizon), step):
                 drawn = 0.0 if self._noise is None else self._latents(self._noise[later])
-                self._told(self.leader.noise, later, z + drawn)
+                self._told(self.core.noise, later, z + drawn)
         elif self._noise is not None:
             for later in range(max(self._noise_given, step), horizon):
-                self._told(self.leader.noise, later, self._noise[later])
+                self._told(self.core.noise, later, self._noise[later])
             self._noise_given = max(self._noise_given, horizon)
 
     def _watch(

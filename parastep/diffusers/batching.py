@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from ..api import describe
-from .call import Leave
-from .hooks import inputs_in, map_tensors
+from ..messages import describe
+from .arguments import inputs_in
+from .leaving import Leave
+from .tensors import map_tensors
 
 LEADER = -1  # before all lanes: where it takes part, it makes the call
 

@@ -8,32 +8,55 @@ let go: at the latest when the leader's call ends.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from .. import _core
-from ..threads import finish_work
-from ..tracing.noise import cloned_generator
-from .hooks import map_tensors
+from ..options import Options
+from .batching import Meeting
+from .leaving import Leave
+from .tensors import finished, map_tensors, private
 
-if TYPE_CHECKING:
-    from .batching import Meeting
-    from .remote.link import FarRank
-
-
-class Leave(BaseException):
-    """Takes a follower out of its pipeline's loop: the run is over.
-
-    Not an Exception, so that no pipeline's own handler catches it.
-    """
+Given = tuple[tuple[Any, ...], dict[str, Any]]  # a pipeline call's (args, kwargs), for a replica
 
 
-class GoBack(BaseException):
-    """Takes a follower out of its loop to enter the call again: its next step lies behind it."""
+class Followers(Protocol):
+    """The followers of one call, here or elsewhere."""
+
+    @property
+    def evaluated(self) -> dict[int, int]:
+        """Evaluations of each rank, as far as they are known."""
+
+    def start(self) -> None:
+        """The loop is about to begin: the leader has encoded, warned, or raised by then."""
+
+    def start_lane(self) -> None:
+        """Steps ahead of the loop are wanted on the leader's own device."""
+
+    def gather(self, lost: set[int]) -> None:
+        """Waits for those that are about to leave; `lost` are those that were left out."""
+
+
+class Remote(Protocol):
+    """A rank in another process, as the leader's call tells it things."""
+
+    @property
+    def transport(self) -> str:
+        """What takes the latents there."""
+
+    def carrier(self) -> Any:
+        """As `_core.Leader` takes it."""
+
+    def begin(self, arguments: bytes) -> None: ...
+    def encoded(self, key: tuple[str, str], output: Any) -> None: ...
+    def begun(self, returned: Any) -> None: ...
+    def open(self, told: _core.Inbox | _core.Pair, x: torch.Tensor) -> None: ...
+    def over(self) -> None: ...
 
 
 class Call:
@@ -54,8 +77,8 @@ class Call:
         self._begun = False  # no more encoder outputs will come
         self.over = False
         self.meeting: Meeting | None = None  # where evaluations share a batch
-        self.far: dict[int, FarRank] = {}  # ranks in other processes, which are told by frames
-        self._far_begun = False
+        self.remote: dict[int, Remote] = {}  # ranks in other processes
+        self._remote_begun = False
         self._x: torch.Tensor | None = None  # a latent of the run
 
     # Leader.
@@ -69,23 +92,23 @@ class Call:
     def transports(self) -> list[str]:
         """What takes the latents to each rank; nothing to rank 0."""
         others = range(1, self.ranks)
-        return ["", *(self.far[k].transport if k in self.far else "threads" for k in others)]
+        return ["", *(self.remote[k].transport if k in self.remote else "threads" for k in others)]
 
-    def begin_far(self, arguments: bytes) -> None:
+    def begin_remote(self, arguments: bytes) -> None:
         """The loop is about to begin: ranks in other processes enter theirs."""
-        self._far_begun = True
-        for far in self.far.values():
-            far.begin(arguments)
+        self._remote_begun = True
+        for remote in self.remote.values():
+            remote.begin(arguments)
             for key, outputs in self._encoded.items():
                 for output in outputs:
-                    far.encoded(key, output)
+                    remote.encoded(key, output)
 
-    def lead(self, program: _core.Program, x: torch.Tensor, options: dict[str, Any]) -> Any:
+    def lead(self, program: _core.Program, x: torch.Tensor, options: Options) -> Any:
         """The leader of the run."""
         self._x = x
-        if not self.lane:
-            options = options | {"max_stride": 1}  # nobody evaluates ahead on the leader's device
-        carriers = {rank: far.carrier() for rank, far in self.far.items()}
+        if not self.lane:  # nobody evaluates ahead on the leader's device
+            options = dataclasses.replace(options, max_stride=1)
+        carriers = {rank: remote.carrier() for rank, remote in self.remote.items()}
         places = [d.index if d.type == "cuda" else -1 for d in self.devices[: self.ranks]]
         devices = places if x.is_cuda and len(places) == self.ranks else None
         return _core.Leader(
@@ -95,18 +118,18 @@ class Call:
             lane=self.lane,
             carriers=carriers,
             devices=devices,
-            **options,
+            **options.for_core(),
         )
 
     def tell_encoded(self, key: tuple[str, str], output: Any) -> None:
         """A copy: pipelines edit embeddings in place, the leader's and every follower's own."""
-        output = map_tensors(_own, output)
-        map_tensors(_finished, output)
+        output = map_tensors(private, output)
+        map_tensors(finished, output)
         with self._changed:
             self._encoded[key].append(output)
             self._changed.notify_all()
-        for far in self.far.values() if self._far_begun else ():
-            far.encoded(key, output)
+        for remote in self.remote.values() if self._remote_begun else ():
+            remote.encoded(key, output)
 
     def open(self, leader: _core.Leader, returned: Any, patience: float) -> None:
         """The run exists: followers may take their ends.
@@ -114,8 +137,8 @@ class Call:
         Those that failed before are left out, and those that have not reached their loop within
         `patience` seconds: one may wait for a lock that the pipeline holds in its call.
         """
-        for far in self.far.values():
-            far.begun(returned)
+        for remote in self.remote.values():
+            remote.begun(returned)
         self.begin(returned)
         with self._changed:
             ranks = set(range(0 if self.lane else 1, self.ranks))
@@ -133,15 +156,15 @@ class Call:
 
     def begin(self, returned: Any) -> None:
         """The leader's first step returned this; no more encoder outputs will come."""
-        map_tensors(_finished, returned)
+        map_tensors(finished, returned)
         with self._changed:
             self.returned, self._begun = returned, True
             self._changed.notify_all()
 
     def _open_rank(self, leader: _core.Leader, rank: int) -> None:
-        if rank in self.far:
+        if rank in self.remote:
             assert self._x is not None
-            self.far[rank].open(leader.inbox(rank), self._x)
+            self.remote[rank].open(leader.inbox(rank), self._x)
         else:
             self._followers[rank] = leader.follower(rank)
 
@@ -153,8 +176,8 @@ class Call:
 
     def end(self) -> None:
         """No more is to come: whoever waits leaves."""
-        for far in self.far.values() if self._far_begun else ():
-            far.over()
+        for remote in self.remote.values() if self._remote_begun else ():
+            remote.over()
         with self._changed:
             self.over = True
             self._changed.notify_all()
@@ -200,29 +223,3 @@ class Call:
             self.meeting.done(rank)
         if follower is not None:
             follower.fail(why)
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone()
-
-
-def _finished(tensor: torch.Tensor) -> torch.Tensor:
-    finish_work(tensor.device)
-    return tensor
-
-
-def own_copy(value: Any) -> Any:
-    """A call's argument as nobody else has it: pipelines draw from generators and edit arguments in
-    place, and images are read from their files when first used.
-    """
-    if isinstance(value, torch.Generator):
-        return cloned_generator(value)
-    if isinstance(value, torch.Tensor):
-        return _own(value)
-    if type(value) in (list, tuple):
-        return type(value)(own_copy(item) for item in value)
-    if type(value) is dict:
-        return {key: own_copy(item) for key, item in value.items()}
-    if type(value).__module__.partition(".")[0] in ("PIL", "numpy") and hasattr(value, "copy"):
-        return value.copy()
-    return value

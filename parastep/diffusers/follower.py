@@ -17,30 +17,25 @@ from typing import Any
 import torch
 
 from .. import _core
-from ..api import describe
-from ..tracing.noise import Draws
-from .call import Call, GoBack, Leave
-from .hooks import (
-    Hooks,
-    Outputs,
-    inputs_in,
-    is_compiled_in_place,
-    is_rounded,
-    map_tensors,
-    named_arguments,
-)
+from ..messages import describe
+from ..tracing.draws import Draws
+from .arguments import inputs_in, named_arguments
+from .call import Call
+from .hooks import Hooks, is_compiled_in_place
+from .leaving import GoBack, Leave
 from .replicas import denoisers_of
-from .skipping import Passing
+from .skipping import Outputs, Skipping
+from .tensors import is_rounded, map_tensors
 
 
-class Following:
+class Follower:
     """Hooks on one replica for one call, and the thread's body."""
 
     def __init__(self, replica: Any, rank: int, call: Call, device: torch.device) -> None:
         self.replica, self.rank, self.call, self.device = replica, rank, call, device
         self.evaluated = 0  # iterations whose denoisers ran
         self._outputs = Outputs()
-        self._passing = Passing(replica)
+        self._skipping = Skipping(replica)
         self._target = 0  # the step to evaluate next
         self._point: torch.Tensor | None = None  # where; None at step 0, which has its own latent
         self._skipped: Any = None  # what iterations on the way work with: its shape alone matters
@@ -76,7 +71,7 @@ class Following:
         self._private = _Private(random)
         try:
             self._place(hooks)
-            self._passing.watch(random, (*args, *kwargs.values()))
+            self._skipping.watch(random, (*args, *kwargs.values()))
             with self._private:
                 self.replica(*args, **kwargs)
         except GoBack:
@@ -91,8 +86,8 @@ class Following:
         """
         if self._end is None:
             raise RuntimeError("the replica's call ended before the first step")
-        if self._passing.known:  # or iterations were passed that were none
-            self._passing.give_up()
+        if self._skipping.known:  # or iterations were passed that were none
+            self._skipping.give_up()
             return True
         while self._target >= self._step:
             self._hand_in(torch.full_like(self._m, torch.nan))
@@ -104,13 +99,13 @@ class Following:
             hooks.wrap_call(module, self._forward_of(name, module))
         hooks.wrap_encoders(self.replica, self._replay_of)
         hooks.wrap_method(self.replica.scheduler, "step", self._step_hook)
-        self._passing.place(hooks, self.replica, self._passed)
+        self._skipping.place(hooks, self.replica, self._passed)
 
     def _passed(self) -> bool:
         if self._step >= self._walk:
             return False
         scheduler = self.replica.scheduler
-        _count_step(scheduler, self._passing.first)
+        _count_step(scheduler, self._skipping.first)
         self._step += 1
         return True
 
@@ -172,7 +167,7 @@ class Following:
         _count_step(scheduler, named["timestep"])
         if self._target < self._step:
             raise GoBack
-        if self._step < self._target and not self._passing.known:
+        if self._step < self._target and not self._skipping.known:
             if self._skipped is None:
                 self._skipped = map_tensors(self._as_returned, self.call.returned)
             return self._skipped
@@ -197,12 +192,12 @@ class Following:
             # meanwhile.
             self._end = self.call.follower(self.rank)
             self._take_work()
-            self._passing.begin(self.replica.scheduler, timestep)
+            self._skipping.begin(self.replica.scheduler, timestep)
         assert self._point is not None
         moved = None
         if not is_rounded(sample, self._point):
             moved = [sample.detach().to(self._point.dtype).contiguous()]
-        if self._step > 0 and not self._passing.check(self._step, timestep, moved is not None):
+        if self._step > 0 and not self._skipping.check(self._step, timestep, moved is not None):
             raise GoBack  # the target lies elsewhere in this loop, which is to be walked through
         self._m = model_output.detach().contiguous()
         self._hand_in(self._m, moved, began_ns)

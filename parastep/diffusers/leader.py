@@ -10,29 +10,24 @@ runs as it would without us, and the reason is kept for the report.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import _core
-from ..api import describe
+from ..messages import describe
+from ..options import Options
 from ..speculation import Speculation
 from ..tracing.noise import NoiseAhead
 from ..tracing.program import Traced, trace_rows
+from .arguments import first_times, inputs_in, latent_in, named_arguments, sample_in
 from .batching import LEADER, Inputs
-from .call import Call
-from .hooks import (
-    Hooks,
-    Outputs,
-    first_times,
-    inputs_in,
-    is_rounded,
-    latent_in,
-    named_arguments,
-    sample_in,
-)
+from .call import Call, Followers
+from .hooks import Hooks
 from .replicas import denoisers_of
+from .skipping import Outputs
+from .tensors import is_rounded
 from .watch import Watch
 
 _FEWEST = 16  # steps that a lane is worth its own check at step 0 for
@@ -47,25 +42,24 @@ class _First(NamedTuple):
     traced: Traced
 
 
-class Leading(Speculation):
+class Leader(Speculation):
     """Hooks on the user's pipeline for one call.
 
-    `begin` is called when the loop begins, before its first denoiser call: the time for followers.
-    `open_lane` is called after the first step, where steps ahead of the loop will be evaluated.
+    Followers are started when the loop begins, before its first denoiser call; the lane after the
+    first step, where steps ahead of the loop will be evaluated.
     """
 
     def __init__(
         self,
         pipe: Any,
         call: Call,
+        followers: Sequence[Followers],
         generator: Any,
-        options: dict[str, Any],
-        begin: Callable[[], None],
-        open_lane: Callable[[], None],
+        options: Options,
     ) -> None:
         super().__init__()
         self.pipe, self.call, self.options = pipe, call, options
-        self.generator, self._begin, self._open_lane = generator, begin, open_lane
+        self.generator, self._followers = generator, followers
         self.active = call.ranks > 1 or call.lane  # the core is asked
         self.steps = 0  # calls of the scheduler's step so far
         self.evaluated = 0  # those whose denoisers ran
@@ -122,8 +116,8 @@ class Leading(Speculation):
 
     def finish(self) -> None:
         """The call is over, one way or another: followers leave."""
-        if self.leader is not None:
-            self.leader.finish()
+        if self.core is not None:
+            self.core.finish()
 
     # ---- encoders --------------------------------------------------------------------------------
 
@@ -190,9 +184,10 @@ class Leading(Speculation):
         self._ordinals.clear()
         self._shown = inputs if self._scaled is None else [self._scaled, *inputs]
         if self.steps == 0:
-            self._begin()
+            for some in self._followers:
+                some.start()
         self._forward_ns = _core.now_ns()
-        if self.leader is None:
+        if self.core is None:
             return
         x = self._coming_latent()
         if x is None:
@@ -203,11 +198,11 @@ class Leading(Speculation):
         self._give_noise()
         answer = torch.empty(self._shape, dtype=self._m_dtype, device=x.device)
         self._asked = x.detach().clone()  # the host may edit x in place
-        answered = self._told(self.leader.ask, self.steps, self._as_latent(x), answer)
+        answered = self._told(self.core.ask, self.steps, self._as_latent(x), answer)
         if answered:
             self._answer = answer
         elif answered is False and self.call.meeting is not None and self.call.meeting.leads:
-            self.call.meeting.begin(LEADER, self.leader.company)
+            self.call.meeting.begin(LEADER, self.core.company)
             self._joins = True
 
     def _coming_latent(self) -> torch.Tensor | None:
@@ -243,14 +238,14 @@ class Leading(Speculation):
 
     def _give_noise(self) -> None:
         """Noise of the steps that the next guesses may pass, drawn ahead by a clone."""
-        if self._noise is None or self.leader is None:
+        if self._noise is None or self.core is None:
             return
         self._noise.release(self.steps)
-        for step in range(max(self._noise_given, self.steps), self.leader.horizon):
+        for step in range(max(self._noise_given, self.steps), self.core.horizon):
             drawn = self._noise.noise(step)
             if drawn is not None:
-                self._told(self.leader.noise, step, self._as_latent(drawn))
-        self._noise_given = max(self._noise_given, self.leader.horizon)
+                self._told(self.core.noise, step, self._as_latent(drawn))
+        self._noise_given = max(self._noise_given, self.core.horizon)
 
     # ---- scheduler -------------------------------------------------------------------------------
 
@@ -357,22 +352,22 @@ class Leading(Speculation):
         if self.call.ranks == 1 and not lane:
             self.active = False
             return
-        self.leader = self._told(self.call.lead, program, x, self.options)
-        if self.leader is None:
+        self.core = self._told(self.call.lead, program, x, self.options)
+        if self.core is None:
             return
-        if lane:
-            self._open_lane()
+        for some in self._followers if lane else ():
+            some.start_lane()
         self.opened = time.perf_counter() - self._began
-        patience = self.options["deadline"] or max(60.0, 10 * self.opened)
-        self.call.open(self.leader, result, patience)
-        self._told(self.leader.ask, 0, x)
+        patience = self.options.deadline or max(60.0, 10 * self.opened)
+        self.call.open(self.core, result, patience)
+        self._told(self.core.ask, 0, x)
         self._submit(m)
 
     def _submit(self, m: torch.Tensor) -> None:
-        leader = self.leader
-        assert leader is not None
+        core = self.core
+        assert core is not None
         self.submitted += 1
-        self._told(leader.submit, m.contiguous(), self._forward_ns)
+        self._told(core.submit, m.contiguous(), self._forward_ns)
 
     def _timesteps(self, scheduler: Any, first: Any) -> Any:
         """What the loop will hand to step, by the scheduler's list from the first one on."""
@@ -396,26 +391,26 @@ class Leading(Speculation):
             return
         if self._asked is None or not is_rounded(self._asked, x):
             self._correct(x)
-        if self._answer is None and self.active and self.leader is not None:
+        if self._answer is None and self.active and self.core is not None:
             self._submit(m.detach())
 
     def _correct(self, x: torch.Tensor) -> None:
         """The sample that the step is handed is not what the core was asked with: it measures and
         rebases on this one.
         """
-        leader = self.leader
-        if leader is None:
+        core = self.core
+        if core is None:
             return
         if self._previous is not None and not self._edited():
             self._previous_is_next = is_rounded(self._previous, x)
         if self._asked is None:
-            self._told(leader.ask, self.steps, self._as_latent(x))
+            self._told(core.ask, self.steps, self._as_latent(x))
         elif self._answer is None:
-            self._told(leader.amend, self._as_latent(x))
+            self._told(core.amend, self._as_latent(x))
         else:
-            spent = self._told(leader.amend, self._as_latent(x), self._answer)
-            exceeds = spent is not None and not spent < self.options["tolerance"]
-            if exceeds and self.options["policy"] == "verified":
+            spent = self._told(core.amend, self._as_latent(x), self._answer)
+            tolerance = self.options.decides
+            if None not in (spent, tolerance) and not spent < tolerance:
                 self.give_up("the host edited the latents after the denoiser was called")
 
 

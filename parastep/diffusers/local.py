@@ -1,4 +1,4 @@
-"""The followers of one call that are threads of this process; those of others are `far`'s."""
+"""The followers of one call that are threads of this process; `remote` has those that are not."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
-from ..api import describe
+from ..messages import describe
 from ..quiet import name_of
 from ..threads import HostContext, finish_work
-from ..tracing.noise import cloned_global_generator
-from .call import Call, own_copy
-from .follower import Following
+from ..tracing.draws import cloned_global_generator
+from .call import Call
+from .follower import Follower
+from .tensors import own_copy
 
 _PATIENCE = 10.0  # seconds for those that are about to leave
 
 
-class NearFollowers:
-    """Their arguments and their threads, as `diffusers` drives them.
+class LocalFollowers:
+    """Their arguments and their threads, as the leader starts them.
 
     To be made before the pipeline runs: arguments and the states of generators are taken here.
     `given` are the call's (args, kwargs), `replicas` those of the ranks here, by rank; what is not
@@ -33,7 +34,7 @@ class NearFollowers:
         replicas: dict[int, Any],
         given: tuple[tuple[Any, ...], dict[str, Any]],
     ) -> None:
-        self.ranks: dict[int, Following] = {}
+        self.ranks: dict[int, Follower] = {}
         self._call, self._replicas = call, replicas
         self._arguments = own_copy(given)
         self._context = HostContext()
@@ -55,16 +56,16 @@ class NearFollowers:
 
     def _start(self, rank: int) -> None:
         device = self._call.devices[rank]
-        following = Following(self._replicas[rank], rank, self._call, device)
+        follower = Follower(self._replicas[rank], rank, self._call, device)
         random = torch.Generator(device)
         random.set_state(self._random)
-        body = functools.partial(following.run, lambda: own_copy(self._arguments), random)
+        body = functools.partial(follower.run, lambda: own_copy(self._arguments), random)
         # The leader keeps its own number of threads, which its bits may depend on.
         intraop, stream = (1 if device.type == "cpu" else None), None
         if self._call.meeting is not None:  # one calls for all, each as the leader would
             intraop = self._context.threads
             stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self.ranks[rank] = following
+        self.ranks[rank] = follower
         try:
             self._threads[rank] = self._context.start(body, name_of(rank), intraop, device, stream)
         except RuntimeError as error:  # no more threads
@@ -73,7 +74,7 @@ class NearFollowers:
     @property
     def evaluated(self) -> dict[int, int]:
         """Evaluations of each rank."""
-        return {rank: following.evaluated for rank, following in self.ranks.items()}
+        return {rank: follower.evaluated for rank, follower in self.ranks.items()}
 
     def gather(self, lost: set[int]) -> None:
         """Waits for those that are about to leave. A replica of a lost rank, or whose thread hangs,

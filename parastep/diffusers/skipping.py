@@ -1,4 +1,4 @@
-"""How a follower's loop passes the iterations that it does not evaluate.
+"""How a loop skips iterations that are not evaluated, and denoisers' calls within them.
 
 Most pipelines begin an iteration with `if self.interrupt: continue`. A replica whose `interrupt` is
 true for a while goes through its loop at next to no cost, where every iteration that is walked
@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
-from .hooks import Hooks, first_times
+from .arguments import first_times
+from .hooks import Hooks
+from .tensors import map_tensors
 
 
-class Passing:
+class Skipping:
     """Whether one replica's loop can be passed; later checks may take that back."""
 
     def __init__(self, replica: Any) -> None:
@@ -79,3 +81,44 @@ def _number(timestep: Any) -> float:
     """NaN, which equals nothing, where there is a timestep for every token."""
     value = torch.as_tensor(timestep)
     return float(value) if value.numel() == 1 else math.nan
+
+
+class Outputs:
+    """The denoisers' outputs of the first iteration, which skipped calls return again.
+
+    Only their shapes and containers matter: what the pipeline makes of them never reaches the
+    solver, so it may even work on them in place. They are values that were really computed, since
+    zeros would divide by zero in some pipelines.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int], tuple[torch.Size | None, Any]] = {}
+
+    def keep(self, module: Any, ordinal: int, inputs: list[torch.Tensor], output: Any) -> None:
+        shape = inputs[0].shape if inputs else None
+        self._kept[id(module), ordinal] = (shape, map_tensors(torch.Tensor.detach, output))
+
+    def fake(self, module: Any, ordinal: int, inputs: list[torch.Tensor]) -> Any:
+        """An output for this call; None where none can be made and the caller must evaluate."""
+        shape = inputs[0].shape if inputs else None
+        exact = self._kept.get((id(module), ordinal))
+        own = [kept for (key, _), kept in self._kept.items() if key == id(module)]
+        for seen, output in (*([exact] if exact else []), *(own or self._kept.values())):
+            if seen == shape:
+                return map_tensors(torch.Tensor.detach, output)  # the container may be edited too
+        for seen, output in own:
+            if seen is not None and shape is not None and seen[1:] == shape[1:]:
+                return _with_batch(output, seen[0], shape[0])
+        return None
+
+
+def _with_batch(output: Any, before: int, after: int) -> Any:
+    """The output with another batch size: calls that are not there in the first iteration."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != before:
+            return tensor.detach()
+        picks = torch.arange(after, device=tensor.device) % before
+        return tensor.index_select(0, picks)
+
+    return map_tensors(change, output)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import _core
-from ..api import describe
+from ..messages import describe
 
 PATIENCE = 30.0  # seconds to connect: NCCL looks for networks when a process first uses it
 

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from .. import _core
-from .frames import SocketStream
+from .streams import SocketStream
 
 # The path is in order before anything is imported but sys, which is built in.
 _BEGIN = (

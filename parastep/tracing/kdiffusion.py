@@ -28,8 +28,8 @@ import numpy.typing as npt
 import torch
 
 from .. import _core
-from ..api import describe
-from .noise import Draws
+from ..messages import describe
+from .draws import Draws
 
 Array = npt.NDArray[np.float64]
 Function = Callable[[dict[str, Any]], torch.Tensor]  # what a sampler has called after guidance

@@ -7,71 +7,16 @@ Used by the diffusers adapter, for guesses alone: wrong noise costs speed, never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
+from .draws import Draws, cloned_generator, cloned_global_generator
 from .program import Traced, trace_rows
 from .schedulers import Stepper, fresh_copy, loop_timesteps
 
 __all__ = ["Draws", "NoiseAhead"]
-
-_NORMAL = {torch.randn, torch.randn_like, torch.normal, torch.Tensor.normal_}
-_LIKE = {
-    torch.randn_like: torch.randn,
-    torch.rand_like: torch.rand,
-    torch.randint_like: torch.randint,
-}
-_RANDOM = {
-    *_NORMAL,
-    *_LIKE,
-    torch.rand,
-    torch.randint,
-    torch.randperm,
-    torch.bernoulli,
-    torch.multinomial,
-    torch.Tensor.bernoulli_,
-    torch.Tensor.exponential_,
-    torch.Tensor.multinomial,
-    torch.Tensor.random_,
-    torch.Tensor.uniform_,
-}
-
-
-class Draws(TorchFunctionMode):
-    """While active in this thread, no random draw reaches torch's global generators.
-
-    Args:
-        generator: gives the generator that replaces the global one of a device.
-        seen: called with each normal draw; what it returns is handed out in its place.
-    """
-
-    def __init__(
-        self,
-        generator: Callable[[torch.device], torch.Generator],
-        seen: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        super().__init__()
-        self._generator = generator
-        self._seen = seen
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _RANDOM:
-            return func(*args, **(kwargs or {}))
-        kwargs = dict(kwargs or {})
-        if func in _LIKE:  # these take no generator in older versions of torch
-            like, args = args[0], (*args[1:], tuple(args[0].shape))
-            kwargs.pop("memory_format", None)
-            kwargs = {"dtype": like.dtype, "device": like.device} | kwargs
-        if kwargs.get("generator") is None:
-            near = args[0] if args and isinstance(args[0], torch.Tensor) else None
-            device = near.device if near is not None else kwargs.get("device")
-            kwargs["generator"] = self._generator(torch.device(device or "cpu"))
-        result = _LIKE.get(func, func)(*args, **kwargs)
-        return self._seen(result) if func in _NORMAL else result
-
 
 class NoiseAhead:
     """The noise that a host's scheduler is going to add, step by step.
@@ -165,23 +110,3 @@ class NoiseAhead:
 
     def _replacement(self, device: torch.device) -> torch.Generator:
         return self._global[device.type if device.type == "cpu" else str(self._device)]
-
-
-def cloned_generator(generator: Any) -> Any:
-    """Generators that will draw what these would draw next; a list of them as a list, or None."""
-    if generator is None:
-        return None
-    if isinstance(generator, (list, tuple)):
-        return [cloned_generator(one) for one in generator]
-    clone = torch.Generator(generator.device)
-    clone.set_state(generator.get_state())
-    return clone
-
-
-def cloned_global_generator(device: torch.device) -> torch.Generator:
-    """A generator that will draw what torch's own generator of this device would draw next."""
-    clone = torch.Generator(device)
-    module = torch if device.type == "cpu" else getattr(torch, device.type)
-    one_alone = device.type in ("cpu", "mps")
-    clone.set_state(module.get_rng_state() if one_alone else module.get_rng_state(device))
-    return clone

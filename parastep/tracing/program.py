@@ -246,7 +246,7 @@ def _record(
     """
     import torch
 
-    from .noise import Draws
+    from .draws import Draws
 
     n, own = len(timesteps), torch.Generator().manual_seed(0)
     at_rest = own.get_state()

@@ -26,7 +26,7 @@ import torch
 
 import parastep
 from parastep import _core
-from parastep.api import serve
+from parastep.sampling import serve
 from parastep.stacking import Stacking
 from parastep.threads import HostContext
 

@@ -2,8 +2,7 @@
 
 Rank 0 leads. Its call of the pipeline is everybody's: the others follow it with their own replica
 and return, or raise, what it returned or raised. Frames travel by torch.distributed's send and
-receive (gloo) or by mpi4py's, in threads that wait as long as it takes: no deadline of ours is
-handed to them, since gloo closes every connection of a group when one of them times out.
+receive (gloo) or by mpi4py's.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import os
 import queue
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -26,68 +24,23 @@ import torch
 
 from ... import _core
 from ..._version import __version__
-from ...api import describe
-from ...processes.frames import Frame, Kind, Peer, Stream, read_frame, write_frame
+from ...messages import describe
+from ...processes.frames import Frame, Kind, Stream, read_frame, write_frame
+from ...processes.peer import Peer
+from ...processes.streams import MpiStream, TorchStream
 from ...report.report import Report
 from ..call import Call
 from ..replicas import fingerprint, refresh, replicate
-from .link import FarCall, FarFollowers, Follower, Link
+from .link import Link, RemoteFollowers
 from .packing import pack, unpack
+from .serving import RemoteCall, Server
 
 _log = logging.getLogger(__name__)
-_TAG = 7421
 _FOREVER = datetime.timedelta(days=3650)
 _LATE = 30.0  # seconds until a rank that waits for the others says so
 _PATIENCE = 5.0  # seconds for the other ranks to say goodbye
-_POLL = 0.0005  # seconds between two looks for a message of MPI, whose own waiting takes a core
 
-# ---- streams -------------------------------------------------------------------------------------
-
-
-class GroupStream:
-    """torch.distributed's send and receive with one rank of a group."""
-
-    def __init__(self, group: Any, peer: int) -> None:
-        self._group, self._peer = group, peer
-
-    def put(self, data: Any, descriptor: int | None = None) -> None:
-        message = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        self._group.send([message], self._peer, _TAG).wait()
-
-    def get(self, count: int) -> bytearray:
-        message = torch.empty(count, dtype=torch.uint8, device="cpu")
-        self._group.recv([message], self._peer, _TAG).wait()
-        return bytearray(message.numpy())
-
-    def close(self) -> None:
-        pass  # the group's connections are the host's
-
-
-class MpiStream:
-    """mpi4py's send and receive with one rank of a communicator."""
-
-    def __init__(self, comm: Any, peer: int) -> None:
-        self._comm, self._peer = comm, peer
-        self._closed = False
-
-    def put(self, data: Any, descriptor: int | None = None) -> None:
-        from mpi4py import MPI
-
-        self._comm.Send([bytearray(data), MPI.BYTE], self._peer, _TAG)
-
-    def get(self, count: int) -> bytearray:
-        from mpi4py import MPI
-
-        while not self._comm.Iprobe(self._peer, _TAG):
-            if self._closed:
-                raise EOFError("closed")
-            time.sleep(_POLL)
-        data = bytearray(count)
-        self._comm.Recv([data, MPI.BYTE], self._peer, _TAG)
-        return data
-
-    def close(self) -> None:
-        self._closed = True
+# ---- meeting -------------------------------------------------------------------------------------
 
 
 def group_of(group: Any, device: torch.device) -> Group | None:
@@ -162,7 +115,7 @@ def _torch_group(group: Any) -> Group:
         raise _core.InvalidError("group: this process is not in it")
     own = dist.new_group(ranks, _FOREVER, backend="gloo", use_local_synchronization=True)
     rank, others = ranks.index(dist.get_rank()), _others(ranks.index(dist.get_rank()), len(ranks))
-    return Group(rank, len(ranks), {peer: GroupStream(own, peer) for peer in others})
+    return Group(rank, len(ranks), {peer: TorchStream(own, peer) for peer in others})
 
 
 def _mpi_group(comm: Any) -> Group:
@@ -194,7 +147,7 @@ class Group:
         self._calls = itertools.count(1)
         self._number = 0  # of the call that this rank is in
         self._links: dict[int, Link] = {}
-        self._follower: Follower | None = None
+        self._follower: Server | None = None
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # calls, results, and the end
         self._replica: Any = None
         self._made_from: int | None = None
@@ -210,7 +163,7 @@ class Group:
                 self._peers.append(self._links[peer].peer)
             else:
                 jobs = self._jobs
-                follower = Follower(stream, self.rank, device, jobs, jobs.put, jobs.put)
+                follower = Server(stream, self.rank, device, jobs, jobs.put, jobs.put)
                 self._follower = follower
                 self._peers.append(follower.peer)
 
@@ -230,8 +183,8 @@ class Group:
     def refresh(self, pipe: Any) -> None:
         """Nothing to be made: every rank has a pipeline of its own."""
 
-    def followers(self, call: Call, pipe: Any, given: Any) -> FarFollowers:
-        return FarFollowers(self._links, self._number, call, pipe, given, self.drop)
+    def followers(self, call: Call, pipe: Any, given: Any) -> RemoteFollowers:
+        return RemoteFollowers(self._links, self._number, call, pipe, given, self.drop)
 
     def drop(self, lost: set[int], stuck: set[int]) -> None:
         """A rank that failed is there again for the next call, if it has left this one by then."""
@@ -266,12 +219,12 @@ class Group:
             if isinstance(job, str):
                 self._jobs.put(job)  # for the calls after this one
                 raise _core.LostError(f"the leader's process cannot be reached: {job}")
-            if isinstance(job, FarCall) and job.number == self._number:
+            if isinstance(job, RemoteCall) and job.number == self._number:
                 self._serve(job, pipe)
             elif isinstance(job, Frame) and (job.kind, job.call) == (Kind.RESULT, self._number):
                 return self._result(job.body)
 
-    def _serve(self, call: FarCall, pipe: Any) -> None:
+    def _serve(self, call: RemoteCall, pipe: Any) -> None:
         assert self._follower is not None
         try:
             now = fingerprint(pipe)

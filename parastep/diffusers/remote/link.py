@@ -1,43 +1,35 @@
-"""Followers in other processes: a call of the pipeline there, and the leader's view of it.
+"""Followers in other processes, as the leader's process sees them.
 
-The leader's `Call` talks to a `FarRank` for each of them, which sends frames; over there `Follower`
-plays the leader's part towards a `Call` of its own, so that `Following` is the same in a thread and
-in a process. Workers that we spawned and the ranks of a process group differ in how they come to
-be, which is in `workers` and `groups`.
+A `Link` is the connection to one, for all calls to come: here its death is noticed. The leader's
+`Call` talks to a `RemoteRank` for each, which sends frames; `serving` is the other end.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-import queue
 import threading
 import time
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from ... import _core
-from ...api import describe
+from ...messages import describe
 from ...processes import pairs
-from ...processes.frames import Frame, Kind, Peer, Stream
-from ...threads import HostContext, finish_work
-from ...tracing.noise import cloned_global_generator
-from ..call import Call, own_copy
-from ..follower import Following
-from ..replicas import is_scheduler, refresh
-from .packing import pack, unpack
+from ...processes.frames import Frame, Kind, Stream
+from ...processes.peer import Peer
+from ...threads import HostContext
+from ...tracing.draws import cloned_global_generator
+from ..call import Call, Remote
+from ..replicas import is_scheduler
+from .packing import pack
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds for followers to leave a call that is over
 
-# ---- the leader's side ---------------------------------------------------------------------------
-
-
-class FarRank:
+class RemoteRank(Remote):
     """A rank in another process, during one call."""
 
     def __init__(self, link: Link, rank: int, number: int, call: Call) -> None:
@@ -103,7 +95,7 @@ class FarRank:
         elif frame.kind == Kind.ARRIVED:
             self.call.arrive(self.rank)
         elif frame.kind == Kind.FAILED:
-            self.fail(_words(frame))
+            self.fail(frame.words)
         elif frame.kind == Kind.LEFT:
             self.evaluated, fine = json.loads(frame.body)
             if self._pair is not None and not (fine and self._pair.alive):
@@ -130,7 +122,7 @@ class Link:
         self.same_clock = same_clock
         self._ending = ending
         self.changed = threading.Condition()
-        self.current: FarRank | None = None  # the call that it is in, or has not left yet
+        self.current: RemoteRank | None = None  # the call that it is in, or has not left yet
         self.loaded: str | None = None  # what it said of the last model: "" where all went well
         self.pair: _core.Pair | None = None  # what carries the latents, in place of frames
         self.unpaired: str | None = None  # why there is none, and none will be
@@ -172,7 +164,7 @@ class Link:
         current = self.current
         if frame.kind == Kind.LOADED:
             with self.changed:
-                self.loaded = _words(frame)
+                self.loaded = frame.words
                 self.changed.notify_all()
         elif frame.kind == Kind.PAIRED:
             self._meet(frame.body, self._home)
@@ -209,7 +201,7 @@ class Link:
             return self.changed.wait_for(lambda: condition() or not self.alive, patience)
 
 
-class FarFollowers:
+class RemoteFollowers:
     """The followers of one call, as `diffusers` drives them: told of its beginning and its end.
 
     To be made before the pipeline runs: arguments and the states of generators are taken here.
@@ -226,30 +218,35 @@ class FarFollowers:
         drop: Callable[[set[int], set[int]], None],
     ) -> None:
         _pair_all(links, call.home)
-        self.far = {rank: FarRank(link, rank, number, call) for rank, link in links.items()}
+        self.ranks = {rank: RemoteRank(link, rank, number, call) for rank, link in links.items()}
         self._call, self._drop = call, drop
         random = call.home.type, cloned_global_generator(call.home).get_state()
         self._arguments = pack((given, _settings(pipe), HostContext(), random))
-        call.far = {r: far for r, far in self.far.items() if far.link.current is None}
-        for rank in self.far.keys() - call.far.keys():
+        call.remote = {r: there for r, there in self.ranks.items() if there.link.current is None}
+        for rank in self.ranks.keys() - call.remote.keys():
             call.fail(rank, "it is still in an earlier call")
 
     @property
     def evaluated(self) -> dict[int, int]:
         """Evaluations of the ranks that have left the call."""
-        found = ((rank, far.evaluated) for rank, far in self.far.items())
+        found = ((rank, there.evaluated) for rank, there in self.ranks.items())
         return {rank: count for rank, count in found if count is not None}
 
     def start(self) -> None:
-        self._call.begin_far(self._arguments)
+        self._call.begin_remote(self._arguments)
+
+    def start_lane(self) -> None:
+        """It is a thread of this process."""
 
     def gather(self, lost: set[int]) -> None:
         """Waits for those that are about to leave."""
         until = time.monotonic() + _PATIENCE
         stuck = set()
-        for rank, far in self._call.far.items():
+        for rank, there in self.ranks.items():
+            if rank not in self._call.remote:  # it was never in this call
+                continue
             end = time.monotonic() + 0.05 if rank in lost else until
-            if not far.link.wait(far.has_left, end):
+            if not there.link.wait(there.has_left, end):
                 stuck.add(rank)
         self._drop(lost, stuck)
 
@@ -264,11 +261,6 @@ def _pair_all(links: Mapping[int, Link], home: torch.device) -> None:
         link.wait_for_pair(rank, until)
 
 
-def _words(frame: Frame) -> str:
-    """What a frame says, for messages: C ends a text at a zero."""
-    return bytes(frame.body).decode(errors="replace").replace("\0", "?")
-
-
 def _settings(pipe: Any) -> dict[str, Any]:
     """What of a pipeline may change from call to call, as `refresh` takes it."""
     plain = (int, float, str, type(None))
@@ -277,158 +269,3 @@ def _settings(pipe: Any) -> dict[str, Any]:
         for name, value in vars(pipe).items()
         if is_scheduler(value) or name == "_internal_dict" or isinstance(value, plain)
     }
-
-
-# ---- the follower's side -------------------------------------------------------------------------
-
-
-class FarCall(Call):
-    """A call whose leader is in another process, as this follower sees it."""
-
-    def __init__(
-        self,
-        rank: int,
-        number: int,
-        arguments: bytes | bytearray,
-        peer: Peer,
-        pair: _core.Pair | None,
-    ) -> None:
-        super().__init__(rank + 1)
-        self.rank, self.number, self.arguments, self._peer = rank, number, arguments, peer
-        self._pair = pair
-        self._told: _core.Inbox | _core.Pair | None = None  # where the leader is lost
-
-    def arrive(self, rank: int) -> None:
-        self._peer.send(Kind.ARRIVED, self.number)
-
-    def fail(self, rank: int, why: str) -> None:
-        """Through the run where there is one and it can still carry that, else beside it."""
-        with self._changed:
-            follower = self._followers.get(rank)
-        if follower is None:
-            self._peer.send(Kind.FAILED, self.number, why.encode())
-            return
-        try:
-            follower.fail(why)
-            follower.next()  # the leader's last word: nothing is on its way after that
-        except _core.Error:
-            self._peer.send(Kind.FAILED, self.number, why.encode())
-
-    def handle(self, frame: Frame, device: torch.device) -> None:
-        """What the leader's process says, in the receiving thread."""
-        if frame.kind == Kind.ENCODED:
-            key, output = unpack(frame.body, device)
-            self.tell_encoded(key, output)
-        elif frame.kind == Kind.BEGUN:
-            self.begin(unpack(frame.body, device))
-        elif frame.kind == Kind.OPEN:
-            self._join(device, *unpack(frame.body))
-        elif frame.kind == Kind.RUN and isinstance(self._told, _core.Inbox):
-            try:
-                self._told.deliver(frame.body)
-            except _core.ProtocolError:
-                pass  # the run is lost to this follower, which learns of it there
-        elif frame.kind == Kind.END:
-            if self._pair is not None and frame.body:
-                self._pair.lost(_words(frame))
-            self.end()
-
-    def _join(
-        self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, paired: bool
-    ) -> None:
-        try:
-            if paired and self._pair is None:
-                raise _core.LostError("the connection that the leader uses is not there")
-            way = self._pair if self._pair is not None and paired else self._peer.carry
-            x = _latent(shape, dtype, device)
-            follower, self._told = _core.join(x, self.rank, 1, (way, True))
-        except Exception as error:  # no memory, a device that has failed, ...
-            self._peer.send(Kind.FAILED, self.number, describe(error).encode())
-            return
-        with self._changed:
-            self.admit(self.rank, follower)
-            if self.over:
-                follower.close()
-
-    def gone(self, why: str) -> None:
-        """The leader's process is."""
-        if self._told is not None:
-            self._told.lost(why)
-        self.end()
-
-    def leave(self) -> bool:
-        """Lets go of the run; whether the pair is fine."""
-        with self._changed:
-            self.end()  # a run that opens now is none of ours
-            for follower in self._followers.values():
-                follower.close()
-        return self._pair is not None and self._pair.alive
-
-
-def _latent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-    return torch.zeros(shape, dtype=dtype, device=device)
-
-
-class Follower:
-    """A process's part as a follower: takes calls from the leader's frames and serves them.
-
-    Args:
-        calls: where its `FarCall`s are put.
-        other: handles the frames that are not of a call; `gone` is told when the leader is.
-    """
-
-    def __init__(
-        self,
-        stream: Stream,
-        rank: int,
-        device: torch.device,
-        calls: queue.SimpleQueue[Any],
-        other: Callable[[Frame], None],
-        gone: Callable[[str], None],
-    ) -> None:
-        self.rank, self.device = rank, device
-        self._calls, self._other, self._on_gone = calls, other, gone
-        self._current: FarCall | None = None
-        self._pair: _core.Pair | None = None
-        self.peer = Peer(stream, f"parastep-{rank}", self._handle, self._gone)
-
-    def _handle(self, frame: Frame) -> None:
-        if frame.kind == Kind.CALL:
-            self._current = FarCall(self.rank, frame.call, frame.body, self.peer, self._pair)
-            self._calls.put(self._current)
-        elif frame.kind == Kind.PAIR:
-            if self._pair is not None:
-                self._pair.close()  # the leader has let go of it
-                self._pair = None
-            answer = functools.partial(self.peer.send, Kind.PAIRED, 0)
-            self._pair = pairs.accept(frame.body, self.device, answer)
-        elif self._current is not None and frame.call == self._current.number:
-            self._current.handle(frame, self.device)
-            if frame.kind == Kind.END:
-                self._current = None
-        else:
-            self._other(frame)
-
-    def _gone(self, why: str) -> None:
-        if self._current is not None:
-            self._current.gone(why)
-        self._on_gone(why)
-
-    def serve(self, call: FarCall, replica: Any) -> None:
-        """Follows the leader through one call; whatever goes wrong is told to it."""
-        following = Following(replica, self.rank, call, self.device)
-        try:
-            arguments, settings, context, (kind, state) = unpack(call.arguments, self.device)
-            refresh(replica, types.SimpleNamespace(**settings))
-            random = torch.Generator(self.device)
-            if self.device.type == kind:
-                random.set_state(state)
-            intraop = 1 if self.device.type == "cpu" else None
-            finish_work(self.device)  # replica and arguments, for a stream of its own
-            with context.entered(intraop, self.device):
-                following.run(lambda: own_copy(arguments), random)
-        except BaseException as error:  # it could not begin, or could not even say why it failed
-            call.fail(self.rank, describe(error))
-        finally:
-            left = following.evaluated, call.leave()
-            self.peer.send(Kind.LEFT, call.number, json.dumps(left).encode())

@@ -25,13 +25,15 @@ from typing import Any
 import torch
 
 from ... import _core
-from ...api import describe
-from ...processes.frames import Frame, Kind, SocketStream, read_frame, write_frame
+from ...messages import describe
+from ...processes.frames import Frame, Kind, read_frame, write_frame
 from ...processes.spawning import Spawned
+from ...processes.streams import SocketStream
 from ..call import Call
 from ..replicas import fingerprint
-from .link import FarCall, FarFollowers, Follower, Link
+from .link import Link, RemoteFollowers
 from .packing import pipeline_from_memory, pipeline_to_memory
+from .serving import RemoteCall, Server
 
 _LOADING = 600.0  # seconds for a worker to start and to load the model
 
@@ -74,10 +76,10 @@ class Workers:
         if not any(worker.has_model for worker in self._workers.values()):
             raise _core.LostError(next(iter(self._workers.values())).why_not())
 
-    def followers(self, call: Call, pipe: Any, given: Any) -> FarFollowers:
+    def followers(self, call: Call, pipe: Any, given: Any) -> RemoteFollowers:
         ready = {rank: worker for rank, worker in self._workers.items() if worker.has_model}
         links = {rank: worker.link for rank, worker in ready.items()}
-        followers = FarFollowers(links, next(self._calls), call, pipe, given, self.drop)
+        followers = RemoteFollowers(links, next(self._calls), call, pipe, given, self.drop)
         for rank in self._workers.keys() - ready.keys():
             call.fail(rank, self._workers[rank].why_not())
         return followers
@@ -162,7 +164,7 @@ class _Serving:
         self._stream, self._device = stream, device
         self._replica: Any = None
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # calls, and models to be loaded
-        self._follower = Follower(stream, rank, device, self._jobs, self._other, self._gone)
+        self._follower = Server(stream, rank, device, self._jobs, self._other, self._gone)
 
     def _gone(self, why: str) -> None:
         os._exit(0)  # the leader is, and whoever computes or hangs here does it for nobody
@@ -174,7 +176,7 @@ class _Serving:
     def run(self) -> None:
         while True:
             job = self._jobs.get()
-            if isinstance(job, FarCall):
+            if isinstance(job, RemoteCall):
                 self._follower.serve(job, self._replica)
             else:
                 self._load(job)

@@ -9,39 +9,14 @@ from functools import partial
 from typing import Any
 
 from . import _core
+from .messages import SerialWarning, describe, warn_of
+from .options import Options
 from .report.report import Report
 from .stacking import Stacking
 from .threads import HostContext
-from .tolerance import Tolerance, number_of
+from .tolerance import Tolerance
 
 Denoiser = Callable[[Any, Any, int], Any]
-
-
-class FollowerWarning(RuntimeWarning):
-    """A follower was left out; the result is right, the run was slower than it could be."""
-
-
-class SerialWarning(RuntimeWarning):
-    """The host evaluates alone; the result is right, nothing is gained."""
-
-
-def warn_of(report: Report, stacklevel: int = 3) -> None:
-    """One warning for each follower left out and one for speculation that ended."""
-    for line in report.failures:
-        text = f"rank {line.rank} was left out at step {line.step} ({line.status}): {line.text}"
-        warnings.warn(text, FollowerWarning, stacklevel=stacklevel)
-    if report.fallback is not None:
-        warnings.warn(f"running serially: {report.fallback}", SerialWarning, stacklevel=stacklevel)
-
-
-def describe(error: BaseException) -> str:
-    """The one line of an exception that travels to the leader, whatever its message is made of."""
-    try:
-        text = str(error).strip()
-    except Exception as worse:
-        text = f"(no message: its __str__ raised {type(worse).__name__})"
-    line = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return line.split("\n", 1)[0].encode(errors="backslashreplace").decode()
 
 
 def serve(follower: _core.Follower, denoiser: Stacking) -> None:
@@ -163,7 +138,7 @@ def sample(
     *,
     ranks: int = 4,
     slots: int | Sequence[int] | str = 1,
-    tolerance: Tolerance = 0.02,
+    tolerance: Tolerance = "balanced",
     policy: str = "verified",
     max_stride: int | None = None,
     warmup: int = 5,
@@ -189,39 +164,21 @@ def sample(
     is tried with a batch: where it raises, or its outputs are not those that it gives one by one,
     that is a SerialWarning, `report.unbatched` says why, and a rank evaluates one step a round.
 
-    `tolerance` is a number, or a name for one: "exact" (0), "high" (.005), "balanced" (.02), "fast"
-    (.05): what the answers of a round may add to the error of the last latents, as estimated, in
-    units of about a fifth of their scale.  0 is the exact sequential result, `math.inf` accepts
-    everything.  With `max_stride` 1 every step is evaluated by some rank.  None lets evaluations
-    lie further apart, where the program draws no noise and has one evaluation a noise level: steps
-    between them are interpolated.  Such answers are estimated, not verified.  `policy="paper"` is
-    the published rule (arXiv 2505.14741) with `warmup` steps one by one.  `order` 0 reuses outputs
-    in guesses, 1 goes on along their slope.  `noise`, (N, *x.shape), is needed where the program
-    draws.  `deadline` seconds for a follower's reply; a lost one is a FollowerWarning and a line in
-    the report, or LostError with `on_failure="raise"`.  `progress` shows a bar that counts steps.
+    `tolerance`, `policy`, `max_stride`, `warmup`, `order`, `deadline` and `on_failure` are those of
+    `parastep.options.Options`; a follower that is lost is a FollowerWarning and a line in the
+    report.  `noise`, (N, *x.shape), is needed where the program draws.  `progress` shows a bar that
+    counts steps.
 
     Raises ShapeError, DtypeError, DeviceError, InvalidError (subclasses of parastep.Error and of
     the fitting built-in) for arguments that do not fit, and whatever the denoiser raises on rank 0.
     """
     if not callable(denoiser):
         raise TypeError(f"denoiser: {type(denoiser).__name__}: must be callable as (x, step, rank)")
-    tolerance = number_of(tolerance)
+    options = Options(tolerance, policy, max_stride, warmup, order, deadline, on_failure)
     x = _core.copy(x)  # taken in once, which is all that a DLPack capsule allows
     each = None if slots == 1 else _slots_of(slots, ranks, x)
     ranks = 1 if slots == "batch" else ranks
-    create = partial(
-        _core.Leader,
-        program,
-        x,
-        ranks=ranks,
-        tolerance=tolerance,
-        policy=policy,
-        order=order,
-        max_stride=max_stride,
-        warmup=warmup,
-        deadline=deadline,
-        on_failure=on_failure,
-    )
+    create = partial(_core.Leader, program, x, ranks=ranks, **options.for_core())
     leader = create(slots=each)
     _check_noise(program, noise)
     stacking, first = Stacking(denoiser), None
@@ -237,12 +194,10 @@ def sample(
             follower = leader.follower(rank)
             body = partial(serve, follower, stacking)
             lanes[rank] = context.start(body, f"parastep-{rank}", device=getattr(x, "device", None))
-        result = _run(leader, steps, stacking, x, first, tolerance > 0, noise)
+        result = _run(leader, steps, stacking, x, first, not options.exact, noise)
     finally:
         leader.finish()
-    report = Report.from_core(
-        leader.report(), number_of(tolerance) if policy == "verified" else None
-    )
+    report = Report.from_core(leader.report(), options.decides)
     report.forwards, report.unbatched = stacking.forwards, stacking.unbatched
     for line in report.failures:
         lanes.pop(line.rank, None)  # it may be hanging; daemon threads do not keep the process

@@ -1,0 +1,181 @@
+"""A follower's process in a call: what it hears from the leader, and the loop it runs for it.
+
+`Server` plays the leader's part towards a `Call` of its own, so that a `Follower` is the same in a
+thread and in a process. Workers that we spawned and the ranks of a process group differ in how
+they come to be, which is in `workers` and `groups`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import queue
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ... import _core
+from ...messages import describe
+from ...processes import pairs
+from ...processes.frames import Frame, Kind, Stream
+from ...processes.peer import Peer
+from ...threads import finish_work
+from ..call import Call
+from ..follower import Follower
+from ..replicas import refresh
+from ..tensors import own_copy
+from .packing import unpack
+
+
+class RemoteCall(Call):
+    """A call whose leader is in another process, as this follower sees it."""
+
+    def __init__(
+        self,
+        rank: int,
+        number: int,
+        arguments: bytes | bytearray,
+        peer: Peer,
+        pair: _core.Pair | None,
+    ) -> None:
+        super().__init__(rank + 1)
+        self.rank, self.number, self.arguments, self._peer = rank, number, arguments, peer
+        self._pair = pair
+        self._told: _core.Inbox | _core.Pair | None = None  # where the leader is lost
+
+    def arrive(self, rank: int) -> None:
+        self._peer.send(Kind.ARRIVED, self.number)
+
+    def fail(self, rank: int, why: str) -> None:
+        """Through the run where there is one and it can still carry that, else beside it."""
+        with self._changed:
+            follower = self._followers.get(rank)
+        if follower is None:
+            self._peer.send(Kind.FAILED, self.number, why.encode())
+            return
+        try:
+            follower.fail(why)
+            follower.next()  # the leader's last word: nothing is on its way after that
+        except _core.Error:
+            self._peer.send(Kind.FAILED, self.number, why.encode())
+
+    def handle(self, frame: Frame, device: torch.device) -> None:
+        """What the leader's process says, in the receiving thread."""
+        if frame.kind == Kind.ENCODED:
+            key, output = unpack(frame.body, device)
+            self.tell_encoded(key, output)
+        elif frame.kind == Kind.BEGUN:
+            self.begin(unpack(frame.body, device))
+        elif frame.kind == Kind.OPEN:
+            self._join(device, *unpack(frame.body))
+        elif frame.kind == Kind.RUN and isinstance(self._told, _core.Inbox):
+            try:
+                self._told.deliver(frame.body)
+            except _core.ProtocolError:
+                pass  # the run is lost to this follower, which learns of it there
+        elif frame.kind == Kind.END:
+            if self._pair is not None and frame.body:
+                self._pair.lost(frame.words)
+            self.end()
+
+    def _join(
+        self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, paired: bool
+    ) -> None:
+        try:
+            if paired and self._pair is None:
+                raise _core.LostError("the connection that the leader uses is not there")
+            way = self._pair if self._pair is not None and paired else self._peer.carry
+            x = _latent(shape, dtype, device)
+            follower, self._told = _core.join(x, self.rank, 1, (way, True))
+        except Exception as error:  # no memory, a device that has failed, ...
+            self._peer.send(Kind.FAILED, self.number, describe(error).encode())
+            return
+        with self._changed:
+            self.admit(self.rank, follower)
+            if self.over:
+                follower.close()
+
+    def gone(self, why: str) -> None:
+        """The leader's process is."""
+        if self._told is not None:
+            self._told.lost(why)
+        self.end()
+
+    def leave(self) -> bool:
+        """Lets go of the run; whether the pair is fine."""
+        with self._changed:
+            self.end()  # a run that opens now is none of ours
+            for follower in self._followers.values():
+                follower.close()
+        return self._pair is not None and self._pair.alive
+
+
+class Server:
+    """A process's part as a follower: takes calls from the leader's frames and serves them.
+
+    Args:
+        calls: where its `RemoteCall`s are put.
+        other: handles the frames that are not of a call; `gone` is told when the leader is.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        rank: int,
+        device: torch.device,
+        calls: queue.SimpleQueue[Any],
+        other: Callable[[Frame], None],
+        gone: Callable[[str], None],
+    ) -> None:
+        self.rank, self.device = rank, device
+        self._calls, self._other, self._on_gone = calls, other, gone
+        self._current: RemoteCall | None = None
+        self._pair: _core.Pair | None = None
+        self.peer = Peer(stream, f"parastep-{rank}", self._handle, self._gone)
+
+    def _handle(self, frame: Frame) -> None:
+        if frame.kind == Kind.CALL:
+            self._current = RemoteCall(self.rank, frame.call, frame.body, self.peer, self._pair)
+            self._calls.put(self._current)
+        elif frame.kind == Kind.PAIR:
+            if self._pair is not None:
+                self._pair.close()  # the leader has let go of it
+                self._pair = None
+            answer = functools.partial(self.peer.send, Kind.PAIRED, 0)
+            self._pair = pairs.accept(frame.body, self.device, answer)
+        elif self._current is not None and frame.call == self._current.number:
+            self._current.handle(frame, self.device)
+            if frame.kind == Kind.END:
+                self._current = None
+        else:
+            self._other(frame)
+
+    def _gone(self, why: str) -> None:
+        if self._current is not None:
+            self._current.gone(why)
+        self._on_gone(why)
+
+    def serve(self, call: RemoteCall, replica: Any) -> None:
+        """Follows the leader through one call; whatever goes wrong is told to it."""
+        loop = Follower(replica, self.rank, call, self.device)
+        try:
+            arguments, settings, context, (kind, state) = unpack(call.arguments, self.device)
+            refresh(replica, types.SimpleNamespace(**settings))
+            random = torch.Generator(self.device)
+            if self.device.type == kind:
+                random.set_state(state)
+            intraop = 1 if self.device.type == "cpu" else None
+            finish_work(self.device)  # replica and arguments, for a stream of its own
+            with context.entered(intraop, self.device):
+                loop.run(lambda: own_copy(arguments), random)
+        except BaseException as error:  # it could not begin, or could not even say why it failed
+            call.fail(self.rank, describe(error))
+        finally:
+            left = loop.evaluated, call.leave()
+            self.peer.send(Kind.LEFT, call.number, json.dumps(left).encode())
+
+
+def _latent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    return torch.zeros(shape, dtype=dtype, device=device)

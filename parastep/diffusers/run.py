@@ -1,0 +1,138 @@
+"""One call of a parallel pipeline, from its arguments to its report.
+
+The pipe enters here once: its ranks are made ready, the leader sets its hooks, the pipe's own
+`__call__` runs, and whatever happens in it the hooks go, the followers leave, and the report is
+written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from ..options import Options
+from ..quiet import quiet_followers
+from ..report.report import Report
+from .call import Followers, Given
+from .hooks import Hooks
+from .leader import Leader
+from .ranks import Ranks
+from .watch import Watch
+
+_CALLBACKS = ("callback_on_step_end", "callback")
+
+
+class Run:
+    """`bound`: the call's arguments, bound to the pipe's own `__call__`. `report` is there as soon
+    as the call is over, whether it returned or raised.
+    """
+
+    def __init__(
+        self, pipe: Any, ranks: Ranks, options: Options, bound: inspect.BoundArguments
+    ) -> None:
+        self.report = Report()
+        self._pipe, self._ranks, self._options, self._bound = pipe, ranks, options, bound
+        self._began = time.perf_counter()
+        given, once = _without_callbacks(bound), _read_once(bound)
+        call, self._followers, reason = ranks.call(pipe, given, options, once)
+        generators = (named["generator"] for named in _given(bound) if "generator" in named)
+        generator = next((each for each in generators if each is not None), None)
+        self._leader = Leader(pipe, call, self._followers, generator, options)
+        if reason is not None:
+            self._leader.give_up(reason)
+
+    def go(self) -> Any:
+        """What the pipe returns; what it raises is raised."""
+        leader, hooks = self._leader, Hooks()
+        if leader.active:
+            self._watch_callbacks()
+        with contextlib.ExitStack() as leaving:  # whatever one of these raises, the others are done
+            leaving.callback(self._write_report)
+            leaving.enter_context(quiet_followers())
+            for some in self._followers:
+                leaving.callback(self._gather, some)
+            leaving.callback(leader.call.end)
+            leaving.callback(leader.finish)
+            leaving.callback(hooks.restore)
+            leader.place(hooks)
+            result = self._pipe(*self._bound.args[1:], **self._bound.kwargs)
+            leader.complete()
+        return result
+
+    def _watch_callbacks(self) -> None:
+        leader = self._leader
+        for named in _given(self._bound):
+            for name in _CALLBACKS:
+                if named.get(name) is not None:
+                    leader.watch = leader.watch or Watch(self._pipe, leader.give_up)
+                    named[name] = leader.watch.over(named[name])
+
+    def _gather(self, some: Followers) -> None:
+        core = self._leader.core
+        some.gather({line[0] for line in core.report()["failures"]} if core is not None else set())
+
+    def _write_report(self) -> None:
+        """The core's report with times from the call's beginning, and what ran without the core."""
+        leader, ranks = self._leader, len(self._ranks.devices)
+        if leader.core is None:
+            report = Report(ranks=ranks, evaluations=[0] * ranks)
+        else:
+            report = Report.from_core(leader.core.report())
+            report.failures = [f._replace(step=max(f.step, 0)) for f in report.failures]
+            report.timeline = [
+                r._replace(begin=r.begin + leader.opened, end=r.end + leader.opened)
+                for r in report.timeline
+            ]
+            report.transports = leader.call.transports
+        alone = leader.evaluated - leader.submitted
+        report.accepted = report.accepted + [1] * alone
+        report.steps = leader.steps
+        report.rounds += alone
+        self._count(report)
+        report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
+        report.seconds, report.fallback = time.perf_counter() - self._began, leader.reason
+        report.tolerance = self._options.decides
+        self.report = report
+
+    def _count(self, report: Report) -> None:
+        """Evaluations of each rank, and forwards, of which a batch is one."""
+        leader, meeting = self._leader, self._leader.call.meeting
+        report.evaluations[0] = leader.evaluated
+        for some in self._followers:
+            for rank, evaluated in some.evaluated.items():
+                own = leader.evaluated if rank == 0 else 0  # beside its lane's
+                report.evaluations[rank] = own + evaluated
+        report.forwards = sum(report.evaluations)
+        if meeting is not None:
+            report.forwards = leader.evaluated - leader.shared + meeting.forwards
+            report.unbatched = meeting.unbatched
+
+
+def _given(bound: inspect.BoundArguments) -> list[dict[str, Any]]:
+    """The call's named arguments, and those that its `**kwargs` took in."""
+    parameters = bound.signature.parameters.values()
+    extra = (p.name for p in parameters if p.kind is p.VAR_KEYWORD)
+    return [bound.arguments, *(bound.arguments[n] for n in extra if n in bound.arguments)]
+
+
+def _read_once(bound: inspect.BoundArguments) -> str | None:
+    """Why the arguments cannot be handed to several ranks, or None."""
+    once = [k for k, v in bound.arguments.items() if isinstance(v, Iterator)]
+    return f"the argument {once[0]!r} can be read only once" if once else None
+
+
+def _without_callbacks(bound: inspect.BoundArguments) -> Given:
+    """(args, kwargs) for a replica; callbacks are the leader's alone."""
+    arguments, parameters = OrderedDict(bound.arguments), bound.signature.parameters
+    for name in _CALLBACKS:
+        if name in arguments:
+            default = parameters[name].default
+            arguments[name] = None if default is inspect.Parameter.empty else default
+    bound = inspect.BoundArguments(bound.signature, arguments)
+    kwargs = {k: v for k, v in bound.kwargs.items() if k in parameters or k not in _CALLBACKS}
+    return bound.args[1:], kwargs

@@ -1,0 +1,34 @@
+"""Words: the one line of an exception that travels to the leader, and the warnings a user gets."""
+
+from __future__ import annotations
+
+import warnings
+
+from .report.report import Report
+
+
+class FollowerWarning(RuntimeWarning):
+    """A follower was left out; the result is right, the run was slower than it could be."""
+
+
+class SerialWarning(RuntimeWarning):
+    """The host evaluates alone; the result is right, nothing is gained."""
+
+
+def warn_of(report: Report, stacklevel: int = 3) -> None:
+    """One warning for each follower left out and one for speculation that ended."""
+    for line in report.failures:
+        text = f"rank {line.rank} was left out at step {line.step} ({line.status}): {line.text}"
+        warnings.warn(text, FollowerWarning, stacklevel=stacklevel)
+    if report.fallback is not None:
+        warnings.warn(f"running serially: {report.fallback}", SerialWarning, stacklevel=stacklevel)
+
+
+def describe(error: BaseException) -> str:
+    """The one line of an exception that travels to the leader, whatever its message is made of."""
+    try:
+        text = str(error).strip()
+    except Exception as worse:
+        text = f"(no message: its __str__ raised {type(worse).__name__})"
+    line = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return line.split("\n", 1)[0].encode(errors="backslashreplace").decode()
