@@ -123,11 +123,10 @@ static void gather_row(char *to, const char *from, int64_t n, int64_t stride, si
 }
 
 /* Row by row over the last dimension; the others count up like an odometer.  count is above 0. */
-static void gather(const psb_intake *in, char *to)
+static void gather(const psb_intake *in, char *to, size_t element)
 {
   const psb_view *view = in->view;
   const char *from = view->data;
-  size_t element = ps_dtype_size(view->dtype);
   int last = view->ndim - 1, d;
   int64_t row = last < 0 ? 1 : view->shape[last];
   int64_t stride = last < 0 ? 0 : in->stride[last];
@@ -161,13 +160,14 @@ static void swap_bytes(char *data, size_t count, size_t element)
 static void copy_elements(const psb_intake *in, char *to)
 {
   const psb_view *view = in->view;
+  size_t element = ps_dtype_size(view->dtype);
 
   if (in->strided)
-    gather(in, to);
+    gather(in, to, element);
   else
     memcpy(to, view->data, view->bytes);
   if (in->swapped)
-    swap_bytes(to, view->count, ps_dtype_size(view->dtype));
+    swap_bytes(to, view->count, element);
 }
 
 /* ---- giving back ----------------------------------------------------------------------------- */
