@@ -1,5 +1,6 @@
 """Programs, denoisers and helpers that the tests of runs share. Scripts import it without torch."""
 
+import importlib.util
 import os
 import resource
 import subprocess
@@ -15,11 +16,19 @@ import parastep
 from parastep.stacking import joined
 
 RANKS = [1, 2, 4, 8]
+DTYPES = ["float32", "float16", "float64"]
+if importlib.util.find_spec("torch"):
+    DTYPES += [f"torch.{name}" for name in ("float32", "float16", "bfloat16", "float64")]
 
 
 def euler(steps=8, top=10.0):
     """Euler on noise levels from top to 0."""
     return parastep.Program.euler(np.linspace(top, 0.0, steps + 1))
+
+
+def multistep(steps):
+    """A solver that reads older outputs."""
+    return parastep.Program.adams_bashforth(np.linspace(10.0, 0.0, steps + 1), 3)
 
 
 def drawing(steps=8, c=0.3):

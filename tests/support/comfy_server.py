@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parents[2]
+ROOT = HERE.parents[1]
 PATH = os.environ.get("COMFYUI_PATH")  # of a checkout
+NO_HOST = "no ComfyUI checkout: set COMFYUI_PATH, and install its requirements"
 
 Graph = dict[str, dict[str, Any]]
 

@@ -16,6 +16,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from dlpack import (
+    NAMES,
+    TABLE,
+    USED,
+    Allocate,
+    Convert,
+    Current,
+    Deleter,
+    Describe,
+    DLTensor,
+    Table,
+    Versioned,
+    capsule_pointer,
+    new_capsule,
+    rename_capsule,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CUDA = 2  # of DLPack
@@ -70,46 +86,6 @@ def load(library: pathlib.Path) -> Any:
 
 
 # ---- DLPack --------------------------------------------------------------------------------------
-
-
-class DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-class Versioned(ctypes.Structure):
-    _fields_ = [
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("context", ctypes.c_void_p),
-        ("deleter", Deleter),
-        ("flags", ctypes.c_uint64),
-        ("tensor", DLTensor),
-    ]
-
-
-_new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype = ctypes.c_void_p
-_capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-_rename_capsule = ctypes.pythonapi.PyCapsule_SetName
-_rename_capsule.argtypes = [ctypes.py_object, ctypes.c_char_p]
-_NAME, _USED = b"dltensor_versioned", b"used_dltensor_versioned"  # capsules keep the pointers
 
 _exported: dict[int, Any] = {}  # managed tensors that are out, with what they hold
 
@@ -199,7 +175,7 @@ class Plain(Array):
 
     def __dlpack__(self, *, stream: Any = None, max_version: Any = None) -> Any:
         self.streams.append(stream)
-        return _new_capsule(ctypes.addressof(self.managed()), _NAME, None)
+        return new_capsule(ctypes.addressof(self.managed()), NAMES[True], None)
 
     def __array_namespace__(self) -> Any:
         return SimpleNamespace(from_dlpack=Plain.from_dlpack)
@@ -207,32 +183,9 @@ class Plain(Array):
     @classmethod
     def from_dlpack(cls, producer: Any) -> Any:
         capsule = producer.__dlpack__(stream=1, max_version=(1, 3))
-        pointer = _capsule_pointer(capsule, _NAME)
-        _rename_capsule(capsule, _USED)
+        pointer = capsule_pointer(capsule, NAMES[True])
+        rename_capsule(capsule, USED[True])
         return cls.taking(pointer)
-
-
-Allocate = ctypes.PYFUNCTYPE(
-    ctypes.c_int, ctypes.POINTER(DLTensor), ctypes.POINTER(ctypes.c_void_p), *[ctypes.c_void_p] * 2
-)
-Convert = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
-Describe = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(DLTensor))
-Current = ctypes.PYFUNCTYPE(
-    ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p)
-)
-
-
-class Table(ctypes.Structure):
-    _fields_ = [
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("previous", ctypes.c_void_p),
-        ("allocate", Allocate),
-        ("managed_from_object", Convert),
-        ("managed_to_object", Convert),
-        ("tensor_from_object", Describe),
-        ("current_stream", Current),
-    ]
 
 
 def _array(address: int) -> Any:
@@ -299,7 +252,6 @@ _table = Table(
     tensor_from_object=_tensor_from_object,
     current_stream=_current_stream,
 )
-_TABLE_NAME = b"dlpack_exchange_api"
-Exchanged.__dlpack_c_exchange_api__ = _new_capsule(  # type: ignore[attr-defined]
-    ctypes.addressof(_table), _TABLE_NAME, None
+Exchanged.__dlpack_c_exchange_api__ = new_capsule(  # type: ignore[attr-defined]
+    ctypes.addressof(_table), TABLE, None
 )

@@ -65,3 +65,16 @@ def sample(
         return comfy.sample.sample(
             model, noise, steps, cfg, sampler, scheduler, positive, negative, latent, **options
         )
+
+
+def build(kind: str = "sd15", **given: Any) -> Any:
+    """A MODEL of the tests' loader."""
+    from tiny_pack import models
+
+    return models.build(kind, **given)
+
+
+def check_parallel(report: Any) -> None:
+    """Every rank was there, and evaluated ahead."""
+    assert report.fallback is None and not report.failures, (report.fallback, report.failures)
+    assert sum(report.evaluations[1:]) >= report.steps - 1

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from inprocess import build, check_parallel, sample
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -15,8 +16,6 @@ def exact(model, kind, change=None, devices=("cpu",) * 4, after=None, **given):
 
     `change` makes the model that goes in; `after`, one that comes behind our node.
     """
-    from inprocess import sample
-
     from parastep.comfy import of_model, patch
 
     after = after or (lambda model: model)
@@ -32,22 +31,11 @@ def copied(given):
     return {name: copy.deepcopy(value) for name, value in given.items()}
 
 
-def build(kind="sd15", **given):
-    from tiny_pack import models
-
-    return models.build(kind, **given)
-
-
 def text(kind, seed=1, **more):
     from tiny_pack import models
 
     ((tokens, options),) = models.conditioning(kind, seed)
     return [[tokens, {**options, **more}]]
-
-
-def parallel(report):
-    assert report.fallback is None and not report.failures, (report.fallback, report.failures)
-    assert sum(report.evaluations[1:]) >= report.steps - 1
 
 
 def with_lora(model):
@@ -64,7 +52,7 @@ def with_lora(model):
 @pytest.mark.parametrize("order", ["before", "behind"])
 def test_lora(order):
     given = {"change": with_lora} if order == "before" else {"after": with_lora}
-    parallel(exact(build(), "sd15", **given))
+    check_parallel(exact(build(), "sd15", **given))
 
 
 def test_mask():
@@ -73,12 +61,10 @@ def test_mask():
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     for sampler in ("euler", "euler_ancestral", "ddim"):
         given = {"latent": latent, "noise_mask": mask, "sampler": sampler}
-        parallel(exact(build(), "sd15", **given))
+        check_parallel(exact(build(), "sd15", **given))
 
 
 def test_outside_of_the_mask_nothing_moves():
-    from inprocess import sample
-
     from parastep.comfy import of_model, patch
 
     mask = torch.zeros(1, 1, 8, 8)
@@ -96,12 +82,12 @@ def test_outside_of_the_mask_nothing_moves():
 
 def test_areas_and_times():
     area = text("sd15", 1, area=(4, 4, 0, 0), strength=1.0)
-    parallel(exact(build(), "sd15", positive=[*text("sd15", 3), *area]))
+    check_parallel(exact(build(), "sd15", positive=[*text("sd15", 3), *area]))
     early = text("sd15", 1, start_percent=0.0, end_percent=0.5)
     late = text("sd15", 4, start_percent=0.5, end_percent=1.0)
-    parallel(exact(build(), "sd15", positive=[*early, *late]))
+    check_parallel(exact(build(), "sd15", positive=[*early, *late]))
     masked = text("sd15", 1, mask=torch.ones(1, 64, 64) * 0.5, mask_strength=1.0)
-    parallel(exact(build(), "sd15", positive=[*text("sd15", 3), *masked]))
+    check_parallel(exact(build(), "sd15", positive=[*text("sd15", 3), *masked]))
 
 
 def control():
@@ -132,8 +118,6 @@ def control():
 
 
 def test_controlnet():
-    from inprocess import sample
-
     from parastep.comfy import of_model, patch
 
     def given():
@@ -146,7 +130,7 @@ def test_controlnet():
     assert not torch.equal(plain, own)
     ours = patch(model, ["cpu"] * 4, tolerance=0.0)
     assert torch.equal(sample(ours, "sd15", **given()), own)
-    parallel(of_model(ours).report)
+    check_parallel(of_model(ours).report)
 
 
 def test_functions_of_the_model():
@@ -170,7 +154,7 @@ def test_functions_of_the_model():
         return model
 
     for change in (wrapped, after_guidance, rescaled):
-        parallel(exact(build(), "sd15", change=change))
+        check_parallel(exact(build(), "sd15", change=change))
 
 
 class Hypernetwork:
@@ -199,8 +183,6 @@ class Hypernetwork:
 
 @pytest.mark.parametrize("devices", [["cpu"] * 3, ["cpu", "cpu:1", "cpu:2"]])
 def test_hypernetworks(devices):
-    from inprocess import sample
-
     patch = Hypernetwork()
 
     def with_patches(model):
@@ -212,7 +194,7 @@ def test_hypernetworks(devices):
     model = build()
     assert not torch.equal(sample(model, "sd15"), sample(with_patches(model), "sd15"))
     for given in ({"change": with_patches}, {"after": with_patches}):
-        parallel(exact(model, "sd15", devices=devices, **given))
+        check_parallel(exact(model, "sd15", devices=devices, **given))
         assert str(patch.device) == "cpu"  # a lane elsewhere has a copy
 
 
@@ -226,8 +208,6 @@ class Replacement(Hypernetwork):
 
 @pytest.mark.parametrize("devices", [["cpu"] * 3, ["cpu", "cpu:1", "cpu:2"]])
 def test_a_replaced_attention(devices):
-    from inprocess import sample
-
     patch = Replacement()
 
     def replaced(model):
@@ -238,14 +218,12 @@ def test_a_replaced_attention(devices):
     model = build()
     assert not torch.equal(sample(model, "sd15"), sample(replaced(model), "sd15"))
     for given in ({"change": replaced}, {"after": replaced}):
-        parallel(exact(model, "sd15", devices=devices, **given))
+        check_parallel(exact(model, "sd15", devices=devices, **given))
         assert str(patch.device) == "cpu"
 
 
 def test_two_patched_models_in_one_graph():
     """Each has its report, and neither touches the other's samples."""
-    from inprocess import sample
-
     from parastep.comfy import of_model, patch
 
     first, second = build("eps"), build("flow")
@@ -255,7 +233,7 @@ def test_two_patched_models_in_one_graph():
             given = {"sampler": sampler, "steps": 6 if kind == "eps" else 9}
             assert torch.equal(sample(model, kind, **given), sample(own, kind, **given))
     assert [of_model(model).report.steps for model in ours] == [6, 9]
-    parallel(of_model(ours[0]).report)
+    check_parallel(of_model(ours[0]).report)
 
 
 def test_what_keeps_state_runs_serially():
@@ -279,8 +257,6 @@ def test_what_keeps_state_runs_serially():
         model = model.clone()
         model.set_model_sampler_post_cfg_function(Keeping())
         return model
-
-    from inprocess import sample
 
     from parastep.comfy import of_model, patch
 
@@ -324,9 +300,9 @@ def test_a_sampler_that_is_no_function():
 def test_replicas_on_other_devices(monkeypatch):
     """CPU devices with numbers stand for GPUs: the host clones the model onto each."""
     devices = ["cpu", "cpu:1", "cpu:2", "cpu:1"]
-    parallel(exact(build("eps"), "eps", devices=devices))
-    parallel(exact(build("eps"), "eps", devices=devices, after=with_lora))
-    parallel(exact(build("sd15"), "sd15", devices=devices, change=with_lora))
+    check_parallel(exact(build("eps"), "eps", devices=devices))
+    check_parallel(exact(build("eps"), "eps", devices=devices, after=with_lora))
+    check_parallel(exact(build("sd15"), "sd15", devices=devices, change=with_lora))
 
 
 def test_replicas_of_our_own_where_the_host_has_none():
@@ -337,7 +313,7 @@ def test_replicas_of_our_own_where_the_host_has_none():
 
     devices = ["cpu", "cpu:1"]
     for after in (None, with_lora):
-        parallel(exact(build("eps"), "eps", without_factory, devices, after))
+        check_parallel(exact(build("eps"), "eps", without_factory, devices, after))
 
 
 def test_one_rank_is_the_host_alone():
@@ -346,8 +322,6 @@ def test_one_rank_is_the_host_alone():
 
 
 def test_the_report_in_words_and_as_an_image():
-    from inprocess import sample
-
     import parastep
     from parastep.comfy import patch, told
 

@@ -8,7 +8,7 @@ import gc
 
 import pytest
 import torch
-from test_comfy_features import build, parallel
+from inprocess import build, check_parallel, sample
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -65,8 +65,6 @@ def loaded_on(device):
 @pytest.mark.parametrize("replicas", [by_host, by_copying])
 def test_a_device_without_room_is_left_out_of_a_run(room, caplog, replicas):
     """Another run with the same patched model has it again when there is room."""
-    from inprocess import sample
-
     from parastep.comfy import of_model, patch
 
     free, asked = room
@@ -88,7 +86,6 @@ def test_a_device_without_room_is_left_out_of_a_run(room, caplog, replicas):
 def test_as_many_ranks_on_a_device_as_there_is_room_for(room, monkeypatch, caplog):
     from comfy import model_management
     from comfy.sampler_helpers import estimate_memory
-    from inprocess import sample
 
     from parastep.comfy import of_model, patch
 
@@ -105,8 +102,6 @@ def test_as_many_ranks_on_a_device_as_there_is_room_for(room, monkeypatch, caplo
 
 
 def test_without_room_anywhere_the_host_samples_alone(room):
-    from inprocess import sample
-
     from parastep.comfy import of_model, patch
 
     free, _ = room
@@ -121,7 +116,6 @@ def test_without_room_anywhere_the_host_samples_alone(room):
 def test_memory_is_given_back(room, replicas):
     """Another model that needs the room gets it; the next run loads the replica again."""
     from comfy import model_management
-    from inprocess import sample
 
     from parastep.comfy import of_model, patch
 
@@ -135,7 +129,7 @@ def test_memory_is_given_back(room, replicas):
         give_back()
         assert not loaded_on(FIRST)
         assert torch.equal(sample(ours, "eps"), own)
-        parallel(of_model(ours).report)
+        check_parallel(of_model(ours).report)
     del ours  # as the host does with all that nodes have made, when it frees its cache
     gc.collect()
     assert not loaded_on(FIRST)
@@ -170,8 +164,6 @@ def test_both_on_the_same_devices_evaluate_steps_and_say_so(split, order, caplog
     """Never both on one device: ParaStep's ranks evaluate whole steps, with the bits of a host that
     splits nothing.
     """
-    from inprocess import sample
-
     from parastep.comfy import of_model, patch
 
     def ours(model):
@@ -180,7 +172,7 @@ def test_both_on_the_same_devices_evaluate_steps_and_say_so(split, order, caplog
     model = build("eps")
     both = ours(split(model)) if order == "before" else split(ours(model))
     assert torch.equal(sample(both, "eps"), sample(model, "eps"))
-    parallel(of_model(both).report)
+    check_parallel(of_model(both).report)
     told = any("MultiGPU CFG Split evaluate whole steps" in line for line in caplog.messages)
     assert told == (
         order == "before"
@@ -191,7 +183,6 @@ def test_both_on_the_same_devices_evaluate_steps_and_say_so(split, order, caplog
 def test_the_split_goes_on_below_one_rank(split, order, monkeypatch):
     """ParaStep on one device leaves out steps, the host's split works in those that run."""
     import comfy.samplers
-    from inprocess import sample
 
     from parastep.comfy import of_model, patch
 

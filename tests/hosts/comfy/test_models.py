@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from inprocess import build, sample
 
 import parastep
 
@@ -42,10 +43,8 @@ def compare(
     kind, sampler, scheduler="normal", steps=8, ranks=4, tolerance=0.0, max_stride=None, **options
 ):
     """(own result, ours, report); the patch is made anew."""
-    from inprocess import sample
-    from tiny_pack import models
 
-    model = models.build(kind)
+    model = build(kind)
     given = {"sampler": sampler, "scheduler": scheduler, "steps": steps, **options}
     own = sample(model, kind, **given)
     ours = patched(model, ranks, tolerance=tolerance, max_stride=max_stride)
@@ -104,10 +103,8 @@ def test_samplers_that_use_the_unguided_output(sampler, cfg):
 @pytest.mark.parametrize("kind", ["eps", "v", "flow"])
 def test_every_sampler_is_exact_at_tolerance_0(kind, scheduler):
     from comfy.samplers import KSampler
-    from inprocess import sample
-    from tiny_pack import models
 
-    model, wrong, serial, slow = models.build(kind), [], {}, []
+    model, wrong, serial, slow = build(kind), [], {}, []
     exact = patched(model, 3, tolerance=0.0)
     fast = patched(model, 3, tolerance=math.inf, max_stride=1)
     for sampler in KSampler.SAMPLERS:
@@ -139,9 +136,7 @@ def test_model_classes(kind):
 
 
 def test_refuses_what_cannot_be():
-    from tiny_pack import models
-
-    model = models.build("eps")
+    model = build("eps")
     with pytest.raises(parastep.DeviceError, match="begin with that one"):
         patched_on(model, "cuda:0 cuda:1")
     with pytest.raises(parastep.DeviceError, match="nonsense"):

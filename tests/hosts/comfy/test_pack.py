@@ -12,8 +12,7 @@ import sys
 import comfy_graphs as graphs
 import pytest
 import tomllib
-from comfy_server import PATH, ROOT, PromptError, Server
-from conftest import NO_HOST
+from comfy_server import NO_HOST, PATH, ROOT, PromptError, Server
 
 import parastep
 

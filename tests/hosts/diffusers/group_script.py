@@ -1,4 +1,4 @@
-"""What every rank of a group runs in test_diffusers_group.py, which starts it: torchrun, mpirun, or
+"""What every rank of a group runs in test_group.py, which starts it: torchrun, mpirun, or
 a process in a network of its own. Prints one line of JSON for each scene, of each rank.
 """
 

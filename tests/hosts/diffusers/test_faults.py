@@ -10,7 +10,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -416,7 +415,6 @@ def test_two_pipelines_in_two_threads() -> None:
 
 INTERRUPTED = """
     import signal, sys, threading, time
-    sys.path.insert(0, {here!r})
     import tiny, torch
     from hosting import attributes, distance, parallel, threads
     from parastep.replicas import fingerprint
@@ -461,7 +459,7 @@ def test_keyboard_interrupt() -> None:
     of the leader's; the next call is as good as any.
     """
     scenes = [(0, {}), (1, {}), (1, {"slots": "batch"}), (1, {"slots": "batch", "tolerance": 0.5})]
-    script = INTERRUPTED.format(here=str(Path(__file__).parent), scenes=scenes)
+    script = INTERRUPTED.format(scenes=scenes)
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
         capture_output=True,

@@ -21,12 +21,11 @@ pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.timeout(280)  # every rank imports torch and diffusers
 
-HERE = Path(__file__).parent
-SCRIPT = str(HERE / "group_script.py")
+SCRIPT = str(Path(__file__).with_name("group_script.py"))
 
 
 def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join([str(HERE), *(p for p in sys.path if p)])
+    path = os.pathsep.join(p for p in sys.path if p)
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
 
 

@@ -16,7 +16,7 @@ diffusers = pytest.importorskip("diffusers")
 
 import tiny  # noqa: E402
 from hosting import host, no_warnings, own, parallel  # noqa: E402
-from test_diffusers_written import SHAPE, N, Net, Written, begin, ddim, plain  # noqa: E402
+from written import SHAPE, N, Net, Written, begin, ddim, plain  # noqa: E402
 
 
 class Walked:

@@ -22,8 +22,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 
-import chaos  # noqa: E402
 import faults  # noqa: E402
+import survival  # noqa: E402
 import tiny  # noqa: E402
 from hosting import (  # noqa: E402
     attributes,
@@ -42,7 +42,7 @@ from parastep.diffusers import _by_workers as by_workers  # noqa: E402
 
 pytestmark = pytest.mark.timeout(280)  # a worker imports torch and diffusers, which takes seconds
 
-RANKS = chaos.RANKS
+RANKS = survival.RANKS
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def together(folder: Path) -> Iterator[Any]:
     """Stable Diffusion on workers that carry out faults, the same ones for all tests."""
-    with chaos.make(folder) as made:
+    with survival.make(folder) as made:
         yield made
     made.close()
     with pytest.raises(parastep.StateError, match="closed"):
@@ -136,8 +136,8 @@ def test_worker_fails(together: Any, folder: Path, fault: str, call: int, status
 def test_faults_at_random(together: Any, folder: Path) -> None:
     """A few of those that `make chaos` injects."""
     draw = random.Random(3)
-    for what in draw.sample(chaos.GENTLE, 3):
-        chaos.survive(together, folder, what, draw)
+    for what in draw.sample(survival.GENTLE, 3):
+        survival.survive(together, folder, what, draw)
 
 
 def test_worker_hangs(together: Any, folder: Path) -> None:
@@ -283,7 +283,6 @@ def test_nothing_is_left(together: Any) -> None:
 
 SCRIPT = """
     import os, signal, sys, threading, time
-    sys.path.insert(0, {here!r})
     import faults, tiny, torch
     from hosting import parallel
 
@@ -322,7 +321,7 @@ def test_the_leader_is_interrupted_and_killed(tmp_path: Path) -> None:
     """Ctrl-C reaches the leader, which waits for a worker that hangs; the next call is fine. When
     the leader is killed the pipe ends, and a worker in the middle of its work with it.
     """
-    text = SCRIPT.format(here=str(Path(__file__).parent), folder=str(tmp_path))
+    text = SCRIPT.format(folder=str(tmp_path))
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(text)],
         capture_output=True,

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 
-SCRIPTS = pathlib.Path(__file__).parents[2] / "workflows" / "diffusers"
+SCRIPTS = pathlib.Path(__file__).parents[3] / "workflows" / "diffusers"
 STEPS = 7
 
 

@@ -1,14 +1,10 @@
-"""parastep.sample where something goes wrong: arguments, denoisers, followers, Ctrl-C.
-
-Whatever happens to a follower, the result at tolerance 0 is the sequential one bit for bit;
-whatever happens at all, no thread stays behind and the next run is as good as the first.
+"""Denoisers that fail: a follower's costs its place alone, and at tolerance 0 no bit of the result;
+what the leader's raises, the caller gets.
 """
 
-import array
 import gc
 import math
 import threading
-import time
 import warnings
 
 import numpy as np
@@ -21,24 +17,15 @@ from cases import (
     latents,
     lost,
     noise_of,
-    run_script,
     same,
     sample,
     settle,
     smooth,
 )
+from faulty import RANKS, STEPS, Trouble, evaluates, faulty_at, raising
 
 import parastep
-from parastep import (
-    DenoiserError,
-    DeviceError,
-    DtypeError,
-    FollowerWarning,
-    InvalidError,
-    LostError,
-    ShapeError,
-    _core,
-)
+from parastep import DenoiserError, DtypeError, FollowerWarning, LostError, ShapeError
 
 try:
     import torch
@@ -47,139 +34,10 @@ except ImportError:
 
 needs_torch = pytest.mark.skipif(torch is None, reason="no torch")
 
-STEPS, RANKS = 5, 4
-
-
-@pytest.fixture(autouse=True)
-def the_process_goes_on():
-    """After every test: no thread is left, none ended with an error, and a run is right."""
-    errors, before = [], threading.excepthook
-    threading.excepthook = errors.append
-    yield
-    settle()
-    threading.excepthook = before
-    assert errors == []
-    x = latents(seed=9)
-    found, report = parastep.sample(euler(4), smooth, x, ranks=3, tolerance=0)
-    assert same(found, exact(euler(4), smooth, x))
-    assert report.failures == [] and report.evaluations == [4, 3, 2]
-
-
-# ---- arguments -----------------------------------------------------------------------------------
-
 X = latents()
-BAD_LATENTS = [
-    ([1.0, 2.0], DtypeError, "x is of type list, not a tensor"),
-    (None, DtypeError, "x is of type NoneType, not a tensor"),
-    ("x", DtypeError, "x is of type str"),
-    (3.0, DtypeError, "x is of type float"),
-    (np.ndarray, DtypeError, "x is the class numpy.ndarray"),
-    (X.astype("i4"), DtypeError, "x has dtype int32; give float32"),
-    (X.astype("c8"), DtypeError, "x has dtype complex64"),
-    (X > 0, DtypeError, "x has dtype bool"),
-    (np.array([None]), DtypeError, "x has dtype object"),
-    (b"12345678", DtypeError, "x is a buffer of format 'B'"),
-    (array.array("i", [1, 2]), DtypeError, "x is a buffer of format 'i'"),
-    (X[:0], ShapeError, "an empty latent"),
-    (X[:, :0], ShapeError, "an empty latent"),
-    (np.empty(0, "f"), ShapeError, "an empty latent"),
-    (X.reshape((1,) * 6 + X.shape), ShapeError, "x has 9 dimensions; from 0 to 8"),
-]
-BAD_TORCH = [
-    (lambda: torch.ones(2, 3, device="meta"), (DeviceError, InvalidError), "x .*meta"),
-    (lambda: torch.ones(2, 3, dtype=torch.int64), DtypeError, "x has dtype int64"),
-    (lambda: torch.ones(2, 3, dtype=torch.bool), DtypeError, "x has dtype bool"),
-    (lambda: torch.eye(3).to_sparse(), (InvalidError, DtypeError), "x cannot be read: .*layout"),
-    (lambda: torch.ones(2, 0), ShapeError, "an empty latent"),
-    (lambda: torch.ones(2, dtype=torch.complex64), DtypeError, "x has dtype complex64"),
-]
-
-
-@pytest.mark.parametrize(("x", "error", "words"), BAD_LATENTS)
-@pytest.mark.parametrize("ranks", [1, RANKS])
-def test_latents_that_are_refused(x, error, words, ranks):
-    with pytest.raises(error, match=words):
-        parastep.sample(euler(4), smooth, x, ranks=ranks)
-
-
-@needs_torch
-@pytest.mark.parametrize(("make", "error", "words"), BAD_TORCH)
-def test_latents_of_torch_that_are_refused(make, error, words):
-    with pytest.raises(error, match=words):
-        parastep.sample(euler(4), smooth, make(), ranks=RANKS)
-
-
-def test_a_capsule_is_used_up():
-    capsule = _core._roundtrip(X).__dlpack__()
-    parastep.sample(euler(4), lambda x, step, rank: np.asarray(x), capsule)
-    with pytest.raises(InvalidError, match="x is a DLPack capsule that was used already"):
-        parastep.sample(euler(4), lambda x, step, rank: np.asarray(x), capsule)
-
-
-def test_latents_beyond_memory():
-    with pytest.raises(MemoryError):
-        parastep.sample(euler(4), smooth, np.broadcast_to(np.float32(1), (2**45,)))
-
-
-BAD_OPTIONS = [
-    ({"tolerance": -0.01}, InvalidError, "tolerance -0.01: must be 0"),
-    ({"tolerance": -math.inf}, InvalidError, "tolerance -inf"),
-    ({"tolerance": math.nan}, InvalidError, "tolerance nan"),
-    ({"tolerance": "0.1"}, InvalidError, "tolerance: '0.1': must be a number or"),
-    ({"tolerance": None}, TypeError, "tolerance: None: must be a number"),
-    ({"ranks": 0}, InvalidError, "ranks: 0: must be from 1 to 256"),
-    ({"ranks": -1}, InvalidError, "ranks: -1: must be from 1 to 256"),
-    ({"ranks": 257}, InvalidError, "ranks: 257: must be from 1 to 256"),
-    ({"ranks": 10**30}, InvalidError, f"ranks: {10**30}: must be from 1 to 256"),
-    ({"ranks": -(10**30)}, InvalidError, "ranks: -10+: must be from 1 to 256"),
-    ({"ranks": 2.0}, TypeError, "ranks: 2.0: must be an integer"),
-    ({"ranks": "4"}, TypeError, "ranks: '4': must be an integer"),
-    ({"ranks": None}, TypeError, "ranks: None: must be an integer"),
-    ({"order": 2}, InvalidError, "order: 2: must be from 0 to 1"),
-    ({"order": -1}, InvalidError, "order: -1: must be from 0 to 1"),
-    ({"order": 0.5}, TypeError, "order: 0.5: must be an integer"),
-    ({"warmup": 0}, InvalidError, "warmup: 0: must be 1 or above"),
-    ({"warmup": -5}, InvalidError, "warmup: -5: must be 1 or above"),
-    ({"warmup": 2**40}, InvalidError, "warmup: "),
-    ({"warmup": None}, TypeError, "warmup: None: must be an integer"),
-    ({"deadline": 0}, InvalidError, "deadline: 0: must be seconds above 0, or None"),
-    ({"deadline": -1}, InvalidError, "deadline: -1: must be seconds above 0"),
-    ({"deadline": math.nan}, InvalidError, "deadline: nan: must be seconds above 0"),
-    ({"deadline": "soon"}, TypeError, "deadline: 'soon': must be a number"),
-    ({"policy": "fast"}, InvalidError, "policy: 'fast': must be 'verified' or 'paper'"),
-    ({"policy": "pa\0per"}, InvalidError, "policy: "),
-    ({"policy": None}, InvalidError, "policy: None: must be 'verified' or 'paper'"),
-    ({"policy": 1}, InvalidError, "policy: 1: must be"),
-    ({"on_failure": "stop"}, InvalidError, "on_failure: 'stop': must be 'continue' or 'raise'"),
-    ({"on_failure": True}, InvalidError, "on_failure: True: must be"),
-    ({"max_stride": 0}, InvalidError, "max_stride: 0: must be 1"),
-    ({"max_stride": -2}, InvalidError, "max_stride: -2: must be 1"),
-    ({"max_stride": "x"}, TypeError, "max_stride: 'x': must be an integer"),
-    ({"something": 1}, TypeError, "something"),
-]
-
-
-@pytest.mark.parametrize(("options", "error", "words"), BAD_OPTIONS)
-def test_options_that_are_refused(options, error, words):
-    with pytest.raises(error, match=words):
-        parastep.sample(euler(4), smooth, X, **options)
-
-
-@pytest.mark.parametrize("denoiser", [None, 3, "smooth", X])
-def test_a_denoiser_is_callable(denoiser):
-    with pytest.raises(TypeError, match=r"denoiser: .*must be callable as \(x, step, rank\)"):
-        parastep.sample(euler(4), denoiser, X)
 
 
 # ---- a denoiser that fails, on every rank at every step ------------------------------------------
-
-
-class Trouble(Exception):
-    """What a denoiser of these tests raises."""
-
-
-def raising(output):
-    raise Trouble("it is broken")
 
 
 # What a denoiser does instead of returning its output: on rank 0 the error; on others the status of
@@ -199,24 +57,6 @@ FAULTS = {
     "flat": (lambda m: m.ravel(), ShapeError, r"shape \(24,\)", "FAILED", "ShapeError"),
     "integers": (lambda m: m.astype("i4"), DtypeError, "int32", "FAILED", "DtypeError"),
 }
-
-
-def faulty_at(rank, step, fault):
-    """smooth, but for one rank at one step; .happened tells whether that was ever called."""
-
-    def denoiser(x, j, k):
-        if (k, j) == (rank, step):
-            denoiser.happened = True
-            return fault(smooth(x, j, k))
-        return smooth(x, j, k)
-
-    denoiser.happened = False
-    return denoiser
-
-
-def evaluates(rank, step, steps=STEPS):
-    """Whether a rank evaluates a step at tolerance 0: in the round that begins `rank` before it."""
-    return step == 0 or (rank == 0 and step < steps) or 1 <= step - rank
 
 
 def check_failure(report, rank, step, status, words):
@@ -466,6 +306,64 @@ def test_any_faults_at_any_place():
         assert 0 not in lost(report)
 
 
+def test_threads_that_cannot_start(monkeypatch):
+    start = threading.Thread.start
+
+    def refusing(self):
+        if self.name == "parastep-2":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refusing)
+    with pytest.raises(RuntimeError, match="can't start"):
+        parastep.sample(euler(4), smooth, X, ranks=4)
+
+
+def test_nested_failures():
+    """A follower's own run fails on its follower: a warning there, and nothing here."""
+    inner = faulty_at(1, 1, raising)
+
+    def nested(x, step, rank):
+        refined, _ = sample(euler(3), inner, x, ranks=2, tolerance=0)
+        return smooth(refined, step, rank)
+
+    found, report = sample(euler(4), nested, X, ranks=3, tolerance=0)
+    plain = exact(euler(4), lambda x, j, k: smooth(exact(euler(3), smooth, x), j, k), X)
+    assert same(found, plain)
+    assert report.failures == []
+
+
+def test_references_are_given_back_after_failures():
+    class Output(np.ndarray):
+        """Counts those alive."""
+
+        alive = 0
+
+        def __array_finalize__(self, parent):
+            Output.alive += 1
+
+        def __del__(self):
+            Output.alive -= 1
+
+    def failing(x, step, rank):
+        output = smooth(x, step, rank).view(Output)
+        if (rank, step) in ((1, 1), (2, 3)):
+            return output[:1]
+        if (rank, step) == (3, 0):
+            raise Trouble(output)
+        return output
+
+    for leader_fails in (False, True):
+        if leader_fails:
+            with pytest.raises(ShapeError):
+                sample(euler(4), lambda x, j, k: failing(x, j, k)[: 2 - (j == 2)], X, ranks=4)
+        else:
+            sample(euler(4), failing, X, ranks=4, tolerance=0)
+        settle()
+        gc.collect()
+        assert Output.alive == 0
+
+
 # ---- numbers that are none -----------------------------------------------------------------------
 
 
@@ -530,295 +428,3 @@ def test_rounding_is_not_another_function():
     found, report = parastep.sample(euler(STEPS), rounding, X, ranks=RANKS, tolerance=0)
     assert same(found, exact(euler(STEPS), smooth, X))
     assert report.failures == []
-
-
-# ---- followers that hang -------------------------------------------------------------------------
-
-DEADLINE = 0.5  # what a follower in good health never needs here
-
-
-@pytest.mark.parametrize("step", range(4))
-@pytest.mark.parametrize("rank", [1, 2])
-def test_a_follower_that_hangs_is_left_behind(rank, step):
-    """It comes back when the run is over, to find that nobody waits; the others go on meanwhile."""
-    if not evaluates(rank, step, 4):
-        return
-    back, hung = threading.Event(), threading.Event()
-
-    def hang(output):
-        hung.set()
-        assert back.wait(30)
-        return output
-
-    try:
-        options = {"ranks": 3, "tolerance": 0, "deadline": DEADLINE}
-        found, report = sample(euler(4), faulty_at(rank, step, hang), X, **options)
-        names = [thread.name for thread in threading.enumerate()]
-        assert hung.is_set() and f"parastep-{rank}" in names
-    finally:
-        back.set()
-    assert same(found, exact(euler(4), smooth, X))
-    lines = {line.rank: (line.step, line.status) for line in report.failures}
-    assert lines[rank] == (step, "DEADLINE")
-
-
-@pytest.mark.parametrize("when", ["before the next round", "in a later round"])
-def test_a_follower_comes_back_in_mid_run(when):
-    """Its late output is for nobody, whichever round the leader has reached."""
-    back, abandoned = threading.Event(), threading.Event()
-
-    def denoiser(x, step, rank):
-        if (rank, step) == (1, 2):
-            back.wait(30)
-        if rank == 0 and step == (2 if when == "before the next round" else 4):
-            back.set()
-            abandoned.wait(0.05)  # time to come back in; right either way
-        return smooth(x, step, rank)
-
-    options = {"ranks": 3, "tolerance": 0, "deadline": DEADLINE}
-    try:
-        found, report = sample(euler(6), denoiser, X, **options)
-    finally:
-        back.set()
-    assert same(found, exact(euler(6), smooth, X))
-    assert {line.rank: line.step for line in report.failures}[1] == 2
-    assert report.evaluations[1] == 1
-
-
-def test_a_follower_that_hangs_may_be_an_error():
-    back = threading.Event()
-    denoiser = faulty_at(1, 2, lambda m: m if back.wait(30) else m)
-    options = {"ranks": 2, "tolerance": 0, "deadline": DEADLINE, "on_failure": "raise"}
-    try:
-        with pytest.raises(LostError, match="rank 1 was lost at step 2: .*deadline"):
-            parastep.sample(euler(4), denoiser, X, **options)
-    finally:
-        back.set()
-
-
-def test_all_followers_hang():
-    back = threading.Event()
-
-    def denoiser(x, step, rank):
-        if rank > 0:
-            back.wait(30)
-        return smooth(x, step, rank)
-
-    try:
-        found, report = sample(euler(4), denoiser, X, ranks=5, tolerance=0, deadline=DEADLINE)
-    finally:
-        back.set()
-    assert same(found, exact(euler(4), smooth, X))
-    assert lost(report) == [1, 2, 3, 4]
-    assert {line.status for line in report.failures} == {"DEADLINE"}
-
-
-def test_the_leader_may_take_longer_than_the_deadline():
-    """It counts from the leader's own output."""
-
-    def denoiser(x, step, rank):
-        if rank == 0:
-            time.sleep(DEADLINE + 0.1)
-        return smooth(x, step, rank)
-
-    options = {"ranks": 3, "tolerance": 0, "deadline": DEADLINE}
-    found, report = parastep.sample(euler(3), denoiser, X, **options)
-    assert same(found, exact(euler(3), smooth, X))
-    assert report.failures == []
-
-
-def test_a_slow_follower_within_its_deadline_is_waited_for():
-    def denoiser(x, step, rank):
-        if rank == 1:
-            time.sleep(0.12)  # more than two slices of the wait
-        return smooth(x, step, rank)
-
-    found, report = parastep.sample(euler(3), denoiser, X, ranks=2, tolerance=0, deadline=60)
-    assert same(found, exact(euler(3), smooth, X))
-    assert report.failures == [] and report.evaluations == [3, 2]
-
-
-def test_threads_that_cannot_start(monkeypatch):
-    start = threading.Thread.start
-
-    def refusing(self):
-        if self.name == "parastep-2":
-            raise RuntimeError("can't start new thread")
-        start(self)
-
-    monkeypatch.setattr(threading.Thread, "start", refusing)
-    with pytest.raises(RuntimeError, match="can't start"):
-        parastep.sample(euler(4), smooth, X, ranks=4)
-
-
-def test_nested_failures():
-    """A follower's own run fails on its follower: a warning there, and nothing here."""
-    inner = faulty_at(1, 1, raising)
-
-    def nested(x, step, rank):
-        refined, _ = sample(euler(3), inner, x, ranks=2, tolerance=0)
-        return smooth(refined, step, rank)
-
-    found, report = sample(euler(4), nested, X, ranks=3, tolerance=0)
-    plain = exact(euler(4), lambda x, j, k: smooth(exact(euler(3), smooth, x), j, k), X)
-    assert same(found, plain)
-    assert report.failures == []
-
-
-def test_references_are_given_back_after_failures():
-    class Output(np.ndarray):
-        """Counts those alive."""
-
-        alive = 0
-
-        def __array_finalize__(self, parent):
-            Output.alive += 1
-
-        def __del__(self):
-            Output.alive -= 1
-
-    def failing(x, step, rank):
-        output = smooth(x, step, rank).view(Output)
-        if (rank, step) in ((1, 1), (2, 3)):
-            return output[:1]
-        if (rank, step) == (3, 0):
-            raise Trouble(output)
-        return output
-
-    for leader_fails in (False, True):
-        if leader_fails:
-            with pytest.raises(ShapeError):
-                sample(euler(4), lambda x, j, k: failing(x, j, k)[: 2 - (j == 2)], X, ranks=4)
-        else:
-            sample(euler(4), failing, X, ranks=4, tolerance=0)
-        settle()
-        gc.collect()
-        assert Output.alive == 0
-
-
-# ---- Ctrl-C --------------------------------------------------------------------------------------
-
-INTERRUPTED = """
-    import os, random, signal, sys, threading, time
-    import numpy as np
-    import parastep
-    from cases import euler, exact, latents, same, settle, smooth
-
-    x, wanted = latents(), exact(euler(6), smooth, latents())
-    back = threading.Event()
-
-    def interrupt():
-        os.kill(os.getpid(), signal.SIGINT)
-
-    def check_next():
-        found, report = parastep.sample(euler(6), smooth, x, ranks=4, tolerance=0)
-        assert same(found, wanted) and not report.failures, report
-
-    def must_be_interrupted(denoiser, **options):
-        try:
-            parastep.sample(euler(6), denoiser, x, ranks=4, tolerance=0, **options)
-        except KeyboardInterrupt:
-            pass
-        else:
-            raise AssertionError("not interrupted")
-        check_next()
-        back.set()
-        settle()
-        check_next()
-        back.clear()
-"""
-
-
-def test_ctrl_c_in_the_leaders_forward():
-    script = (
-        INTERRUPTED
-        + """
-    for step in range(6):
-        def denoiser(x, j, rank):
-            if rank == 0 and j == step:
-                interrupt()
-                time.sleep(30)
-            return smooth(x, j, rank)
-
-        must_be_interrupted(denoiser)
-    """
-    )
-    done = run_script(script)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-@pytest.mark.parametrize("deadline", [None, 1000.0])
-def test_ctrl_c_while_the_leader_waits(deadline):
-    """For a follower in its denoiser, in every round that this one evaluates in."""
-    script = (
-        INTERRUPTED
-        + """
-    for step in (0, 2, 3, 4, 5):
-        def denoiser(x, j, rank):
-            if rank == 1 and j == step:
-                threading.Timer(0.06, interrupt).start()
-                back.wait(60)
-            return smooth(x, j, rank)
-
-        must_be_interrupted(denoiser, deadline=eval(sys.argv[1]))
-    """
-    )
-    done = run_script(script, deadline)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_ctrl_c_at_any_moment():
-    script = (
-        INTERRUPTED
-        + """
-    def denoiser(x, j, rank):
-        time.sleep(0.001)
-        return smooth(x, j, rank)
-
-    def swallowed(raised):  # Python ignores what interrupts a callback of its own weak references
-        global interrupts
-        assert raised.exc_type is KeyboardInterrupt, raised
-        assert raised.object.__module__ == "_weakrefset", raised
-        interrupts += 1
-
-    random.seed(int(sys.argv[1]))
-    sys.unraisablehook = swallowed
-    interrupts = 0
-    for _ in range(40):
-        timer = threading.Timer(random.uniform(0, 0.015), interrupt)
-        try:
-            timer.start()
-            parastep.sample(euler(6), denoiser, x, ranks=4, tolerance=0)
-            timer.join()
-            time.sleep(0.001)  # where it comes late
-        except KeyboardInterrupt:
-            interrupts += 1
-        timer.join()
-        settle()
-        check_next()
-    assert interrupts == 40, interrupts
-    """
-    )
-    done = run_script(script, 1)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-
-
-def test_a_process_ends_while_a_follower_hangs():
-    """At the end, and in the middle of a run that was interrupted: no thread keeps the process."""
-    script = (
-        INTERRUPTED
-        + """
-    def denoiser(x, j, rank):
-        if rank == 1 and j == 2:
-            threading.Timer(0.06, interrupt).start()
-            back.wait(60)
-        return smooth(x, j, rank)
-
-    try:
-        parastep.sample(euler(6), denoiser, x, ranks=4, tolerance=0)
-    except KeyboardInterrupt:
-        print("interrupted")
-    """
-    )
-    done = run_script(script, timeout=40)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")

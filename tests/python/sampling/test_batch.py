@@ -17,7 +17,7 @@ from cases import (
     settle,
     smooth,
 )
-from test_strided import Mixture, distance, setting
+from mixture import Mixture, distance, setting
 
 import parastep
 from parastep import _core

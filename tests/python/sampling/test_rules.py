@@ -14,7 +14,7 @@ from parastep import schedulers
 
 torch = pytest.importorskip("torch")
 
-PATH = pathlib.Path(__file__).parent.parent / "bench" / "_rules.py"
+PATH = pathlib.Path(__file__).parents[2] / "bench" / "_rules.py"
 STEPS = 23
 
 
