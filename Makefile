@@ -36,7 +36,6 @@ TEST_SRC := $(sort $(wildcard tests/c/*.c))
 PROGRAM_SRC := $(sort $(wildcard workflows/c/*.c))
 FAKE_SRC := $(sort $(wildcard tests/gpu/fake/*.c))
 HEADERS := $(sort $(wildcard include/*.h csrc/*/*.h tests/c/*.h tests/gpu/fake/*.h))
-PY_TESTS := $(wildcard tests/python/test_*.py tests/hosts/test_*.py tests/gpu/test_*.py)
 
 # ---- environment ---------------------------------------------------------------------------------
 
@@ -196,7 +195,7 @@ PYTEST := HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(VENV)/bin/pytest --timeout-method=th
 SHARED_OUT := -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 test-py: $(EDITABLE_STAMP) ## Run the Python tests (PYTEST_ARGS="-k name" for some of them)
-	$(if $(PY_TESTS),$(PYTEST) --timeout=300 $(SHARED_OUT) $(PYTEST_ARGS))
+	$(PYTEST) --timeout=300 $(SHARED_OUT) $(PYTEST_ARGS)
 
 # COMFYUI_PATH names a checkout of ComfyUI, COMFYUI_PYTHON a Python with its requirements and pytest.
 COMFYUI_PYTHON ?= $(PY)
@@ -243,8 +242,8 @@ hosts-old: $(EDITABLE_STAMP)
 # The Python tests that need no torch, on a Python without a GIL, named by PYTHON, in a venv of its
 # own; importing must leave the GIL off.
 FREE := build/free
-FREE_TESTS ?= $(addprefix tests/python/test_,faults.py planning.py program.py report.py run.py \
-  sample.py strided.py tensors.py threads.py)
+FREE_TESTS ?= $(addprefix tests/python/,core faults sampling tensors test_planning.py \
+  test_report.py test_threads.py)
 
 .PHONY: test-freethreaded
 test-freethreaded: ## Run Python tests without torch on a free-threaded PYTHON
@@ -404,8 +403,8 @@ sanitize-py: $(EDITABLE_STAMP)
 	  || { cat $(PY_ASAN)/build.log; exit 1; }
 	@$(SANITIZED_ENV) $(PY) -c 'import parastep._core as c; assert "$(PY_ASAN)" in c.__file__, c'
 	@status=0; \
-	$(if $(wildcard tests/python/test_*.py),$(SANITIZED_ENV) $(PYTEST) --timeout=900 \
-	  -p no:cacheprovider $(PYTEST_ARGS) tests/python || status=1;) \
+	$(SANITIZED_ENV) $(PYTEST) --timeout=900 -p no:cacheprovider $(PYTEST_ARGS) tests/python \
+	  || status=1; \
 	cat /dev/null $(PY_ASAN)/log/* 2> /dev/null | awk -v RS= -v ORS='\n\n' \
 	  '/ERROR: AddressSanitizer|runtime error:/ || (/ leak of / && /csrc\//) { bad = 1; print } \
 	  END { exit bad }' || status=1; \
@@ -418,7 +417,7 @@ FAULTS ?= 1000
 .PHONY: chaos
 chaos: build/c-asan/tests $(EDITABLE_STAMP) ## Inject 1000 faults at random into runs, under ASan
 	build/c-asan/tests --faults $(FAULTS) --limit $(SANITIZED_LIMIT) chaos
-	HF_HUB_OFFLINE=1 $(PY) tests/hosts/chaos.py $$(( $(FAULTS) / 20 ))
+	HF_HUB_OFFLINE=1 $(PY) tests/hosts/diffusers/chaos.py $$(( $(FAULTS) / 20 ))
 
 # ---- fuzzers -------------------------------------------------------------------------------------
 

@@ -42,6 +42,10 @@ class Spawned:
         self.stream = SocketStream(ours)
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def alive(self) -> bool:
         return self._process.poll() is None
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
-from test_tensors import Handmade, OldProducer, Producer
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+from handmade import Handmade, OldProducer, Producer
 
 from parastep import _core
 

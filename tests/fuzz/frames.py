@@ -24,9 +24,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from parastep import _core
 from parastep.diffusers.call import Call
-from parastep.diffusers.remote.link import FarRank, Follower, Link
+from parastep.diffusers.remote.link import Link, RemoteRank
 from parastep.diffusers.remote.packing import pack
-from parastep.processes.frames import _HEAD, _MAGIC, Kind, SocketStream, read_frame
+from parastep.diffusers.remote.serving import Server
+from parastep.processes.frames import _HEAD, _MAGIC, Kind, read_frame
+from parastep.processes.streams import SocketStream
 
 BODIES = [
     b"",
@@ -89,9 +91,9 @@ def lead(draw: random.Random) -> None:
     call = Call(2)
     with ours, theirs:
         link = Link(SocketStream(ours), "fuzz-link", True)
-        far = FarRank(link, 1, 1, call)
+        far = RemoteRank(link, 1, 1, call)
         call.far[1] = far
-        call.begin_far(b"arguments")
+        call.begin_remote(b"arguments")
         program = _core.Program.euler([4.0, 2.0, 1.0])
         x = torch.ones(1, 4)
         leader = call.lead(program, x, {"deadline": 5.0})
@@ -110,7 +112,7 @@ def follow(draw: random.Random) -> None:
     gone: queue.SimpleQueue[str] = queue.SimpleQueue()
     calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
     with ours, theirs:
-        end = Follower(
+        end = Server(
             SocketStream(ours), 1, torch.device("cpu"), calls, lambda frame: None, gone.put
         )
         feed(theirs, draw)

@@ -85,7 +85,7 @@ def places(ranks: int, count: int) -> list[str]:
 
 def exact(count: int) -> None:
     """Tolerance 0 against the untouched pipeline, bit for bit, on one device and on all."""
-    sys.path.insert(0, str(ROOT / "tests" / "hosts"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import tiny
 
     about(count)

@@ -48,7 +48,7 @@ def member(count: int) -> None:
 
 def exactly(home: str, devices: list[str] | None, apart: bool, **options: Any) -> None:
     """`apart`: every rank has a device of its own, and NCCL is there."""
-    sys.path.insert(0, str(ROOT / "tests" / "hosts"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import tiny
 
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -13,37 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import drawing, noise_of, smooth
 from fake_arrays import Exchanged, Plain, Setting
+from fake_runs import STEPS, euler, latents, on_device
 
 import parastep
 from parastep import _core
-
-STEPS = 12
-
-
-def euler(steps: int = STEPS) -> Any:
-    return parastep.Program.euler(np.linspace(10.0, 0.0, steps + 1))
-
-
-def latents(dtype: str = "f4") -> Any:
-    return 10 * np.random.default_rng(0).standard_normal((2, 3, 50)).astype(dtype)
-
-
-def smooth(x: Any, step: int) -> Any:
-    return (x * 0.6 / (abs(x) + 1.0) + 0.01 * step).astype(x.dtype)
-
-
-def on_device(kind: Any) -> Any:
-    def denoiser(x: Any, step: int, rank: int) -> Any:
-        assert isinstance(x, kind)
-        return kind.of(smooth(x.numpy(), step), x.device)
-
-    return denoiser
-
-
-def on_host(x: Any, step: int, rank: int) -> Any:
-    return smooth(x, step)
-
 
 KINDS = [Plain, Exchanged]
 
@@ -56,7 +31,7 @@ def test_a_run_on_a_device_is_that_on_the_cpu(
 ) -> None:
     x = latents(dtype)
     settings: Any = {"ranks": 4, "tolerance": tolerance, "max_stride": 1}
-    expected, there = parastep.sample(euler(), on_host, x, **settings)
+    expected, there = parastep.sample(euler(), smooth, x, **settings)
     result, here = parastep.sample(euler(), on_device(kind), kind.of(x), **settings)
     assert isinstance(result, kind)
     np.testing.assert_array_equal(result.numpy(), expected)
@@ -66,13 +41,8 @@ def test_a_run_on_a_device_is_that_on_the_cpu(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_strides_and_the_second_device(fake: Any, kind: Any) -> None:
-    plain = euler()
-    draws = np.full(STEPS, 0.1)
-    draws[-1] = 0.0
-    program = parastep.Program(plain.a, plain.b, draws, plain.s, plain.g)
-    noise = np.random.default_rng(1).standard_normal((STEPS, 2, 3, 50)).astype("f4")
-    x = latents()
-    expected, _ = parastep.sample(program, on_host, x, ranks=3, noise=noise)
+    program, noise, x = drawing(STEPS, 0.1), noise_of(STEPS, (2, 3, 50)), latents()
+    expected, _ = parastep.sample(program, smooth, x, ranks=3, noise=noise)
     there = [kind.of(z, 1) for z in noise]
     result, report = parastep.sample(program, on_device(kind), kind.of(x, 1), ranks=3, noise=there)
     assert result.device == 1 and report.failures == []
@@ -111,7 +81,7 @@ def test_ranks_on_several_devices(fake: Any, kind: Any, setting: Any) -> None:
     """Direct copies, copies through the host, and a driver without memory pools."""
     fake.fake_set(Setting(*setting, 5))
     x = latents()
-    expected, _ = parastep.sample(euler(), on_host, x, ranks=4, max_stride=1)
+    expected, _ = parastep.sample(euler(), smooth, x, ranks=4, max_stride=1)
     leader = _core.Leader(euler(), kind.of(x), ranks=4, max_stride=1, devices=[0, 1, 0, 1])
     result = drive(leader, kind, euler(), kind.of(x), [1, 2, 3])
     assert leader.report()["failures"] == []
@@ -179,7 +149,7 @@ class SimpleProducer:
 def test_a_lost_follower_on_a_device_costs_nothing_but_speed(fake: Any, kind: Any) -> None:
     """It raises, hangs past its deadline while its device works for it, or returns NaN."""
     x = latents()
-    expected, _ = parastep.sample(euler(), on_host, x, ranks=1, tolerance=0.0)
+    expected, _ = parastep.sample(euler(), smooth, x, ranks=1, tolerance=0.0)
     hang = threading.Event()
 
     def denoiser(x: Any, step: int, rank: int) -> Any:
@@ -187,7 +157,7 @@ def test_a_lost_follower_on_a_device_costs_nothing_but_speed(fake: Any, kind: An
             raise ValueError("no more")
         if rank == 2 and step > 2:
             hang.wait(20)
-        m = smooth(x.numpy(), step)
+        m = smooth(x.numpy(), step, rank)
         return kind.of(m * np.nan if rank == 3 and step > 2 else m, x.device)
 
     with pytest.warns(parastep.FollowerWarning):
@@ -203,7 +173,7 @@ def test_a_lost_follower_on_a_device_costs_nothing_but_speed(fake: Any, kind: An
 def test_a_device_that_hangs_is_a_follower_lost(fake: Any) -> None:
     """Its stream never ends: the leader goes on, and nothing is freed under it."""
     x = latents()
-    expected, _ = parastep.sample(euler(), on_host, x, ranks=1, tolerance=0.0)
+    expected, _ = parastep.sample(euler(), smooth, x, ranks=1, tolerance=0.0)
     leader = _core.Leader(
         euler(), Plain.of(x), ranks=2, devices=[0, 1], tolerance=0.0, deadline=0.3
     )
@@ -239,7 +209,7 @@ def test_a_device_that_hangs_is_a_follower_lost(fake: Any) -> None:
 def test_a_failing_driver_is_an_error_and_the_next_run_is_fine(fake: Any, function: str) -> None:
     x = latents()
     settings: Any = {"ranks": 3, "tolerance": 0.0}
-    expected, _ = parastep.sample(euler(), on_host, x, **settings)
+    expected, _ = parastep.sample(euler(), smooth, x, **settings)
     failed = 0
     for n in range(1, 40, 3):
         fake.fake_fail(function.encode(), n, 2)

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_arrays import Plain
-from test_fake import STEPS, euler, latents, on_device, on_host
+from cases import smooth
+from fake_arrays import Plain, Setting
+from fake_runs import STEPS, euler, latents, on_device
 
 import parastep
 from parastep import _core
@@ -26,8 +27,9 @@ torch = pytest.importorskip("torch")
 
 from parastep.diffusers.call import Call  # noqa: E402
 from parastep.diffusers.remote import link as far  # noqa: E402
+from parastep.diffusers.remote import serving  # noqa: E402
 from parastep.processes import pairs  # noqa: E402
-from parastep.processes.frames import SocketStream  # noqa: E402
+from parastep.processes.streams import SocketStream  # noqa: E402
 
 HERE, THERE = torch.device("cuda", 0), torch.device("cuda", 1)
 evaluate = on_device(Plain)
@@ -36,7 +38,7 @@ evaluate = on_device(Plain)
 @pytest.fixture(scope="module")
 def expected() -> Any:
     """x_N of the sequential run."""
-    return parastep.sample(euler(), on_host, latents(), ranks=1, tolerance=0.0)[0]
+    return parastep.sample(euler(), smooth, latents(), ranks=1, tolerance=0.0)[0]
 
 
 def in_thread(body: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
@@ -106,7 +108,7 @@ def follow(pair: Any, conduct: Callable[[Any, int], Any] | None = None) -> list[
 def test_runs_over_one_pair(nccl: Any, expected: Any, tolerance: float) -> None:
     here, there = connected()
     settings: Any = {"ranks": 2, "tolerance": tolerance, "max_stride": 1}
-    on_cpu, report_there = parastep.sample(euler(), on_host, latents(), **settings)
+    on_cpu, report_there = parastep.sample(euler(), smooth, latents(), **settings)
     for _ in range(3):
         thread, steps = in_thread(lambda: follow(there))
         leader = leader_of(here, tolerance=tolerance)
@@ -196,8 +198,6 @@ def test_counts_that_differ(fake: Any, nccl: Any, expected: Any) -> None:
 
 
 def forget_complaint(fake: Any) -> None:
-    from fake_arrays import Setting
-
     fake.fake_drain()
     fake.fake_set(Setting(2, 1, 1, 7))
 
@@ -273,7 +273,7 @@ def latent(shape: Any, dtype: Any, device: Any) -> Any:
 @pytest.fixture
 def processes(nccl: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Processes]:
     monkeypatch.setattr(pairs, "identity", str)
-    monkeypatch.setattr(far, "_latent", latent)
+    monkeypatch.setattr(serving, "_latent", latent)
     made = Processes()
     yield made
     made.close()

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from comfy_server import PATH, Server
-
-NO_HOST = "no ComfyUI checkout: set COMFYUI_PATH, and install its requirements"
+from comfy_server import NO_HOST, PATH, Server
 
 
 @pytest.fixture(scope="session")

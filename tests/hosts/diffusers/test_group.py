@@ -1,0 +1,220 @@
+"""The same script on every rank of a group: torchrun, MPI, and two networks joined by a wire."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.timeout(280)  # every rank imports torch and diffusers
+
+SCRIPT = str(Path(__file__).with_name("group_script.py"))
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join(p for p in sys.path if p)
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
+
+
+def run(command: Sequence[str]) -> str:
+    """What the command prints; on failure and at the limit it is ended with all its children."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    try:
+        out, errors = process.communicate(timeout=240)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    assert process.returncode == 0, errors
+    return out
+
+
+def told(out: str, ranks: int, scenes: Sequence[str]) -> dict[str, list[Any]]:
+    """{scene: [what rank 0 said, ...]}"""
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    lines.sort(key=lambda line: line["rank"])
+    found = {scene: [line for line in lines if line["scene"] == scene] for scene in scenes}
+    assert all(len(of_scene) == ranks for of_scene in found.values()), out
+    return found
+
+
+def check_good(lines: list[Any]) -> None:
+    """The host's bits on every rank, and the leader's report."""
+    for line in lines:
+        assert line["equal"] and line["raised"] is None, line
+        assert line["failures"] == [] and line["fallback"] is None
+        assert line["evaluations"] == [6 - rank for rank in range(len(lines))]
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    scenes = ["first", "others", "error", "split", "raise", "after", "pause", "again"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
+    out = run([*torchrun, "--standalone", SCRIPT, str(tmp_path), *scenes])
+    found = told(out, 4, scenes)
+    for scene in ("first", "others", "after"):
+        check_good(found[scene])
+    for line in found["error"]:
+        assert "divisible by 8" in line["raised"]
+    for line in found["split"]:
+        assert "enable_parallelism" in line["raised"]
+    for line in found["raise"]:
+        assert line["equal"] and [f["status"] for f in line["failures"]] == ["FAILED"]
+        assert "out of cheese" in line["failures"][0]["text"]
+    for line in found["pause"]:  # late: given up, and it still returns what the leader returns
+        assert line["equal"] and "DEADLINE" in {f["status"] for f in line["failures"]}
+    for line in found["again"]:
+        assert line["equal"] and line["fallback"] is None
+
+
+def test_mpi(tmp_path: Path) -> None:
+    """With mpi4py and a launcher that fits it; there may be none on this machine."""
+    pytest.importorskip("mpi4py")
+    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if mpirun is None:
+        pytest.skip("mpi4py is here, mpirun is not")
+    scenes = ["first", "raise", "after"]
+    out = run([mpirun, "-n", "3", sys.executable, SCRIPT, str(tmp_path), *scenes])
+    found = told(out, 3, scenes)
+    check_good(found["first"])
+    check_good(found["after"])
+    assert all(line["equal"] and len(line["failures"]) == 1 for line in found["raise"])
+
+
+def test_a_group_of_the_script_s_own(tmp_path: Path) -> None:
+    """Joined through a file that both see, as under Slurm without a launcher of torch's."""
+    command, pipe = [sys.executable, SCRIPT, str(tmp_path), "first"], subprocess.PIPE
+    where = {"RENDEZVOUS": str(tmp_path / "rendezvous")}
+    ranks = [
+        subprocess.Popen(command, stdout=pipe, text=True, env=environment(RANK=rank, **where))
+        for rank in ("0", "1")
+    ]
+    try:
+        out = "".join(process.communicate(timeout=120)[0] for process in ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    check_good(told(out, 2, ["first"])["first"])
+
+
+# Two namespaces with a wire between them, in a user namespace, so that no privilege is needed.
+# Nothing but the wire joins them: loopback of one is not that of the other.
+NETWORKS = """
+set -e
+ip link set lo up
+unshare --net sleep 250 &
+other=$!
+until [ "$(readlink /proc/$other/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep .05; done
+ip link add near type veth peer name far netns $other
+ip address add 10.77.0.1/24 dev near
+ip link set near up
+there() { nsenter --target $other --net "$@"; }
+there ip link set lo up
+there ip address add 10.77.0.2/24 dev far
+there ip link set far up
+"""
+
+TWO_NODES = """
+export MASTER_ADDR=10.77.0.1 MASTER_PORT=29511 WORLD_SIZE=2
+GLOO_SOCKET_IFNAME=far RANK=1 there "$@" &
+follower=$!
+GLOO_SOCKET_IFNAME=near RANK=0 "$@"
+wait $follower
+kill $other
+"""
+
+
+def in_networks(script: str) -> list[str]:
+    return ["unshare", "--user", "--map-root-user", "--net", "bash", "-c", NETWORKS + script, "-"]
+
+
+def test_two_nodes(tmp_path: Path) -> None:
+    if not all(shutil.which(tool) for tool in ("unshare", "nsenter", "ip", "bash")):
+        pytest.skip("needs unshare, nsenter (util-linux) and ip (iproute2)")
+    tried = subprocess.run(in_networks("kill $other"), capture_output=True, text=True, timeout=60)
+    if tried.returncode != 0:
+        words = tried.stderr.strip().splitlines() or ["no reason given"]
+        pytest.skip(f"this machine allows no network namespaces: {words[-1]}")
+    scenes = ["first", "raise", "after"]
+    command = [sys.executable, SCRIPT, str(tmp_path), *scenes]
+    found = told(run([*in_networks(TWO_NODES), *command]), 2, scenes)
+    check_good(found["first"])
+    check_good(found["after"])
+    assert all(line["equal"] and len(line["failures"]) == 1 for line in found["raise"])
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+# Rank 0 of a group whose other rank is late: with a process that does nothing yet, or with none.
+WAITS = """
+import os, signal, sys, threading, torch
+from parastep.diffusers.remote import groups
+
+groups._LATE = 0.2
+torch.distributed.init_process_group("gloo") if sys.argv[1] == "idle" else None
+if os.environ["RANK"] == "1":
+    sys.stdin.read()
+    sys.exit()
+threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    groups.group_of(None, torch.device("cpu"))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("other", ["idle", "missing"])
+def test_ctrl_c_while_a_rank_is_late(other: str) -> None:
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command, pipe = [sys.executable, "-c", WAITS, other], subprocess.PIPE
+    idle = None
+    if other == "idle":
+        idle = subprocess.Popen(command, stdin=pipe, env=environment(RANK="1", **where))
+    try:
+        waits = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, env=environment(RANK="0", **where)
+        )
+    finally:
+        if idle is not None:
+            idle.communicate(b"", timeout=60)
+    assert waits.returncode == 0 and waits.stdout == "interrupted\n", waits.stderr
+    assert "each rank of the group has to call parallelize" in waits.stderr
+
+
+def test_a_group_of_one_is_none() -> None:
+    """torchrun with one process: nothing to join."""
+    from parastep.diffusers.remote.groups import group_of
+
+    before = dict(os.environ)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    os.environ.update(RANK="0", WORLD_SIZE="1", **where)
+    try:
+        assert group_of(None, torch.device("cpu")) is None
+        assert not torch.distributed.is_initialized()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
