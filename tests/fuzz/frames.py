@@ -27,6 +27,7 @@ from parastep.diffusers.call import Call
 from parastep.diffusers.remote.link import Link, RemoteRank
 from parastep.diffusers.remote.packing import pack
 from parastep.diffusers.remote.serving import Server
+from parastep.options import Options
 from parastep.processes.frames import _HEAD, _MAGIC, Kind, read_frame
 from parastep.processes.streams import SocketStream
 
@@ -91,12 +92,12 @@ def lead(draw: random.Random) -> None:
     call = Call(2)
     with ours, theirs:
         link = Link(SocketStream(ours), "fuzz-link", True)
-        far = RemoteRank(link, 1, 1, call)
-        call.far[1] = far
+        rank = RemoteRank(link, 1, 1, call)
+        call.remote[1] = rank
         call.begin_remote(b"arguments")
         program = _core.Program.euler([4.0, 2.0, 1.0])
         x = torch.ones(1, 4)
-        leader = call.lead(program, x, {"deadline": 5.0})
+        leader = call.lead(program, x, Options(deadline=5.0))
         feed(theirs, draw)
         call.open(leader, x, patience=5.0)
         for step in range(2):

@@ -26,9 +26,9 @@ from parastep import _core
 torch = pytest.importorskip("torch")
 
 from parastep.diffusers.call import Call  # noqa: E402
-from parastep.diffusers.remote import link as far  # noqa: E402
-from parastep.diffusers.remote import serving  # noqa: E402
+from parastep.diffusers.remote import link, serving  # noqa: E402
 from parastep.processes import pairs  # noqa: E402
+from parastep.processes.frames import Kind  # noqa: E402
 from parastep.processes.streams import SocketStream  # noqa: E402
 
 HERE, THERE = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -212,10 +212,10 @@ class Processes:
         ours, theirs = socket.socketpair()
         self.jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.theirs = theirs
-        self.follower = far.Follower(
+        self.follower = serving.Server(
             SocketStream(theirs), 1, THERE, self.jobs, lambda frame: None, self.jobs.put
         )
-        self.link = far.Link(SocketStream(ours), "follower", True)
+        self.link = link.Link(SocketStream(ours), "follower", True)
         self.number = 0
         self.conduct: Callable[[Any, Any, int], Any] | None = None
         self.thread, self.died = in_thread(self.serve)
@@ -235,16 +235,16 @@ class Processes:
                 call.fail(1, repr(error))
             finally:
                 left = f"[0, {str(call.leave()).lower()}]"
-                self.follower.peer.send(far.Kind.LEFT, call.number, left.encode())
+                self.follower.peer.send(Kind.LEFT, call.number, left.encode())
                 del call
 
     def run(self, **options: Any) -> tuple[Any, list[Any], str]:
         """x_N, the failures and what carried the latents."""
         self.number += 1
         call = Call(2, [HERE, THERE])
-        far._pair_all({1: self.link}, HERE)
-        rank = far.FarRank(self.link, 1, self.number, call)
-        call.far = {1: rank}
+        link._pair_all({1: self.link}, HERE)
+        rank = link.RemoteRank(self.link, 1, self.number, call)
+        call.remote = {1: rank}
         rank.begin(b"")
         leader = leader_of(rank.carrier()[0], **options)
         with call._changed:

@@ -75,7 +75,7 @@ def survive(together: Any, folder: Path, what: str, draw: random.Random) -> None
     together._options |= {"tolerance": tolerance, "deadline": DEADLINE}
     if what == "interrupt start":
         for worker in together._ranks._remote._workers.values():
-            worker._process.kill()
+            worker._process.end()
     elif what != "interrupt":
         faults.order(folder, what, draw.randint(1, STEPS))
     with warnings.catch_warnings():
