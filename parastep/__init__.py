@@ -35,7 +35,7 @@ from ._version import __version__
 from .calibration import Calibration, calibrate
 from .messages import FollowerWarning, SerialWarning
 from .planning.plan import plan
-from .report.report import Report
+from .report import Report
 from .sampling import sample
 
 if TYPE_CHECKING:

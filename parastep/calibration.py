@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _core
-from .report.report import Report
+from .report import Report
 from .sampling import sample
 from .tolerance import Tolerance, number_of
 

@@ -13,7 +13,7 @@ from . import __version__, _core
 from .check import check
 from .planning.plan import plan
 from .planning.quantities import LINKS
-from .report.report import Report
+from .report import Report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

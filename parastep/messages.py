@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from .report.report import Report
+from .report import Report
 
 
 class FollowerWarning(RuntimeWarning):

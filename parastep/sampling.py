@@ -11,7 +11,7 @@ from typing import Any
 from . import _core
 from .messages import SerialWarning, describe, warn_of
 from .options import Options
-from .report.report import Report
+from .report import Report
 from .stacking import Stacking
 from .threads import HostContext
 from .tolerance import Tolerance

@@ -24,7 +24,7 @@ import torch
 from .. import _core
 from ..messages import describe
 from ..options import Options
-from ..report.report import Report
+from ..report import Report
 from ..tolerance import Tolerance, number_of
 from ..tracing.kdiffusion import Traced, trace
 from .lanes import Lane, make_lanes, without_host_split

@@ -23,7 +23,7 @@ from .. import _core
 from ..messages import describe
 from ..options import Options
 from ..quiet import name_of
-from ..report.report import Report
+from ..report import Report
 from ..sampling import serve
 from ..speculation import Speculation
 from ..stacking import Stacking

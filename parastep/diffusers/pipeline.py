@@ -18,7 +18,7 @@ import torch
 from .. import _core
 from ..messages import warn_of
 from ..options import Options
-from ..report.report import Report
+from ..report import Report
 from ..tolerance import Tolerance
 from .ranks import Ranks, ranks_of, refuse_split
 from .replicas import denoisers_of

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..options import Options
 from ..quiet import quiet_followers
-from ..report.report import Report
+from ..report import Report
 from .call import Followers, Given
 from .hooks import Hooks
 from .leader import Leader

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import _core
-from ..report.report import Report
+from ..report import Report
 from .quantities import LINKS, bytes_in, link_in, seconds_in, shown_bytes
 from .rounds import Pace, Profile, Warmup, default_profile
 

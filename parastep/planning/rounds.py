@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import _core
-from ..report.report import Report
+from ..report import Report
 
 
 @dataclass(frozen=True)

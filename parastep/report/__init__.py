@@ -1,1 +1,6 @@
 """What a run tells of itself: as data, in a line, as a figure and in a notebook."""
+
+from .record import Evaluation, Failure, Record
+from .report import Report
+
+__all__ = ["Evaluation", "Failure", "Record", "Report"]

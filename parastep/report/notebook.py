@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from .plot import COLOURS, LABELS, drifts
-from .report import Report
+from .record import Record
 
 _WIDTH, _LEFT = 760, 52  # pixels; what is left of the pictures' own area
 _ROW = 18
@@ -19,7 +19,7 @@ _LABELLED_RANKS = 32  # above it the rows are too many for numbers
 _TEXT = 'fill="currentColor" font-size="10" font-family="sans-serif"'
 
 
-def html_of(report: Report) -> str:
+def html_of(report: Record) -> str:
     """The whole of it, as `Report._repr_html_` returns it."""
     parts = [f"<p><b>{html.escape(str(report))}</b></p>"]
     if report.timeline:
@@ -32,7 +32,7 @@ def html_of(report: Report) -> str:
     return f'<div style="max-width:{_WIDTH}px">{"".join(parts)}</div>'
 
 
-def _facts(report: Report) -> Iterable[str]:
+def _facts(report: Record) -> Iterable[str]:
     evaluations = ", ".join(map(str, report.evaluations))
     yield f"evaluations of each rank: {evaluations}; {report.bytes_sent / 1e6:.3g} MB sent"
     if 0 < report.forwards < sum(report.evaluations):
@@ -45,7 +45,7 @@ def _facts(report: Report) -> Iterable[str]:
         yield f"{report.not_finite} outputs of the leader hold NaN or Inf"
 
 
-def _failures(report: Report) -> str:
+def _failures(report: Record) -> str:
     rows = "".join(
         f"<tr><td>{line.rank}</td><td>{line.step}</td><td>{html.escape(line.status)}</td>"
         f'<td style="text-align:left">{html.escape(line.text)}</td></tr>'
@@ -55,7 +55,7 @@ def _failures(report: Report) -> str:
     return f"<table>{head}{rows}</table>"
 
 
-def _legend(report: Report) -> str:
+def _legend(report: Record) -> str:
     shown = {*report.evaluated, *report.kinds}
     parts = [
         f'<span style="color:{colour}">&#9632;</span> {html.escape(LABELS[kind])}'
@@ -77,7 +77,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {_TEXT}>{escaped}</text>'
 
 
-def _timeline(report: Report) -> str:
+def _timeline(report: Record) -> str:
     """A row a rank, seconds to the right; one path a kind, which keeps long runs small."""
     seconds = max(report.seconds, max(record.end for record in report.timeline), 1e-9)
     scale = (_WIDTH - _LEFT - 8) / seconds
@@ -98,7 +98,7 @@ def _timeline(report: Report) -> str:
     return _svg(foot + 4, [*parts, *numbers, *rows, *ends], label)
 
 
-def _drift(report: Report) -> str:
+def _drift(report: Record) -> str:
     """Drift of each step on a logarithmic axis, one decade a line."""
     height, top = 110, 6
     shown = [value for _, value, _ in drifts(report)]

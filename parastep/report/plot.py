@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .report import Report
+from .record import Record
 
 COLOURS = {
     "exact": "#4878a8",
@@ -21,7 +21,7 @@ LABELS = {
 }
 
 
-def report(report: Report, figure: Any = None) -> Any:
+def report(report: Record, figure: Any = None) -> Any:
     """Timeline, drift, steps taken in each round; returns the figure."""
     figure = _own_figure() if figure is None else figure
     axes = figure.subplots(3, 1, height_ratios=[2, 1.5, 1])
@@ -31,7 +31,7 @@ def report(report: Report, figure: Any = None) -> Any:
     return figure
 
 
-def timeline(report: Report, axes: Any) -> None:
+def timeline(report: Record, axes: Any) -> None:
     """Draws a report's evaluations on matplotlib axes: a row a rank, seconds to the right."""
     for record, kind in zip(report.timeline, report.evaluated):
         width, look = record.end - record.begin, {"color": COLOURS[kind], "linewidth": 0}
@@ -46,7 +46,7 @@ def timeline(report: Report, axes: Any) -> None:
     axes.set_title(f"{report.steps} steps in {report.rounds} rounds", loc="left", fontsize=10)
 
 
-def drifts(report: Report) -> list[tuple[int, float, str]]:
+def drifts(report: Record) -> list[tuple[int, float, str]]:
     """(step, drift, what became of the guess) where a logarithmic axis can show it."""
     kinds = report.kinds
     return [
@@ -56,7 +56,7 @@ def drifts(report: Report) -> list[tuple[int, float, str]]:
     ]
 
 
-def drift(report: Report, axes: Any) -> None:
+def drift(report: Record, axes: Any) -> None:
     """Draws how far off each step's guess was, in units of its noise scale."""
     for kind in COLOURS:
         points = [(step, value) for step, value, own in drifts(report) if own == kind]
@@ -69,7 +69,7 @@ def drift(report: Report, axes: Any) -> None:
     _finish(axes, [])
 
 
-def taken(report: Report, axes: Any) -> None:
+def taken(report: Record, axes: Any) -> None:
     """Draws the steps that each round took, by what answered them."""
     kinds, step = report.kinds, 0
     for number, count in enumerate(report.accepted):

@@ -1,136 +1,17 @@
-"""What a run tells of itself: rounds, drift, the timeline, failures."""
+"""The record of a run that shows itself: `report.plot()`, and whatever a notebook does with it."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
+
+from . import notebook, plot
+from .record import Record
 
 
-class Evaluation(NamedTuple):
-    """One run of the denoiser; times in seconds since the run began."""
-
-    rank: int
-    step: int
-    round: int
-    begin: float
-    end: float
-    accepted: bool
-
-
-class Failure(NamedTuple):
-    """A rank that was left out: the step it was to evaluate, a short name, and the reason."""
-
-    rank: int
-    step: int
-    status: str
-    text: str
-
-
-@dataclass(repr=False)
-class Report:
-    """A finished run.
-
-    `rounds` are the leader's evaluations, so wall time in forwards; `accepted` the steps taken in
-    each round; `forwards` how often the denoiser ran on any rank, a batch of steps counting once,
-    and `unbatched` why steps that were to share a batch did not; `drift` how far each step's guess
-    was off in units of its noise scale, NaN where there was no guess, and `cost` what a drift of 1
-    spends of the tolerance at a step of the program; `interpolated` how many steps were answered
-    between nodes; `tolerance` the one that decided, None under the published rule, which has none;
-    `fallback` why speculation ended, or None; `transports` what took the latents to each rank of a
-    pipeline ("threads", "host" or "nccl"; "" for the leader).
-
-    In a notebook it shows itself; `print` gives one line, `plot` a figure.
+class Report(Record):
+    """A finished run, with all of `Record`. In a notebook it shows itself; `print` gives one line,
+    `plot` a figure.
     """
-
-    steps: int = 0
-    ranks: int = 1
-    rounds: int = 0
-    evaluations: list[int] = field(default_factory=list)
-    interpolated: int = 0
-    accepted: list[int] = field(default_factory=list)
-    drift: list[float] = field(default_factory=list)
-    cost: list[float] = field(default_factory=list)
-    timeline: list[Evaluation] = field(default_factory=list)
-    seconds: float = 0.0
-    bytes_sent: int = 0
-    failures: list[Failure] = field(default_factory=list)
-    fallback: str | None = None
-    answered: int = 0
-    not_finite: int = 0
-    tolerance: float | None = None
-    forwards: int = 0
-    unbatched: str | None = None
-    transports: list[str] = field(default_factory=list)
-
-    @classmethod
-    def from_core(cls, found: dict[str, Any], tolerance: float | None = None) -> Report:
-        """From the dict of `_core.Leader.report()`, and the tolerance it was created with."""
-        found = {**found, "tolerance": tolerance, "forwards": sum(found["evaluations"])}
-        found["timeline"] = [Evaluation(*record) for record in found["timeline"]]
-        found["failures"] = [Failure(*line) for line in found["failures"]]
-        return cls(**found)
-
-    @property
-    def speedup(self) -> float:
-        """Model calls over rounds: the gain in forwards of wall time, were all else free."""
-        return self.steps / self.rounds if self.rounds else math.nan
-
-    @property
-    def evaluated(self) -> list[str]:
-        """What became of each evaluation of the timeline: exact (the leader's, at the true latent
-        with which its round began), accepted or rejected (guesses, its own among them).
-        """
-        frontier = [0, *itertools.accumulate(self.accepted)]
-
-        def kind(record: Evaluation) -> str:
-            if not record.accepted:
-                return "rejected"
-            own = record.rank == 0 and record.round < len(frontier)
-            return "exact" if own and record.step == frontier[record.round] else "accepted"
-
-        return [kind(record) for record in self.timeline]
-
-    @property
-    def kinds(self) -> list[str]:
-        """What answered each step: exact, accepted or interpolated.
-
-        Steps without an evaluation of their own lie between nodes, as many as `interpolated`; those
-        after them the host evaluated alone, once speculation had ended.
-        """
-        pairs = zip(self.timeline, self.evaluated)
-        found = {record.step: kind for record, kind in pairs if record.accepted}
-        others = [step for step in range(self.steps) if step not in found]
-        found |= dict.fromkeys(others, "exact")
-        found |= dict.fromkeys(others[: self.interpolated], "interpolated")
-        return [found[step] for step in range(self.steps)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, valid JSON: NaN and Inf become None, but for an
-        infinite tolerance, which is "inf".
-        """
-        plain = asdict(self)
-        plain["drift"] = [value if math.isfinite(value) else None for value in self.drift]
-        if self.tolerance == math.inf:
-            plain["tolerance"] = "inf"
-        plain["timeline"] = [record._asdict() for record in self.timeline]
-        plain["failures"] = [line._asdict() for line in self.failures]
-        return plain
-
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> Report:
-        """What `to_dict` made, maybe by way of JSON. Raises ValueError for anything else."""
-        try:
-            found = dict(plain)
-            found["drift"] = [math.nan if value is None else value for value in found["drift"]]
-            if found["tolerance"] is not None:
-                found["tolerance"] = float(found["tolerance"])
-            found["timeline"] = [Evaluation(**record) for record in found["timeline"]]
-            found["failures"] = [Failure(**line) for line in found["failures"]]
-            return cls(**found)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not the dict of a report: {error!r}") from error
 
     def plot(self, figure: Any = None) -> Any:
         """A matplotlib figure: who evaluated what when, the drift of each step, steps per round.
@@ -140,32 +21,7 @@ class Report:
 
         Raises ImportError where matplotlib is missing.
         """
-        from . import plot
-
         return plot.report(self, figure)
 
     def _repr_html_(self) -> str:
-        from . import notebook
-
         return notebook.html_of(self)
-
-    def __repr__(self) -> str:
-        return f"<parastep.Report: {self}>"
-
-    def __str__(self) -> str:
-        text = f"{_count(self.steps, 'step')} in {_count(self.rounds, 'round')} on "
-        text += f"{_count(self.ranks, 'rank')} ({self.speedup:.2f}x in forwards), "
-        text += f"{self.seconds:.2f} s"
-        if 0 < self.forwards < sum(self.evaluations):
-            text += f", {_count(self.forwards, 'forward')}"
-        if self.interpolated:
-            text += f", {self.interpolated} interpolated"
-        if self.failures:
-            text += f", {_count(len(self.failures), 'rank')} left out"
-        if self.fallback:
-            text += f"; went on serially: {' '.join(self.fallback.split())}"
-        return text
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import parastep
+from parastep.report import Evaluation, Failure
 from parastep.report.plot import COLOURS
-from parastep.report.report import Evaluation, Failure
 
 STEPS = 12
 VOID = {"br", "img", "hr", "input", "meta", "link"}

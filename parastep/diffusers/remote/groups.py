@@ -28,7 +28,7 @@ from ...messages import describe
 from ...processes.frames import Frame, Kind, Stream, read_frame, write_frame
 from ...processes.peer import Peer
 from ...processes.streams import MpiStream, TorchStream
-from ...report.report import Report
+from ...report import Report
 from ..call import Call
 from ..replicas import fingerprint, refresh, replicate
 from .link import Link, RemoteFollowers
