@@ -42,9 +42,6 @@ if TYPE_CHECKING:
     import torch
 
     from .._core import Program
-    from .noise import NoiseAhead
-
-__all__ = ["NoiseAhead", "Traced", "fresh_copy", "is_stochastic", "trace", "trace_rows"]
 
 EXACT = 1e-6  # relative error below which rows count as the scheduler itself; float32 gives 1e-7
 _UNIT = 2.0**-20  # length of a basis vector: far below every clipping range, and exact to scale
@@ -175,15 +172,6 @@ def trace_rows(
             return traced
         except NotTraceableError as why:
             return _reuse(count, str(why), "generator" in step_parameters(scheduler))
-
-
-def is_stochastic(
-    scheduler: Any,
-    step_kwargs: Mapping[str, Any] | None = None,
-    timesteps: torch.Tensor | Sequence[Any] | None = None,
-) -> bool:
-    """Whether the scheduler, set up and called with these arguments, draws noise in `step`."""
-    return trace_rows(scheduler, timesteps, step_kwargs=step_kwargs).stochastic
 
 
 @dataclass
@@ -475,11 +463,3 @@ def _isolated() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         yield
-
-
-def __getattr__(name: str) -> Any:
-    if name == "NoiseAhead":  # its module imports torch
-        from .noise import NoiseAhead
-
-        return NoiseAhead
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pathlib
 import re
 
@@ -21,7 +22,9 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
         return found
 
     reached = {node: reach(node) for node in graph}
-    mutual = {tuple(sorted(n for n in reached[node] if node in reached[n])) for node in graph}
+    mutual = {
+        tuple(sorted(n for n in reached[node] if node in reached.get(n, ()))) for node in graph
+    }
     return [list(nodes) for nodes in sorted(mutual) if len(nodes) > 1]
 
 
@@ -104,3 +107,67 @@ def test_no_room_of_c_uses_one_above_it() -> None:
         if room(other) not in MAY_USE[room(file)]
     ]
     assert not upward, "\n".join(upward)
+
+
+# ---- Python --------------------------------------------------------------------------------------
+
+# Rooms of the package from the lowest up: each uses itself and those before it.  Hosts stand beside
+# each other.
+LEVELS = [
+    ["_core", "_version"],
+    ["report"],
+    ["messages", "options", "quiet", "sampling", "speculation", "stacking", "threads", "tolerance"],
+    ["tracing", "processes", "planning"],
+    ["comfy", "diffusers"],
+    ["calibration", "check", "cli", "demo", "__init__", "__main__"],
+]
+
+
+def modules() -> dict[str, pathlib.Path]:
+    """{"diffusers.call": its file}, a package under its own name, the top one as __init__."""
+    found = {}
+    for path in (TREE / "parastep").rglob("*.py"):
+        parts = path.relative_to(TREE / "parastep").with_suffix("").parts
+        inner = parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts
+        found[".".join(inner)] = path
+    return found
+
+
+def imported(name: str, path: pathlib.Path, known: set[str]) -> set[str]:
+    """The modules that a module imports, wherever in it; of a package the part that is meant."""
+    package = path.relative_to(TREE / "parastep").parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) + 1 - node.level], *(node.module or "").split(".")]
+            inner = ".".join(part for part in base if part)
+            parts = {f"{inner}.{alias.name}".strip(".") for alias in node.names}
+            found |= (parts & known) or {inner or "__init__"}
+    return found - {name}
+
+
+def imports() -> dict[str, set[str]]:
+    known = {*modules(), "_core"}
+    return {name: imported(name, path, known) for name, path in modules().items()}
+
+
+def test_no_modules_of_the_package_need_each_other() -> None:
+    found = circles(imports())
+    assert not found, "\n".join(" and ".join(names) for names in found)
+
+
+def test_no_module_imports_from_a_room_above_it() -> None:
+    level = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
+    upward = []
+    for name, others in sorted(imports().items()):
+        own = name.split(".")[0]
+        for other in sorted({other.split(".")[0] for other in others} - {own}):
+            beside = {own, other} == {"comfy", "diffusers"}
+            if beside or level[other] > level[own]:
+                upward.append(f"{name} imports {other}")
+    assert not upward, "\n".join(upward)
+
+
+def test_the_package_keeps_its_rooms() -> None:
+    """What lies beside the rooms is little enough to be read at a glance."""
+    assert len(list((TREE / "parastep").glob("*.py"))) <= 16
