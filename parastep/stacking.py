@@ -1,6 +1,6 @@
 """Several steps in one call of a plain denoiser: latents end to end along the batch axis.
 
-Used by `api.sample` where a rank has several slots. Knows of arrays what torch, NumPy and the array
+Used by `sampling` where a rank has several slots. Knows of arrays what torch, NumPy and the array
 API have in common.
 """
 

@@ -1,8 +1,8 @@
 """Followers as threads of this process: what of the caller's context they must be given.
 
 torch keeps grad mode, inference mode, autocast, the default device, the current CUDA device and the
-current streams per thread, and new threads inherit none of them.  Used by `api.sample` and by the
-hosts' adapters.
+current streams per thread, and new threads inherit none of them.  Used by `sampling` and by
+the hosts' adapters.
 """
 
 from __future__ import annotations

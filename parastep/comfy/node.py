@@ -185,8 +185,8 @@ class ParaStep:
         own.sampler_function = functools.wraps(stock)(
             functools.partial(self._sample, stock, guider)
         )
-        following = type(executor)(own.sample, own, executor.wrappers, executor.idx + 1)
-        return following.execute(guider, sigmas, *args, **kwargs)
+        inner = type(executor)(own.sample, own, executor.wrappers, executor.idx + 1)
+        return inner.execute(guider, sigmas, *args, **kwargs)
 
     def _sample(
         self,

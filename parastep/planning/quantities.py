@@ -1,4 +1,4 @@
-"""Bytes, seconds and links as users write them: "2.2MB", "600ms", "25GbE".  Used by `planning`."""
+"""Bytes, seconds and links as users write them: "2.2MB", "600ms", "25GbE"."""
 
 from __future__ import annotations
 

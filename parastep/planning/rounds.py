@@ -6,7 +6,7 @@ of a carried step by k_j times the drift of the point where it was evaluated; bo
 drift of the steps after them.  Drifts spend the tolerance, each at the cost of its step, and where
 it is spent the next round begins.  c, k and costs are read off the report of one run at stride 1,
 or those of the demo's image model.  Strided runs follow an empirical law of ranks, tolerance and
-steps.  Used by `planning`.
+steps.  Used by `plan`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 The leader offers one, with the version of its NCCL and its device; the follower answers with the id
 under which both meet, or why they cannot. Both ends then connect in the threads that receive their
 frames. A pair is kept for the calls to come; where there is none, the frames carry the latents too.
-Used by `far`.
 """
 
 from __future__ import annotations

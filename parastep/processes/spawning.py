@@ -1,8 +1,7 @@
 """A process of our own: this Python on a module of ours, at the end of a socket.
 
 It looks for modules where this process does, but never in the current folder first: a user's own
-`queue.py` there is no part of it. What it writes to stderr is kept, for when it dies. Used by
-`workers`; knows no host.
+`queue.py` there is no part of it. What it writes to stderr is kept, for when it dies.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ the rows hold. No scheduler is re-implemented, and the caller's is never touched
     x_{j+1} = sum_k ( a[j, k] x_{j-k} + b[j, k] m_{j-k} ) + c[j] z_j
 
 Rows serve guesses alone, so a sampler that is not affine (clipping, thresholding) only makes worse
-guesses. This module imports without torch, which `schedulers` and `noise` need.
+guesses. This module imports without torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What it takes to run a copy of a diffusers scheduler outside its pipeline.
 
 A clean copy, the calls of `step` that a pipeline's loop would make, and the noise levels of its
-samples. Used by `tracing` and `noise`; torch is imported where it is needed.
+samples. Used by `program` and `noise`; torch is imported where it is needed.
 """
 
 from __future__ import annotations

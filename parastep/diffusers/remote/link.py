@@ -202,7 +202,7 @@ class Link:
 
 
 class RemoteFollowers:
-    """The followers of one call, as `diffusers` drives them: told of its beginning and its end.
+    """The followers of one call in other processes, which are told of its beginning and its end.
 
     To be made before the pipeline runs: arguments and the states of generators are taken here.
     `given` are the call's (args, kwargs); `drop` is told who was lost, and who did not leave.

@@ -28,9 +28,9 @@ class Walked:
         self.iterations = 0
         original = Follower._stepped
 
-        def counted(following: Any, *args: Any) -> Any:
+        def counted(follower: Any, *args: Any) -> Any:
             self.iterations += 1
-            return original(following, *args)
+            return original(follower, *args)
 
         monkeypatch.setattr(Follower, "_stepped", counted)
 
