@@ -38,7 +38,7 @@ class ParaStep:
             {
                 "default": "balanced",
                 "tooltip": "What guesses and estimates may add to the error of the result, as "
-                "estimated. exact: the same picture bit for bit, no faster. high: .005. "
+                "estimated. exact: the untouched sampler, bit for bit and no faster. high: .005. "
                 "balanced: .02. fast: .05. custom: the tolerance below.",
             },
         ),

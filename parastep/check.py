@@ -25,6 +25,7 @@ import numpy as np
 from . import _core
 from .messages import describe
 from .sampling import sample
+from .tolerance import REHEARSE
 
 HOSTS = ("diffusers", "transformers", "accelerate", "peft", "safetensors")
 OTHERS = ("numpy", "mpi4py", "matplotlib", "tqdm", "nvidia-nccl-cu13", "nvidia-nccl-cu12")
@@ -175,11 +176,11 @@ def _noise_in(x: Any, step: int, rank: int) -> Any:
 def _exact() -> str:
     program, x = _problem()
     alone, _ = sample(program, _noise_in, x, ranks=1, tolerance=0)
-    together, report = sample(program, _noise_in, x, ranks=_RANKS, tolerance=0)
+    together, report = sample(program, _noise_in, x, ranks=_RANKS, tolerance=REHEARSE)
     _must(bool(np.isfinite(alone).all()), "the sequential result is not finite")
-    _must(np.array_equal(alone, together), "tolerance 0 differs from the sequential result")
+    _must(np.array_equal(alone, together), "rounds differ though no answer was used")
     _must(report.rounds == _STEPS and not report.failures, f"{report}")
-    return f"ok, tolerance 0 on {_RANKS} ranks has the bits of the sequential run"
+    return f"ok, rounds on {_RANKS} ranks without an answer used have the sequential bits"
 
 
 def _rounds() -> str:
@@ -217,7 +218,7 @@ def _lost() -> str:
             raise RuntimeError("a failure on purpose")
         return _noise_in(x, step, rank)
 
-    together, report = sample(program, denoiser, x, ranks=_RANKS, tolerance=0)
+    together, report = sample(program, denoiser, x, ranks=_RANKS, tolerance=REHEARSE)
     _must([line.rank for line in report.failures] == [1], f"{report.failures}")
     _must(np.array_equal(alone, together), "the result differs once a rank is lost")
     return "ok, the result without rank 1 is the same"
@@ -231,7 +232,7 @@ def _tensors() -> str:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         y = torch.from_numpy(x).to(dtype)
         alone, _ = sample(program, _noise_in, y, ranks=1, tolerance=0)
-        together, _ = sample(program, _noise_in, y, ranks=_RANKS, tolerance=0)
+        together, _ = sample(program, _noise_in, y, ranks=_RANKS, tolerance=REHEARSE)
         _must(together.dtype == dtype and torch.equal(alone, together), f"{dtype} differs")
     return "ok, torch tensors in float32, float16 and bfloat16"
 
@@ -265,11 +266,11 @@ def _pipeline() -> str:
 
     pipe = Pipeline()
     alone = pipe()
-    with parallelize(pipe, ["cpu"] * _RANKS, tolerance=0) as parallel:
+    with parallelize(pipe, ["cpu"] * _RANKS, tolerance=REHEARSE) as parallel:
         together = parallel()
     report = parallel.report
     _must(report is not None and report.fallback is None and not report.failures, f"{report}")
-    _must(torch.equal(alone, together), "tolerance 0 differs from the untouched pipeline")
+    _must(torch.equal(alone, together), "the result differs from the untouched pipeline's")
     return f"ok, a pipeline on {_RANKS} ranks has the bits of the untouched one"
 
 

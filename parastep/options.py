@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import _core
-from .tolerance import Tolerance, number_of
+from .tolerance import REHEARSE, Tolerance, number_of
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Options:
     Attributes:
         tolerance: what the answers of a round may add to the error of the last latents, as
             estimated, in units of about a fifth of their scale: a number, or "exact" (0), "high"
-            (.005), "balanced" (.02), "fast" (.05). 0 is the sequential result, bit for bit;
-            `math.inf` accepts everything.
+            (.005), "balanced" (.02), "fast" (.05). 0 is the untouched host: nobody evaluates
+            ahead; `math.inf` accepts everything.
         policy: "verified", or "paper", the published rule (arXiv 2505.14741): `warmup` steps one by
-            one, then every guess is used.
+            one, then every guess is used, whatever the tolerance.
         max_stride: steps from one evaluation to the next at most. 1: every step is evaluated by
             some rank. None: as far apart as the tolerance allows, where the sampler draws no noise
             and has one evaluation a noise level; steps between are interpolated, which is
@@ -43,14 +43,20 @@ class Options:
     order: int = 1
     deadline: float | None = None
     on_failure: str = "continue"
+    rehearsed: bool = False  # at tolerance 0: rounds are run, and none of their answers is used
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tolerance", number_of(self.tolerance))
+        rehearsed = self.rehearsed or self.tolerance == REHEARSE
+        object.__setattr__(self, "rehearsed", rehearsed)
+        tolerance: Tolerance = 0.0 if self.tolerance == REHEARSE else self.tolerance
+        object.__setattr__(self, "tolerance", number_of(tolerance))
         _core.check_options(**self.for_core())
 
     def for_core(self) -> dict[str, Any]:
         """As `_core.Leader` takes them."""
-        return asdict(self)
+        options = asdict(self)
+        del options["rehearsed"]
+        return options
 
     @property
     def decides(self) -> float | None:
@@ -61,6 +67,18 @@ class Options:
     def exact(self) -> bool:
         """Whether nothing but what the host itself would compute may reach it."""
         return self.decides == 0
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the host runs as it would without us, and nobody evaluates ahead."""
+        return self.exact and not self.rehearsed
+
+    def limit(self, ranks: int) -> str | None:
+        """What keeps a run from being faster, as far as the options say it."""
+        if not self.untouched:
+            return None
+        idle = f", and {ranks - 1} of {ranks} ranks are idle" if ranks > 1 else ""
+        return f"tolerance 0 is the untouched host: nothing is evaluated ahead{idle}"
 
     @property
     def strides(self) -> bool:

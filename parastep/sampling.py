@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from . import _core
 from .messages import SerialWarning, describe, warn_of
 from .options import Options
@@ -178,14 +180,18 @@ def sample(
     x = _core.copy(x)  # taken in once, which is all that a DLPack capsule allows
     each = None if slots == 1 else _slots_of(slots, ranks, x)
     ranks = 1 if slots == "batch" else ranks
-    create = partial(_core.Leader, program, x, ranks=ranks, **options.for_core())
-    leader = create(slots=each)
+    create = partial(_core.Leader, program, x, **options.for_core())
+    asked = ranks
+    if options.untouched:
+        _core.Leader(program, np.zeros(1, np.float32), ranks=ranks, slots=each)  # only checked
+        ranks, each = 1, None
+    leader = create(ranks=ranks, slots=each)
     _check_noise(program, noise)
     stacking, first = Stacking(denoiser), None
     if each is not None and max(each) > 1:
         first = stacking.one(_core.copy(x), 0, 0)
         stacking.verify(x, first, max(each), len(program))
-        leader = leader if stacking.unbatched is None else create()
+        leader = leader if stacking.unbatched is None else create(ranks=ranks)
     steps = _steps_shown(len(program), progress)
     context = HostContext()
     lanes: dict[int, threading.Thread] = {}
@@ -198,6 +204,7 @@ def sample(
     finally:
         leader.finish()
     report = Report.from_core(leader.report(), options.decides)
+    report.add_idle(asked, options.limit(asked))
     report.forwards, report.unbatched = stacking.forwards, stacking.unbatched
     for line in report.failures:
         lanes.pop(line.rank, None)  # it may be hanging; daemon threads do not keep the process

@@ -9,6 +9,9 @@ from . import _core
 Name = Literal["exact", "high", "balanced", "fast"]
 Tolerance: TypeAlias = float | Name
 
+# Rounds are run and none of their answers is used: for tests, which are to see both.
+REHEARSE = "rehearse"
+
 # Points of the curve that tests/bench/fidelity.py measures.
 NAMES: dict[str, float] = {"exact": 0.0, "high": 0.005, "balanced": 0.02, "fast": 0.05}
 

@@ -66,7 +66,9 @@ def patch(
         raise _core.InvalidError(f"model: {type(model).__name__} is not a ComfyUI MODEL")
     options = Options(tolerance, policy, max_stride, warmup, order, deadline, on_failure)
     model = model.clone()
-    found = add_replicas(model, devices_of(model, devices))
+    found = devices_of(model, devices)
+    if not options.untouched:
+        found = add_replicas(model, found)
     steps = ParaStep(found, options)
     wrappers = _wrappers()
     for kind in (wrappers.SAMPLER_SAMPLE, wrappers.PREPARE_SAMPLING):
@@ -206,9 +208,10 @@ class ParaStep:
         host = _Comfy(model, extra_args)
         tolerance = host.share * number_of(self.options.tolerance)
         run_options = dataclasses.replace(self.options, tolerance=tolerance)
-        if len(self.devices) > 1 or run_options.strides:
+        several = len(self.devices) > 1 and not run_options.untouched
+        if several or run_options.strides:
             reason = reason_against(guider, extra_args)
-        if len(self.devices) > 1 and reason is None:
+        if several and reason is None:
             patcher = functools.partial(
                 patcher_on, guider.model_patcher, extra_args.get("model_options", {})
             )
@@ -224,7 +227,10 @@ class ParaStep:
                 stock, x, sigmas, arguments, options, rows, callback=callback, disable=disable
             )
         finally:
-            self._tell(run.report)
+            report, asked = run.report, len(self.devices)
+            if run_options.untouched:
+                report.add_idle(asked, run_options.limit(asked))
+            self._tell(report)
 
     def _tell(self, report: Report) -> None:
         self.report = report

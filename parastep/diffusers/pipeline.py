@@ -50,8 +50,7 @@ def parallelize(
         devices: torch devices, the first the leader's, where the pipe is; repeats allowed
             (`["cpu"] * 4`). None: the pipe's own device and all others of its kind.
         tolerance, policy, max_stride, warmup, order, deadline, on_failure: as in
-            `parastep.options.Options`; tolerance 0, or "exact", gives the pipeline's own result bit
-            for bit.
+            `parastep.options.Options`; tolerance 0, or "exact", is the pipeline untouched.
         mode: "threads", "processes" (workers that are spawned by us, with the first call) or
             "auto": processes where every rank has a CUDA device of its own, since launching kernels
             holds Python's lock, and threads elsewhere, or where the pipeline cannot be sent.

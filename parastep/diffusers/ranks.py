@@ -62,7 +62,7 @@ class Ranks:
         """A call and its followers; or one of the leader alone, and the reason why, which may be
         known before.
         """
-        if len(self.devices) == 1 and not options.strides:
+        if options.untouched or (len(self.devices) == 1 and not options.strides):
             return Call(1), [], None
         reason = unfit(pipe) or reason
         if reason is not None:

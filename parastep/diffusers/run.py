@@ -97,6 +97,7 @@ class Run:
         report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
         report.seconds, report.fallback = time.perf_counter() - self._began, leader.reason
         report.tolerance = self._options.decides
+        report.limit = self._options.limit(ranks)
         self.report = report
 
     def _count(self, report: Report) -> None:

@@ -41,6 +41,8 @@ def _facts(report: Record) -> Iterable[str]:
         yield f"steps not in one batch: {html.escape(report.unbatched)}"
     if report.interpolated:
         yield f"{report.interpolated} steps were interpolated: estimated, not verified"
+    if report.limit is not None:
+        yield html.escape(report.limit)
     if report.not_finite:
         yield f"{report.not_finite} outputs of the leader hold NaN or Inf"
 

@@ -41,7 +41,8 @@ class Record:
     spends of the tolerance at a step of the program; `interpolated` how many steps were answered
     between nodes; `tolerance` the one that decided, None under the published rule, which has none;
     `fallback` why speculation ended, or None; `transports` what took the latents to each rank of a
-    pipeline ("threads", "host" or "nccl"; "" for the leader).
+    pipeline ("threads", "host" or "nccl"; "" for the leader); `limit` what kept the run from being
+    faster, where the options did, or None.
     """
 
     steps: int = 0
@@ -63,6 +64,7 @@ class Record:
     forwards: int = 0
     unbatched: str | None = None
     transports: list[str] = field(default_factory=list)
+    limit: str | None = None
 
     @classmethod
     def from_core(
@@ -73,6 +75,11 @@ class Record:
         found["timeline"] = [Evaluation(*record) for record in found["timeline"]]
         found["failures"] = [Failure(*line) for line in found["failures"]]
         return cls(**found)
+
+    def add_idle(self, ranks: int, limit: str | None) -> None:
+        """`ranks` were asked for, of which those that are missing had nothing to do."""
+        self.evaluations += [0] * (ranks - self.ranks)
+        self.ranks, self.limit = ranks, limit
 
     @property
     def speedup(self) -> float:
@@ -147,6 +154,8 @@ class Record:
             text += f", {self.interpolated} interpolated"
         if self.failures:
             text += f", {_count(len(self.failures), 'rank')} left out"
+        if self.limit:
+            text += f"; {self.limit}"
         if self.fallback:
             text += f"; went on serially: {' '.join(self.fallback.split())}"
         return text

@@ -56,7 +56,7 @@ def devices(ranks: int) -> list[str]:
     return ["cpu"] * ranks
 
 
-def parallel(pipe: Any, ranks: int = 4, tolerance: float = 0.0, **options: Any) -> Any:
+def parallel(pipe: Any, ranks: int = 4, tolerance: Any = "rehearse", **options: Any) -> Any:
     """Every step evaluated by some rank, unless the test says otherwise."""
     options.setdefault("max_stride", 1)
     return parastep.parallelize(pipe, devices(ranks), tolerance=tolerance, **options)

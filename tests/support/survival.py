@@ -19,7 +19,7 @@ from typing import Any
 import faults
 import tiny
 import torch
-from hosting import own, parallel
+from hosting import own, parallel, set_options
 
 RANKS, STEPS = 3, 6
 HANGS = 900  # seconds after which a call is said to hang; on a busy machine workers start slowly
@@ -72,7 +72,7 @@ def survive(together: Any, folder: Path, what: str, draw: random.Random) -> None
     """One fault, and a call after it."""
     expected = own("sd", STEPS).result
     tolerance = draw.choice((0.0, 0.05))
-    together._options |= {"tolerance": tolerance, "deadline": DEADLINE}
+    set_options(together, tolerance=tolerance, deadline=DEADLINE)
     if what == "interrupt start":
         for worker in together._ranks._remote._workers.values():
             worker._process.end()
@@ -87,6 +87,6 @@ def survive(together: Any, folder: Path, what: str, draw: random.Random) -> None
     if result is not None:
         assert result.isfinite().all() and (tolerance > 0 or torch.equal(result, expected)), what
     Path(folder, "order").unlink(missing_ok=True)  # at a tolerance it may not come to it
-    together._options |= {"tolerance": 0.0, "deadline": None}
+    set_options(together, tolerance="rehearse", deadline=None)
     assert torch.equal(run(together), expected), what
     assert together.report.failures == [] and together.report.fallback is None, what

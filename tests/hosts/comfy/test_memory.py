@@ -69,7 +69,7 @@ def test_a_device_without_room_is_left_out_of_a_run(room, caplog, replicas):
 
     free, asked = room
     model = replicas(build("eps"))
-    own, ours = sample(model, "eps"), patch(model, ["cpu", "cpu:1", "cpu:2"], tolerance=0.0)
+    own, ours = sample(model, "eps"), patch(model, ["cpu", "cpu:1", "cpu:2"], tolerance="rehearse")
     for short in (True, False):
         free.update({FIRST: 1e6}) if short else free.clear()
         caplog.clear(), asked.clear()
@@ -91,7 +91,7 @@ def test_as_many_ranks_on_a_device_as_there_is_room_for(room, monkeypatch, caplo
 
     free, _ = room
     model = build("eps")
-    ours = patch(model, ["cpu", "cpu:1", "cpu:1", "cpu:1", "cpu:2"], tolerance=0.0)
+    ours = patch(model, ["cpu", "cpu:1", "cpu:1", "cpu:1", "cpu:2"], tolerance="rehearse")
     one, _ = estimate_memory(model, (1, 4, 8, 8), {})
     monkeypatch.setattr(model_management, "minimum_inference_memory", lambda: 0.0)
     free[FIRST] = 1.1 * model.model_size() + 2.5 * one
@@ -107,7 +107,7 @@ def test_without_room_anywhere_the_host_samples_alone(room):
     free, _ = room
     free.update({FIRST: 0, SECOND: 0})
     model = build("eps")
-    ours = patch(model, ["cpu", "cpu:1", "cpu:2"], tolerance=0.0)
+    ours = patch(model, ["cpu", "cpu:1", "cpu:2"], tolerance="rehearse")
     assert torch.equal(sample(ours, "eps"), sample(model, "eps"))
     assert of_model(ours).report.ranks == 1 and not loaded_on(FIRST) and not loaded_on(SECOND)
 
@@ -120,7 +120,7 @@ def test_memory_is_given_back(room, replicas):
     from parastep.comfy.node import of_model, patch
 
     model = replicas(build("eps"))
-    own, ours = sample(model, "eps"), patch(model, ["cpu", "cpu:1"], tolerance=0.0)
+    own, ours = sample(model, "eps"), patch(model, ["cpu", "cpu:1"], tolerance="rehearse")
     ways = [lambda: model_management.free_memory(1e30, FIRST)]
     if hasattr(model, "deepclone_multigpu"):  # one without unloads what is on its one device
         ways.append(model_management.unload_all_models)
@@ -167,7 +167,7 @@ def test_both_on_the_same_devices_evaluate_steps_and_say_so(split, order, caplog
     from parastep.comfy.node import of_model, patch
 
     def ours(model):
-        return patch(model, ["cpu", "cpu:1", "cpu:2"], tolerance=0.0)
+        return patch(model, ["cpu", "cpu:1", "cpu:2"], tolerance="rehearse")
 
     model = build("eps")
     both = ours(split(model)) if order == "before" else split(ours(model))

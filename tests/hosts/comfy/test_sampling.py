@@ -76,7 +76,7 @@ def run(function, ranks=4, lane=lane, host=None, model=None, lanes=None, sigmas=
     """(result, Sampling) of a run with `ranks`."""
     model = model or Model()
     lanes = [lane] * (ranks - 1) if lanes is None else lanes
-    given = Options(**{"tolerance": 0.0, **options})
+    given = Options(**{"tolerance": "rehearse", **options})
     sampling = Sampling(model, lanes, given, host)
     sigmas, arguments = sigmas.clone(), dict(ARGUMENTS)
     rows = functools.partial(trace, function, model, sigmas, arguments, {})

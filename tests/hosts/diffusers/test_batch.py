@@ -284,7 +284,7 @@ def test_settings_that_change_at_some_step() -> None:
 # ---- faults --------------------------------------------------------------------------------------
 
 
-def ready(ranks: int = 4, tolerance: float = 0.0, **options: Any) -> Any:
+def ready(ranks: int = 4, tolerance: Any = "rehearse", **options: Any) -> Any:
     together = batch(host("sd"), ranks, tolerance, max_stride=1, **options)
     with no_warnings():
         tiny.run(together, tiny.CASES["sd"].kwargs(steps=1))

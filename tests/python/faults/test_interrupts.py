@@ -16,12 +16,12 @@ INTERRUPTED = """
         os.kill(os.getpid(), signal.SIGINT)
 
     def check_next():
-        found, report = parastep.sample(euler(6), smooth, x, ranks=4, tolerance=0)
+        found, report = parastep.sample(euler(6), smooth, x, ranks=4, tolerance="rehearse")
         assert same(found, wanted) and not report.failures, report
 
     def must_be_interrupted(denoiser, **options):
         try:
-            parastep.sample(euler(6), denoiser, x, ranks=4, tolerance=0, **options)
+            parastep.sample(euler(6), denoiser, x, ranks=4, tolerance="rehearse", **options)
         except KeyboardInterrupt:
             pass
         else:
@@ -93,7 +93,7 @@ def test_ctrl_c_at_any_moment():
         timer = threading.Timer(random.uniform(0, 0.015), interrupt)
         try:
             timer.start()
-            parastep.sample(euler(6), denoiser, x, ranks=4, tolerance=0)
+            parastep.sample(euler(6), denoiser, x, ranks=4, tolerance="rehearse")
             timer.join()
             time.sleep(0.001)  # where it comes late
         except KeyboardInterrupt:
@@ -120,7 +120,7 @@ def test_a_process_ends_while_a_follower_hangs():
         return smooth(x, j, rank)
 
     try:
-        parastep.sample(euler(6), denoiser, x, ranks=4, tolerance=0)
+        parastep.sample(euler(6), denoiser, x, ranks=4, tolerance="rehearse")
     except KeyboardInterrupt:
         print("interrupted")
     """

@@ -40,7 +40,7 @@ def test_tolerance_0_is_exact(dtype, ranks):
     steps = 6
     program, x = multistep(steps), latents(dtype=dtype)
     before = bits(x)
-    found, report = sample(program, smooth, x, ranks=ranks, tolerance=0)
+    found, report = sample(program, smooth, x, ranks=ranks, tolerance="rehearse")
     assert same(found, exact(program, smooth, x))
     assert bits(x) == before
     assert (report.steps, report.ranks, report.rounds) == (steps, ranks, steps)
@@ -84,7 +84,7 @@ def test_any_program(name):
     program, x = dict(builders())[name], latents(dtype="float64") / 10
     wanted = exact(program, smooth, x)
     for ranks in (2, 4, 8):
-        found, report = sample(program, smooth, x, ranks=ranks, tolerance=0)
+        found, report = sample(program, smooth, x, ranks=ranks, tolerance="rehearse")
         assert same(found, wanted) and report.accepted == [1] * 13
         for policy, warm in (("verified", 1), ("paper", 3)):
             options = {"ranks": ranks, "policy": policy, "warmup": warm, "tolerance": math.inf}
@@ -99,7 +99,7 @@ def test_tolerance_0_accepts_not_even_a_perfect_guess():
     def nothing(x, step, rank):
         return np.zeros_like(x)
 
-    _, report = sample(euler(5), nothing, latents() * 0, ranks=3, tolerance=0)
+    _, report = sample(euler(5), nothing, latents() * 0, ranks=3, tolerance="rehearse")
     assert report.accepted == [1] * 5
     assert report.drift[2:] == [0.0] * 3
 
@@ -107,7 +107,7 @@ def test_tolerance_0_accepts_not_even_a_perfect_guess():
 @pytest.mark.parametrize("ranks", RANKS)
 def test_noise_leaves_the_result_exact(ranks):
     program, x, z = drawing(7), latents(), noise_of(7)
-    found, report = sample(program, smooth, x, ranks=ranks, tolerance=0, noise=z)
+    found, report = sample(program, smooth, x, ranks=ranks, tolerance="rehearse", noise=z)
     assert same(found, exact(program, smooth, x, noise=z))
     assert not same(found, exact(program, smooth, x, noise=0 * z))
     assert report.evaluations == evaluations_at_0(7, ranks)
@@ -131,7 +131,7 @@ def test_shapes():
     program = euler(5)
     for shape in [(), (1,), (5,), (1, 1), (3, 1), (1, 5), (2, 3, 4, 5), (1,) * 8, (2,) * 8]:
         x = latents(shape)
-        found, report = sample(program, smooth, x, ranks=3, tolerance=0)
+        found, report = sample(program, smooth, x, ranks=3, tolerance="rehearse")
         assert same(found, exact(program, smooth, x)), shape
         assert report.failures == [], shape
 
@@ -174,12 +174,14 @@ def test_only_ranks_that_are_asked_for():
 
 
 def test_many_ranks():
-    found, report = sample(euler(3), smooth, latents(), ranks=256, tolerance=0)
+    found, report = sample(euler(3), smooth, latents(), ranks=256, tolerance="rehearse")
     assert same(found, exact(euler(3), smooth, latents()))
     assert report.evaluations == evaluations_at_0(3, 256)
     assert report.failures == []
 
 
 def test_a_deadline_without_end():
-    found, report = sample(euler(4), smooth, latents(), ranks=3, tolerance=0, deadline=math.inf)
+    found, report = sample(
+        euler(4), smooth, latents(), ranks=3, tolerance="rehearse", deadline=math.inf
+    )
     assert same(found, exact(euler(4), smooth, latents())) and report.failures == []
