@@ -365,7 +365,7 @@ def test_a_denoiser_that_raises_in_a_batch() -> None:
 
 def test_a_rank_that_hangs_before_the_meeting() -> None:
     """It is lost at its deadline; the next call has all ranks again."""
-    together = ready(deadline=6.0)
+    together = ready(deadline=2.0)
     stuck, done = together._replicas[2], [False]
 
     def hang() -> None:
