@@ -239,11 +239,9 @@ hosts-new: $(EDITABLE_STAMP)
 hosts-old: $(EDITABLE_STAMP)
 	$(call run_hosts,old,$(HOSTS_OLD))
 
-# The Python tests that need no torch, on a Python without a GIL, named by PYTHON, in a venv of its
-# own; importing must leave the GIL off.
+# tests/python on a Python without a GIL, named by PYTHON, in a venv of its own that has no torch:
+# what needs it skips.  Importing must leave the GIL off.
 FREE := build/free
-FREE_TESTS ?= $(addprefix tests/python/,core faults sampling tensors test_planning.py \
-  test_report.py test_threads.py)
 
 .PHONY: test-freethreaded
 test-freethreaded: ## Run Python tests without torch on a free-threaded PYTHON
@@ -256,7 +254,7 @@ test-freethreaded: ## Run Python tests without torch on a free-threaded PYTHON
 	  > $(FREE)/build.log 2>&1 || { cat $(FREE)/build.log; exit 1; }
 	PYTHONPATH=$(CURDIR)/$(FREE)/lib PYTHONSAFEPATH=1 \
 	  $(FREE)/venv/bin/python -m pytest -p no:cacheprovider --timeout=300 --timeout-method=thread \
-	  $(PYTEST_ARGS) $(FREE_TESTS)
+	  $(PYTEST_ARGS) tests/python
 
 # ---- demo and benches ----------------------------------------------------------------------------
 

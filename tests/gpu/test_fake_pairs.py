@@ -259,10 +259,11 @@ class Processes:
 
     def close(self) -> None:
         self.conduct = None
-        self.link.peer.close()
+        closing, _ = in_thread(self.link.peer.close)  # each end waits for the other's goodbye
         self.follower.peer.close()
-        self.thread.join(20)
-        assert not self.thread.is_alive()
+        for thread in (closing, self.thread):
+            thread.join(20)
+            assert not thread.is_alive()
         vars(self).clear()  # pytest keeps this object beyond the look at what is left
 
 

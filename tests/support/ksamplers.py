@@ -1,5 +1,5 @@
 """Sampler functions in the form of k-diffusion's, written from their formulas, for tests without
-the host. `test_comfy_sampling` compares them to the host's own where there is a checkout.
+the host. `test_sampling` of its room compares them to the host's own where there is a checkout.
 """
 
 from __future__ import annotations

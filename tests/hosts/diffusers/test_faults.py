@@ -39,7 +39,7 @@ pytestmark = pytest.mark.timeout(120)
 Forward = Callable[..., Any]
 
 
-def ready(name: str = "sd", ranks: int = 3, tolerance: Any = "rehearse", **options: Any) -> Any:
+def ready(name: str = "sd", ranks: int = 3, tolerance: float = 0.0, **options: Any) -> Any:
     """A parallel pipeline that has made its replicas."""
     together = parallel(host(name), ranks, tolerance, **options)
     with no_warnings():

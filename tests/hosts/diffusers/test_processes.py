@@ -239,7 +239,7 @@ def test_pipelines_that_cannot_be_sent(caplog: pytest.LogCaptureFixture) -> None
     assert "Local" in together.report.fallback and "mode='threads'" in together.report.fallback
     assert together.report.evaluations == [6, 0, 0] and len(texts) == 1
     with parallel(pipe, RANKS, mode="processes") as together:
-        together._auto = True  # as where mode="auto" has chosen processes
+        together._ranks._auto = True  # as where mode="auto" has chosen processes
         with caplog.at_level("WARNING"):
             check_good_call(together)
         assert together.report.transports == ["", "threads", "threads"]

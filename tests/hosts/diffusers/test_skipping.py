@@ -171,7 +171,7 @@ def test_nothing_of_it_is_left() -> None:
     before = threading.active_count()
     with parallel(pipe, 3) as runs:
         call(runs)
-        replicas = list(runs._replicas.values())
+        replicas = list(runs._ranks._replicas.values())
         kinds = [type(replica) for replica in replicas]
         call(runs)
         assert [type(replica) for replica in replicas] == kinds

@@ -96,5 +96,6 @@ def fail_after(parallel: Any, calls: int) -> None:
         if seen.count > calls:
             raise RuntimeError("out of order")
 
-    parallel._refresh()
-    parallel._replicas[0].unet.register_forward_pre_hook(count)
+    ranks = parallel._ranks
+    ranks._refresh(parallel.pipe, lane=True)
+    ranks._replicas[0].unet.register_forward_pre_hook(count)
