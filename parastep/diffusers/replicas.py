@@ -98,17 +98,22 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return copied
 
 
-def twin_of(module: Any, memo: dict[int, Any]) -> Any:
-    """Module objects of their own around the same tensors; memo finds each by the original's id."""
+def twin_of(module: Any, memo: dict[int, Any], old: Any = None) -> Any:
+    """Module objects of their own around the same tensors; memo finds each by the original's id.
+
+    `old`, a twin from before, becomes the new one, for who else holds it.
+    """
     if not isinstance(module, torch.nn.Module):  # None, where a part was taken out
         return module
     if id(module) not in memo:
         cls: Any = type(module)
-        memo[id(module)] = twin = cls.__new__(cls)
+        memo[id(module)] = twin = old if type(old) is cls else cls.__new__(cls)
+        parts = vars(twin).get("_modules", {})
         own = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()}
+        vars(twin).clear()
         vars(twin).update(own)
         for name, part in own["_modules"].items():
-            own["_modules"][name] = twin_of(part, memo)
+            own["_modules"][name] = twin_of(part, memo, parts.get(name))
     return memo[id(module)]
 
 
@@ -138,7 +143,7 @@ def refresh(replica: Any, pipe: Any) -> None:
     """
     memo: dict[int, Any] = {}
     for name, module in encoders_of(pipe).items():
-        vars(replica)[name] = twin_of(module, memo)
+        vars(replica)[name] = twin_of(module, memo, vars(replica).get(name))
     for name, value in vars(pipe).items():
         if is_scheduler(value):
             _become(getattr(replica, name), value)
