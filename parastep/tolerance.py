@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, SupportsFloat, TypeAlias
+from typing import Any, Literal, SupportsFloat, TypeAlias
 
 from . import _core
 
@@ -10,7 +10,7 @@ Name = Literal["exact", "high", "balanced", "fast"]
 Tolerance: TypeAlias = float | Name
 
 # Rounds are run and none of their answers is used: for tests, which are to see both.
-REHEARSE = "rehearse"
+REHEARSE: Any = "rehearse"
 
 # Points of the curve that tests/bench/fidelity.py measures.
 NAMES: dict[str, float] = {"exact": 0.0, "high": 0.005, "balanced": 0.02, "fast": 0.05}

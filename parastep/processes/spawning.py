@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from .. import _core
@@ -30,7 +31,8 @@ class Spawned:
 
     def __init__(self, name: str) -> None:
         ours, theirs = socket.socketpair()
-        self._errors = tempfile.TemporaryFile()
+        self._errors, self._words = tempfile.TemporaryFile(), ""
+        self._lock = threading.Lock()
         with theirs:
             try:
                 self._process = _start(name, theirs.fileno(), self._errors.fileno())
@@ -59,16 +61,22 @@ class Spawned:
 
     def _last_words(self) -> str:
         """The last line that it wrote to stderr; read aside from the offset that it writes at."""
-        number = self._errors.fileno()
-        end = os.fstat(number).st_size
-        text = os.pread(number, _TAIL, max(0, end - _TAIL)).decode(errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return lines[-1].replace("\0", "?") if lines else ""
+        with self._lock:
+            if not self._errors.closed:
+                number = self._errors.fileno()
+                end = os.fstat(number).st_size
+                text = os.pread(number, _TAIL, max(0, end - _TAIL)).decode(errors="replace")
+                lines = [line.strip() for line in text.splitlines() if line.strip()]
+                self._words = lines[-1].replace("\0", "?") if lines else ""
+            return self._words
 
     def end(self) -> None:
         """Kills it: it holds nothing that would have to be put in order."""
         self._process.kill()
         self._process.wait()
+        self._last_words()
+        with self._lock:
+            self._errors.close()
 
 
 def _start(name: str, descriptor: int, errors: int) -> subprocess.Popen[bytes]:
