@@ -12,8 +12,8 @@
 
 #include "core/internal.h"
 
-/* Chosen on trained models of three modalities; README has the figures and what they were held
- * against.  Signal and noise are parts of the latent's own scale, signal^2 + noise^2 = 1. */
+/* Chosen on trained models of three modalities; docs/quality.md has the figures and what they were
+ * held against.  Signal and noise are parts of the latent's own scale, signal^2 + noise^2 = 1. */
 static const double SCALE = 0.19;  /* error of the last latent a round may add, at tolerance 1 */
 static const double CARE = 0.05;   /* an error at a step has grown by 1 / (CARE + signal) */
 static const double SLOPE = 6.0;   /* of the clean sample, that counts for a drift: */
