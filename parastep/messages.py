@@ -1,10 +1,9 @@
-"""Words: the one line of an exception that travels to the leader, and the warnings a user gets."""
+"""The one line of an exception that travels to the leader, and the warnings that a user gets."""
 
 from __future__ import annotations
 
 import warnings
-
-from .report import Report
+from typing import Any
 
 
 class FollowerWarning(RuntimeWarning):
@@ -15,8 +14,8 @@ class SerialWarning(RuntimeWarning):
     """The host evaluates alone; the result is right, nothing is gained."""
 
 
-def warn_of(report: Report, stacklevel: int = 3) -> None:
-    """One warning for each follower left out and one for speculation that ended."""
+def warn_of(report: Any, stacklevel: int = 3) -> None:
+    """Of a `Report`: one warning for each follower left out and one for speculation that ended."""
     for line in report.failures:
         text = f"rank {line.rank} was left out at step {line.step} ({line.status}): {line.text}"
         warnings.warn(text, FollowerWarning, stacklevel=stacklevel)

@@ -1,4 +1,4 @@
-"""Followers say nothing: what a pipeline's code logs and warns of comes from the leader, once.
+"""Silences the followers: what a pipeline's code logs and warns of comes from the leader, once.
 
 They run the same code as the leader, a little later, in threads that are known by their name.
 """

@@ -1,4 +1,4 @@
-"""The dial between speed and distance to the sequential result: a number, or a name for one."""
+"""The dial between speed and distance to the sequential result: names, and the numbers behind."""
 
 from __future__ import annotations
 

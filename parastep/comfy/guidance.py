@@ -1,4 +1,4 @@
-"""CFG++ samplers: those that work with the unguided output of the model beside the guided one.
+"""Carries the unguided output beside the guided one, for samplers that work with both (CFG++).
 
 They learn of it by a function of their own that the host calls after guidance. With d the guided
 output and d + q the unguided one, the core's vectors have two parts along the batch: latents (x, x)

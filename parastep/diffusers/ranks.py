@@ -31,6 +31,7 @@ from .replicas import (
 
 _log = logging.getLogger(__name__)
 
+
 class Ranks:
     """`devices`: one a rank, the leader's first. `remote`: where the others are, if not in threads;
     `batch`: they share one forward; `auto`: threads take the place of workers that cannot be.

@@ -67,9 +67,7 @@ class Record:
     limit: str | None = None
 
     @classmethod
-    def from_core(
-        cls: type[Own], found: dict[str, Any], tolerance: float | None = None
-    ) -> Own:
+    def from_core(cls: type[Own], found: dict[str, Any], tolerance: float | None = None) -> Own:
         """From the dict of `_core.Leader.report()`, and the tolerance it was created with."""
         found = {**found, "tolerance": tolerance, "forwards": sum(found["evaluations"])}
         found["timeline"] = [Evaluation(*record) for record in found["timeline"]]

@@ -1,6 +1,7 @@
-"""Random generators: who copies one, and who sends torch's own draws somewhere else.
+"""Random generators: cloned from a host's own, which is only read, and draws sent to a clone.
 
-Nobody else in parastep touches a generator. A host's own is only ever read here, to be cloned.
+All that follows or looks ahead draws from what is made here; `kdiffusion` alone borrows torch's
+global generators, and puts them back.
 """
 
 from __future__ import annotations

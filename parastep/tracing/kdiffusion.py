@@ -30,6 +30,7 @@ import torch
 from .. import _core
 from ..messages import describe
 from .draws import Draws
+from .schedulers import NotTraceableError
 
 Array = npt.NDArray[np.float64]
 Function = Callable[[dict[str, Any]], torch.Tensor]  # what a sampler has called after guidance
@@ -43,10 +44,6 @@ _NEAR = 10.0  # times the longest rows' error that shorter ones may have
 _SAME_LEVEL = 1e-2  # of a level: what float32 may lose of a small one; any choice of levels is more
 _MOST_CALLS = 8  # a step; a sampler that makes more chooses them by what the model returns
 _ADAPTIVE = "the sampler chooses its noise levels by what the model returns"
-
-
-class NotTraceableError(Exception):
-    """The sampler cannot be written down; the text is the reason that the report gives."""
 
 
 @dataclass(frozen=True)

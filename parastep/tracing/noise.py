@@ -16,7 +16,6 @@ from .draws import Draws, cloned_generator, cloned_global_generator
 from .program import Traced, trace_rows
 from .schedulers import Stepper, fresh_copy, loop_timesteps
 
-__all__ = ["Draws", "NoiseAhead"]
 
 class NoiseAhead:
     """The noise that a host's scheduler is going to add, step by step.

@@ -47,7 +47,9 @@ _NOT_CONSTANT = (*_ALWAYS, *_FROM_LOOP, "generator", "return_dict", "r_timestep"
 
 
 class NotTraceableError(Exception):
-    """Why a scheduler cannot be run here, in one sentence; `step` is where it showed."""
+    """Why a scheduler or sampler cannot be traced, in one sentence that the report gives; `step` is
+    where it showed.
+    """
 
     def __init__(self, reason: str, step: int = -1) -> None:
         super().__init__(reason)

@@ -29,6 +29,7 @@ from .packing import pack
 _log = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds for followers to leave a call that is over
 
+
 class RemoteRank(Remote):
     """A rank in another process, during one call."""
 

@@ -16,7 +16,8 @@ import torch
 import parastep
 from parastep.comfy.sampling import Host, Sampling
 from parastep.options import Options
-from parastep.tracing.kdiffusion import NotTraceableError, noise_ahead, to_d, to_denoised, trace
+from parastep.tracing.kdiffusion import noise_ahead, to_d, to_denoised, trace
+from parastep.tracing.schedulers import NotTraceableError
 
 
 def levels(steps):
