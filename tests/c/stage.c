@@ -325,6 +325,22 @@ ps_status stage_host_open(const ps_layout *layout, int slots, ps_link **leader_e
   return host_open(layout, slots, NULL, leader_end, follower_end);
 }
 
+const ps_layout stage_small = {1, 4, PS_F32, PS_F64};
+const ps_header stage_hello = {.magic = PS_MAGIC,
+                               .version = PS_WIRE_VERSION,
+                               .kind = PS_MSG_WORK,
+                               .count = 1,
+                               .round = 7,
+                               .dtype = PS_F32,
+                               .bytes = 4 * sizeof(float)};
+const ps_header stage_output = {.magic = PS_MAGIC,
+                                .version = PS_WIRE_VERSION,
+                                .kind = PS_MSG_OUTPUT,
+                                .count = 1,
+                                .round = 7,
+                                .dtype = PS_F64,
+                                .bytes = 4 * sizeof(double)};
+
 /* A link to a follower in a thread of its own. */
 static ps_link *start_follower(stage *on, stage_rank *self)
 {

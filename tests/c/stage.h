@@ -87,6 +87,10 @@ double stage_f(const stage_rank *self, int step, double x, size_t i);
 ps_status stage_host_open(const ps_layout *layout, int slots, ps_link **leader_end,
                           ps_link **follower_end);
 
+/* A layout for tests of links, and a message of one slot each way. */
+extern const ps_layout stage_small;
+extern const ps_header stage_hello, stage_output;
+
 size_t stage_elements(const stage *on);
 size_t stage_x_bytes(const stage *on);
 size_t stage_m_bytes(const stage *on);
