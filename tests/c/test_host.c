@@ -197,11 +197,7 @@ static float *run(ps_program *program, bool by_host, double tolerance, ps_report
   on.options.tolerance = tolerance;
   on.slots[2] = 3;
   float *x = stage_latent(&on, 5);
-  stage_open(&on);
-  stage_run(&on, x);
-  stage_end(&on);
-  CHECK_STATUS(on.failure, PS_OK);
-  *report = stage_report(&on);
+  *report = stage_whole(&on, x);
   CHECK_EQ(report->failed, 0);
   stage_close(&on);
   return x;
