@@ -8,6 +8,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "runner.h"
 #include "stage.h"
@@ -31,42 +32,19 @@ typedef struct accidents {
   mishap what[RANKS];
   int round[RANKS]; /* the work of the rank, counted from 0, at which it happens */
   bool early;       /* who hangs comes back during the run, not after it */
-  pthread_mutex_t mutex;
-  pthread_cond_t changed;
-  bool released;
+  bool released;    /* changed atomically: who hangs may go */
 } accidents;
-
-static accidents *accidents_new(void)
-{
-  accidents *plan = calloc(1, sizeof *plan);
-  CHECK(plan != NULL);
-  pthread_mutex_init(&plan->mutex, NULL);
-  pthread_cond_init(&plan->changed, NULL);
-  return plan;
-}
-
-static void accidents_free(accidents *plan)
-{
-  pthread_cond_destroy(&plan->changed);
-  pthread_mutex_destroy(&plan->mutex);
-  free(plan);
-}
 
 static void hang(accidents *plan)
 {
-  pthread_mutex_lock(&plan->mutex);
-  while (!plan->released) {
-    pthread_cond_wait(&plan->changed, &plan->mutex);
+  while (!__atomic_load_n(&plan->released, __ATOMIC_ACQUIRE)) {
+    usleep(1000);
   }
-  pthread_mutex_unlock(&plan->mutex);
 }
 
 static void release(accidents *plan)
 {
-  pthread_mutex_lock(&plan->mutex);
-  plan->released = true;
-  pthread_cond_broadcast(&plan->changed);
-  pthread_mutex_unlock(&plan->mutex);
+  __atomic_store_n(&plan->released, true, __ATOMIC_RELEASE);
 }
 
 /* Called by the host before every ask. */
@@ -179,14 +157,14 @@ static void check_one(ps_program *program, mishap what, int rank, int round, dou
   static const ps_status expected[MISHAPS] = {
       [RAISES] = PS_FAILED,     [NOT_A_NUMBER] = PS_NOT_FINITE, [INFINITE] = PS_NOT_FINITE,
       [DIES_AT_WORK] = PS_LOST, [DIES_WHILE_IDLE] = PS_LOST,    [HANGS] = PS_DEADLINE};
-  accidents *plan = accidents_new();
+  accidents plan = {0};
   stage on;
-  plan->what[rank] = what;
-  plan->round[rank] = round;
-  plan->early = round % 2 == 1;
+  plan.what[rank] = what;
+  plan.round[rank] = round;
+  plan.early = round % 2 == 1;
   setting(&on, program, tolerance);
   on.options.deadline_ns = what == HANGS ? 100 * 1000000 : 0;
-  run_with(&on, plan);
+  run_with(&on, &plan);
   ps_report report = stage_report(&on);
   const ps_failure *line = failure_of(&report, rank);
   bool numbers = what == NOT_A_NUMBER || what == INFINITE;
@@ -208,7 +186,6 @@ static void check_one(ps_program *program, mishap what, int rank, int round, dou
     CHECK_EQ(on.rank[rank].status, PS_ABANDONED);
   }
   stage_close(&on);
-  accidents_free(plan);
 }
 
 static void check_everywhere(mishap what, double tolerance)
@@ -263,16 +240,15 @@ TEST(all_followers_fail_at_once)
   ps_program *program = stage_euler(STEPS);
   for (mishap what = RAISES; what < HANGS; ++what) {
     for (int round = 0; round < 2; ++round) {
-      accidents *plan = accidents_new();
+      accidents plan = {0};
       stage on;
       for (int rank = 1; rank < RANKS; ++rank) {
-        plan->what[rank] = what;
-        plan->round[rank] = round;
+        plan.what[rank] = what;
+        plan.round[rank] = round;
       }
       setting(&on, program, 0.0);
-      run_with(&on, plan);
+      run_with(&on, &plan);
       stage_close(&on);
-      accidents_free(plan);
     }
   }
   check_next_run(program);
@@ -284,16 +260,15 @@ TEST(followers_fail_in_all_ways_at_random)
   ps_program *program = stage_multistep(12);
   uint64_t seed = 99;
   for (int trial = 0; trial < 60; ++trial) {
-    accidents *plan = accidents_new();
+    accidents plan = {0};
     stage on;
     for (int rank = 1; rank < RANKS; ++rank) {
-      plan->what[rank] = (mishap)(fabs(stage_random(&seed)) * HANGS); /* without hanging */
-      plan->round[rank] = (int)(fabs(stage_random(&seed)) * 8.0);
+      plan.what[rank] = (mishap)(fabs(stage_random(&seed)) * HANGS); /* without hanging */
+      plan.round[rank] = (int)(fabs(stage_random(&seed)) * 8.0);
     }
     setting(&on, program, trial % 2 == 0 ? 0.0 : 0.05);
-    run_with(&on, plan);
+    run_with(&on, &plan);
     stage_close(&on);
-    accidents_free(plan);
   }
   check_next_run(program);
   ps_program_release(program);
@@ -306,13 +281,13 @@ TEST(raise_on_loss)
   ps_program *program = stage_euler(STEPS);
   for (mishap what = RAISES; what < HANGS; ++what) {
     for (int round = 0; round < 3; ++round) {
-      accidents *plan = accidents_new();
+      accidents plan = {0};
       stage on;
-      plan->what[1] = what;
-      plan->round[1] = round;
+      plan.what[1] = what;
+      plan.round[1] = round;
       setting(&on, program, 0.02);
       on.options.raise_on_loss = 1;
-      on.ctx = plan;
+      on.ctx = &plan;
       on.serve = serve_badly;
       float *x = stage_latent(&on, 5), m[10];
       ps_verdict verdict;
@@ -325,7 +300,6 @@ TEST(raise_on_loss)
       CHECK_EQ(stage_report(&on).failed, 1);
       stage_close(&on);
       check_next_run(program);
-      accidents_free(plan);
       free(x);
     }
   }
@@ -342,15 +316,15 @@ TEST(an_interrupt_ends_a_wait_without_deadline)
 {
   ps_program *program = stage_euler(STEPS);
   for (int round = 0; round < 2; ++round) {
-    accidents *plan = accidents_new();
+    accidents plan = {0};
     int checks = 0;
     stage on;
-    plan->what[2] = HANGS;
-    plan->round[2] = round;
+    plan.what[2] = HANGS;
+    plan.round[2] = round;
     setting(&on, program, 0.0);
     on.options.check = interrupt;
     on.options.check_ctx = &checks;
-    on.ctx = plan;
+    on.ctx = &plan;
     on.serve = serve_badly;
     float *x = stage_latent(&on, 5), m[10];
     ps_verdict verdict;
@@ -360,12 +334,11 @@ TEST(an_interrupt_ends_a_wait_without_deadline)
     CHECK_EQ(checks, 2);
     CHECK_STATUS(ps_leader_ask(on.leader, round + 1, x, m, &verdict), PS_STATE);
     CHECK_OK(ps_leader_finish(on.leader));
-    release(plan);
+    release(&plan);
     stage_end(&on);
     CHECK_EQ(on.rank[2].status, PS_ABANDONED);
     CHECK_EQ(on.rank[1].status, PS_OK);
     stage_close(&on);
-    accidents_free(plan);
     check_next_run(program);
     free(x);
   }
