@@ -52,7 +52,7 @@ static void release_early(stage *on, int step, void *x)
 {
   accidents *plan = on->ctx;
   (void)step, (void)x;
-  if (plan != NULL && plan->early && on->leader != NULL && stage_report(on).failed > 0) {
+  if (plan->early && on->leader != NULL && stage_report(on).failed > 0) {
     release(plan);
   }
 }
@@ -117,16 +117,22 @@ static void check_next_run(ps_program *program)
   stage_close(&on);
 }
 
-/* Runs with accidents; the run stays open for its report. */
-static void run_with(stage *on, accidents *plan)
+/* The host's loop with accidents, to its end or to the leader's first failure. */
+static void run_badly(stage *on, accidents *plan, void *x)
 {
-  void *x = stage_latent(on, 5), *alone = stage_copy(x, stage_x_bytes(on));
-  stage_plain(on, alone);
   on->ctx = plan;
   on->serve = serve_badly;
   on->before = release_early;
   stage_open(on);
   stage_run(on, x);
+}
+
+/* A run that comes out in spite of accidents; it stays open for its report. */
+static void run_with(stage *on, accidents *plan)
+{
+  void *x = stage_latent(on, 5), *alone = stage_copy(x, stage_x_bytes(on));
+  stage_plain(on, alone);
+  run_badly(on, plan, x);
   release(plan);
   stage_end(on);
   CHECK_OK(on->failure);
@@ -287,12 +293,9 @@ TEST(raise_on_loss)
       plan.round[1] = round;
       setting(&on, program, 0.02);
       on.options.raise_on_loss = 1;
-      on.ctx = &plan;
-      on.serve = serve_badly;
       float *x = stage_latent(&on, 5), m[10];
       ps_verdict verdict;
-      stage_open(&on);
-      stage_run(&on, x);
+      run_badly(&on, &plan, x);
       CHECK_EQ(on.failure, PS_LOST);
       CHECK(strstr(ps_last_error(), "rank 1") != NULL);
       CHECK_STATUS(ps_leader_ask(on.leader, 1, x, m, &verdict), PS_STATE);
@@ -324,12 +327,9 @@ TEST(an_interrupt_ends_a_wait_without_deadline)
     setting(&on, program, 0.0);
     on.options.check = interrupt;
     on.options.check_ctx = &checks;
-    on.ctx = &plan;
-    on.serve = serve_badly;
     float *x = stage_latent(&on, 5), m[10];
     ps_verdict verdict;
-    stage_open(&on);
-    stage_run(&on, x);
+    run_badly(&on, &plan, x);
     CHECK_EQ(on.failure, PS_INTERRUPTED);
     CHECK_EQ(checks, 2);
     CHECK_STATUS(ps_leader_ask(on.leader, round + 1, x, m, &verdict), PS_STATE);
