@@ -35,17 +35,18 @@ static void *open_library(const char *name)
   return handle;
 }
 
+/* One function of a map into `api`, from `handle`. */
+#define LOAD(result, name, arguments)                                                              \
+  function = dlsym(handle, #name);                                                                 \
+  CHECK(function != NULL);                                                                         \
+  memcpy(&api.name, &function, sizeof function);
+
 const fake_api *fakes_begin(const fake_setting *setting, int kernels)
 {
   static fake_api api;
   void *handle = open_library("libcuda.so.1");
   void *function;
-#define X(result, name, arguments)                                                                 \
-  function = dlsym(handle, #name);                                                                 \
-  CHECK(function != NULL);                                                                         \
-  memcpy(&api.name, &function, sizeof function);
-  FAKE_MAP(X)
-#undef X
+  FAKE_MAP(LOAD)
   with_kernels = kernels;
   api.fake_set(setting);
   before = api.fake_count();
@@ -57,12 +58,7 @@ const fake_blas_api *fakes_blas(void)
   static fake_blas_api api;
   void *handle = open_library("libcublas.so.13");
   void *function;
-#define X(result, name, arguments)                                                                 \
-  function = dlsym(handle, #name);                                                                 \
-  CHECK(function != NULL);                                                                         \
-  memcpy(&api.name, &function, sizeof function);
-  FAKE_BLAS_MAP(X)
-#undef X
+  FAKE_BLAS_MAP(LOAD)
   return &api;
 }
 
@@ -71,12 +67,7 @@ const fake_nccl_api *fakes_nccl(void)
   static fake_nccl_api api;
   void *handle = open_library("libnccl.so.2");
   void *function;
-#define X(result, name, arguments)                                                                 \
-  function = dlsym(handle, #name);                                                                 \
-  CHECK(function != NULL);                                                                         \
-  memcpy(&api.name, &function, sizeof function);
-  FAKE_NCCL_MAP(X)
-#undef X
+  FAKE_NCCL_MAP(LOAD)
   return &api;
 }
 

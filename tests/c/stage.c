@@ -223,16 +223,23 @@ const void *stage_guess(const stage *on, int step)
   return NULL;
 }
 
+static bool evaluate_in_place(stage_rank *self, int step, void *x, void *m)
+{
+  stage_evaluate(self, step, x, m);
+  return false;
+}
+
 ps_status stage_serve(stage_rank *self)
 {
   ps_work work;
   ps_status status = ps_follower_next(self->follower, NULL, &work);
   while (status == PS_OK && work.count > 0) {
     CHECK_EQ(work.point_bytes, stage_x_bytes(self->on));
+    bool moved = false;
     for (int slot = 0; slot < work.count; ++slot) {
-      stage_evaluate(self, work.step[slot], work.point[slot], work.output[slot]);
+      moved |= self->on->evaluate(self, work.step[slot], work.point[slot], work.output[slot]);
     }
-    status = ps_follower_submit(self->follower, output_dtype(self->on), 0, 0);
+    status = ps_follower_submit(self->follower, output_dtype(self->on), moved, 0);
     if (status == PS_OK) {
       status = ps_follower_next(self->follower, NULL, &work);
     }
@@ -325,6 +332,22 @@ ps_status stage_host_open(const ps_layout *layout, int slots, ps_link **leader_e
   return host_open(layout, slots, NULL, leader_end, follower_end);
 }
 
+const ps_layout stage_small = {1, 4, PS_F32, PS_F64};
+const ps_header stage_hello = {.magic = PS_MAGIC,
+                               .version = PS_WIRE_VERSION,
+                               .kind = PS_MSG_WORK,
+                               .count = 1,
+                               .round = 7,
+                               .dtype = PS_F32,
+                               .bytes = 4 * sizeof(float)};
+const ps_header stage_output = {.magic = PS_MAGIC,
+                                .version = PS_WIRE_VERSION,
+                                .kind = PS_MSG_OUTPUT,
+                                .count = 1,
+                                .round = 7,
+                                .dtype = PS_F64,
+                                .bytes = 4 * sizeof(double)};
+
 /* A link to a follower in a thread of its own. */
 static ps_link *start_follower(stage *on, stage_rank *self)
 {
@@ -342,6 +365,7 @@ void stage_open(stage *on)
   ps_link *links[STAGE_RANKS];
   CHECK(on->ranks <= STAGE_RANKS);
   on->f = on->f != NULL ? on->f : stage_f;
+  on->evaluate = on->evaluate != NULL ? on->evaluate : evaluate_in_place;
   on->serve = on->serve != NULL ? on->serve : stage_serve;
   on->failure = PS_OK;
   on->ended = false;
@@ -541,4 +565,42 @@ void stage_plain(stage *on, void *x)
   stage_run(alone, x);
   stage_close(alone);
   free(alone);
+}
+
+/* ---- a host's run, or a call of it, at once -------------------------------------------------- */
+
+ps_report stage_whole(stage *on, void *x)
+{
+  void *own = x == NULL ? stage_latent(on, 5) : NULL;
+  stage_open(on);
+  stage_run(on, x != NULL ? x : own);
+  CHECK_OK(on->failure);
+  stage_end(on);
+  free(own);
+  return stage_report(on);
+}
+
+ps_report stage_exact(stage *on, uint64_t seed)
+{
+  void *x = stage_latent(on, seed), *alone = stage_copy(x, stage_x_bytes(on));
+  stage_plain(on, alone);
+  ps_report report = stage_whole(on, x);
+  CHECK_BYTES(x, alone, stage_x_bytes(on));
+  free(alone);
+  free(x);
+  return report;
+}
+
+ps_verdict stage_call(stage *on, int step, void *x, void *m)
+{
+  ps_verdict verdict;
+  CHECK_OK(ps_leader_ask(on->leader, step, x, m, &verdict));
+  if (verdict != PS_ANSWER) {
+    void *own = malloc(stage_m_bytes(on));
+    CHECK(own != NULL);
+    stage_evaluate(&on->rank[0], step, x, own);
+    CHECK_OK(ps_leader_submit(on->leader, own, output_dtype(on), 0));
+    free(own);
+  }
+  return verdict;
 }

@@ -43,6 +43,8 @@ struct stage {
   bool keeps_noise_to_self; /* the host draws noise that it tells the library nothing of */
   /* m at element i of x, at a step; NULL = stage_f. */
   double (*f)(const stage_rank *self, int step, double x, size_t i);
+  /* An evaluation of a follower, and whether it moved the point; NULL = stage_evaluate. */
+  bool (*evaluate)(stage_rank *self, int step, void *x, void *m);
   /* What a follower does; NULL = stage_serve. */
   ps_status (*serve)(stage_rank *self);
   /* The leader's end of a link of the test's own, with nobody behind it; NULL = see below. */
@@ -78,6 +80,15 @@ void stage_end(stage *on);
 void stage_close(stage *on);
 ps_report stage_report(const stage *on);
 
+/* All from stage_open to stage_end, the leader without a failure; x NULL: of a latent that nobody
+ * looks at afterwards. */
+ps_report stage_whole(stage *on, void *x);
+/* The same, and x is what the host alone makes of it, bit for bit. */
+ps_report stage_exact(stage *on, uint64_t seed);
+/* One call of a host that evaluates its own step unless it is answered; m NULL: it has no room for
+ * an answer. */
+ps_verdict stage_call(stage *on, int step, void *x, void *m);
+
 /* A follower's life, one evaluation of it, and the function that all ranks evaluate. */
 ps_status stage_serve(stage_rank *self);
 void stage_evaluate(stage_rank *self, int step, const void *x, void *m);
@@ -86,6 +97,10 @@ double stage_f(const stage_rank *self, int step, double x, size_t i);
 /* Both ends of a link whose carriers deliver at once, as ps_threads_open does. */
 ps_status stage_host_open(const ps_layout *layout, int slots, ps_link **leader_end,
                           ps_link **follower_end);
+
+/* A layout for tests of links, and a message of one slot each way. */
+extern const ps_layout stage_small;
+extern const ps_header stage_hello, stage_output;
 
 size_t stage_elements(const stage *on);
 size_t stage_x_bytes(const stage *on);

@@ -8,6 +8,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "runner.h"
 #include "stage.h"
@@ -31,42 +32,19 @@ typedef struct accidents {
   mishap what[RANKS];
   int round[RANKS]; /* the work of the rank, counted from 0, at which it happens */
   bool early;       /* who hangs comes back during the run, not after it */
-  pthread_mutex_t mutex;
-  pthread_cond_t changed;
-  bool released;
+  bool released;    /* changed atomically: who hangs may go */
 } accidents;
-
-static accidents *accidents_new(void)
-{
-  accidents *plan = calloc(1, sizeof *plan);
-  CHECK(plan != NULL);
-  pthread_mutex_init(&plan->mutex, NULL);
-  pthread_cond_init(&plan->changed, NULL);
-  return plan;
-}
-
-static void accidents_free(accidents *plan)
-{
-  pthread_cond_destroy(&plan->changed);
-  pthread_mutex_destroy(&plan->mutex);
-  free(plan);
-}
 
 static void hang(accidents *plan)
 {
-  pthread_mutex_lock(&plan->mutex);
-  while (!plan->released) {
-    pthread_cond_wait(&plan->changed, &plan->mutex);
+  while (!__atomic_load_n(&plan->released, __ATOMIC_ACQUIRE)) {
+    usleep(1000);
   }
-  pthread_mutex_unlock(&plan->mutex);
 }
 
 static void release(accidents *plan)
 {
-  pthread_mutex_lock(&plan->mutex);
-  plan->released = true;
-  pthread_cond_broadcast(&plan->changed);
-  pthread_mutex_unlock(&plan->mutex);
+  __atomic_store_n(&plan->released, true, __ATOMIC_RELEASE);
 }
 
 /* Called by the host before every ask. */
@@ -74,7 +52,7 @@ static void release_early(stage *on, int step, void *x)
 {
   accidents *plan = on->ctx;
   (void)step, (void)x;
-  if (plan != NULL && plan->early && on->leader != NULL && stage_report(on).failed > 0) {
+  if (plan->early && on->leader != NULL && stage_report(on).failed > 0) {
     release(plan);
   }
 }
@@ -124,11 +102,6 @@ static ps_status serve_badly(stage_rank *self)
   return status;
 }
 
-static void check_same(const stage *on, const void *got, const void *expected)
-{
-  CHECK(memcmp(got, expected, stage_x_bytes(on)) == 0);
-}
-
 static void setting(stage *on, ps_program *program, double tolerance)
 {
   stage_set(on, program, RANKS, 2, 5, PS_F32, PS_F32);
@@ -140,34 +113,31 @@ static void check_next_run(ps_program *program)
 {
   stage on;
   setting(&on, program, 0.0);
-  void *x = stage_latent(&on, 6), *alone = stage_copy(x, stage_x_bytes(&on));
-  stage_plain(&on, alone);
-  stage_open(&on);
-  stage_run(&on, x);
-  CHECK_OK(on.failure);
-  stage_end(&on);
-  CHECK_EQ(stage_report(&on).failed, 0);
-  check_same(&on, x, alone);
+  CHECK_EQ(stage_exact(&on, 6).failed, 0);
   stage_close(&on);
-  free(alone);
-  free(x);
 }
 
-/* Runs with accidents; the run stays open for its report. */
-static void run_with(stage *on, accidents *plan)
+/* The host's loop with accidents, to its end or to the leader's first failure. */
+static void run_badly(stage *on, accidents *plan, void *x)
 {
-  void *x = stage_latent(on, 5), *alone = stage_copy(x, stage_x_bytes(on));
-  stage_plain(on, alone);
   on->ctx = plan;
   on->serve = serve_badly;
   on->before = release_early;
   stage_open(on);
   stage_run(on, x);
+}
+
+/* A run that comes out in spite of accidents; it stays open for its report. */
+static void run_with(stage *on, accidents *plan)
+{
+  void *x = stage_latent(on, 5), *alone = stage_copy(x, stage_x_bytes(on));
+  stage_plain(on, alone);
+  run_badly(on, plan, x);
   release(plan);
   stage_end(on);
   CHECK_OK(on->failure);
   if (on->options.tolerance == 0.0) {
-    check_same(on, x, alone);
+    CHECK_BYTES(x, alone, stage_x_bytes(on));
   }
   for (size_t i = 0; i < stage_elements(on); ++i) {
     CHECK(isfinite(stage_load(x, PS_F32, i)));
@@ -193,14 +163,14 @@ static void check_one(ps_program *program, mishap what, int rank, int round, dou
   static const ps_status expected[MISHAPS] = {
       [RAISES] = PS_FAILED,     [NOT_A_NUMBER] = PS_NOT_FINITE, [INFINITE] = PS_NOT_FINITE,
       [DIES_AT_WORK] = PS_LOST, [DIES_WHILE_IDLE] = PS_LOST,    [HANGS] = PS_DEADLINE};
-  accidents *plan = accidents_new();
+  accidents plan = {0};
   stage on;
-  plan->what[rank] = what;
-  plan->round[rank] = round;
-  plan->early = round % 2 == 1;
+  plan.what[rank] = what;
+  plan.round[rank] = round;
+  plan.early = round % 2 == 1;
   setting(&on, program, tolerance);
   on.options.deadline_ns = what == HANGS ? 100 * 1000000 : 0;
-  run_with(&on, plan);
+  run_with(&on, &plan);
   ps_report report = stage_report(&on);
   const ps_failure *line = failure_of(&report, rank);
   bool numbers = what == NOT_A_NUMBER || what == INFINITE;
@@ -222,7 +192,6 @@ static void check_one(ps_program *program, mishap what, int rank, int round, dou
     CHECK_EQ(on.rank[rank].status, PS_ABANDONED);
   }
   stage_close(&on);
-  accidents_free(plan);
 }
 
 static void check_everywhere(mishap what, double tolerance)
@@ -277,16 +246,15 @@ TEST(all_followers_fail_at_once)
   ps_program *program = stage_euler(STEPS);
   for (mishap what = RAISES; what < HANGS; ++what) {
     for (int round = 0; round < 2; ++round) {
-      accidents *plan = accidents_new();
+      accidents plan = {0};
       stage on;
       for (int rank = 1; rank < RANKS; ++rank) {
-        plan->what[rank] = what;
-        plan->round[rank] = round;
+        plan.what[rank] = what;
+        plan.round[rank] = round;
       }
       setting(&on, program, 0.0);
-      run_with(&on, plan);
+      run_with(&on, &plan);
       stage_close(&on);
-      accidents_free(plan);
     }
   }
   check_next_run(program);
@@ -298,16 +266,15 @@ TEST(followers_fail_in_all_ways_at_random)
   ps_program *program = stage_multistep(12);
   uint64_t seed = 99;
   for (int trial = 0; trial < 60; ++trial) {
-    accidents *plan = accidents_new();
+    accidents plan = {0};
     stage on;
     for (int rank = 1; rank < RANKS; ++rank) {
-      plan->what[rank] = (mishap)(fabs(stage_random(&seed)) * HANGS); /* without hanging */
-      plan->round[rank] = (int)(fabs(stage_random(&seed)) * 8.0);
+      plan.what[rank] = (mishap)(fabs(stage_random(&seed)) * HANGS); /* without hanging */
+      plan.round[rank] = (int)(fabs(stage_random(&seed)) * 8.0);
     }
     setting(&on, program, trial % 2 == 0 ? 0.0 : 0.05);
-    run_with(&on, plan);
+    run_with(&on, &plan);
     stage_close(&on);
-    accidents_free(plan);
   }
   check_next_run(program);
   ps_program_release(program);
@@ -320,18 +287,15 @@ TEST(raise_on_loss)
   ps_program *program = stage_euler(STEPS);
   for (mishap what = RAISES; what < HANGS; ++what) {
     for (int round = 0; round < 3; ++round) {
-      accidents *plan = accidents_new();
+      accidents plan = {0};
       stage on;
-      plan->what[1] = what;
-      plan->round[1] = round;
+      plan.what[1] = what;
+      plan.round[1] = round;
       setting(&on, program, 0.02);
       on.options.raise_on_loss = 1;
-      on.ctx = plan;
-      on.serve = serve_badly;
       float *x = stage_latent(&on, 5), m[10];
       ps_verdict verdict;
-      stage_open(&on);
-      stage_run(&on, x);
+      run_badly(&on, &plan, x);
       CHECK_EQ(on.failure, PS_LOST);
       CHECK(strstr(ps_last_error(), "rank 1") != NULL);
       CHECK_STATUS(ps_leader_ask(on.leader, 1, x, m, &verdict), PS_STATE);
@@ -339,7 +303,6 @@ TEST(raise_on_loss)
       CHECK_EQ(stage_report(&on).failed, 1);
       stage_close(&on);
       check_next_run(program);
-      accidents_free(plan);
       free(x);
     }
   }
@@ -356,30 +319,26 @@ TEST(an_interrupt_ends_a_wait_without_deadline)
 {
   ps_program *program = stage_euler(STEPS);
   for (int round = 0; round < 2; ++round) {
-    accidents *plan = accidents_new();
+    accidents plan = {0};
     int checks = 0;
     stage on;
-    plan->what[2] = HANGS;
-    plan->round[2] = round;
+    plan.what[2] = HANGS;
+    plan.round[2] = round;
     setting(&on, program, 0.0);
     on.options.check = interrupt;
     on.options.check_ctx = &checks;
-    on.ctx = plan;
-    on.serve = serve_badly;
     float *x = stage_latent(&on, 5), m[10];
     ps_verdict verdict;
-    stage_open(&on);
-    stage_run(&on, x);
+    run_badly(&on, &plan, x);
     CHECK_EQ(on.failure, PS_INTERRUPTED);
     CHECK_EQ(checks, 2);
     CHECK_STATUS(ps_leader_ask(on.leader, round + 1, x, m, &verdict), PS_STATE);
     CHECK_OK(ps_leader_finish(on.leader));
-    release(plan);
+    release(&plan);
     stage_end(&on);
     CHECK_EQ(on.rank[2].status, PS_ABANDONED);
     CHECK_EQ(on.rank[1].status, PS_OK);
     stage_close(&on);
-    accidents_free(plan);
     check_next_run(program);
     free(x);
   }
@@ -410,14 +369,8 @@ TEST(a_deadline_too_far_to_count_is_none)
   stage on;
   setting(&on, program, 0.0);
   on.options.deadline_ns = INT64_MAX;
-  void *x = stage_latent(&on, 5);
-  stage_open(&on);
-  stage_run(&on, x);
-  CHECK_OK(on.failure);
-  stage_end(&on);
-  CHECK_EQ(stage_report(&on).failed, 0);
+  CHECK_EQ(stage_whole(&on, NULL).failed, 0);
   stage_close(&on);
-  free(x);
   ps_program_release(program);
 }
 

@@ -6,24 +6,24 @@
 #include "runner.h"
 #include "vectors.h"
 
-TEST(f16_to_float_is_the_format)
+static void check_widening(float (*widen)(uint16_t), int exponent_bits, int mantissa_bits)
 {
   for (uint32_t h = 0; h < 0x10000; h++) {
-    double expected = decode(h, 5, 10);
-    float got = ps__f16_to_float((uint16_t)h);
+    double expected = decode(h, exponent_bits, mantissa_bits);
+    float got = widen((uint16_t)h);
     CHECK(isnan(expected) ? isnan(got) : (double)got == expected);
     CHECK_EQ(!!signbit(got), h >> 15);
   }
 }
 
+TEST(f16_to_float_is_the_format)
+{
+  check_widening(ps__f16_to_float, 5, 10);
+}
+
 TEST(bf16_to_float_is_the_format)
 {
-  for (uint32_t h = 0; h < 0x10000; h++) {
-    double expected = decode(h, 8, 7);
-    float got = ps__bf16_to_float((uint16_t)h);
-    CHECK(isnan(expected) ? isnan(got) : (double)got == expected);
-    CHECK_EQ(!!signbit(got), h >> 15);
-  }
+  check_widening(ps__bf16_to_float, 8, 7);
 }
 
 TEST(halves_come_back_as_they_were)

@@ -18,18 +18,8 @@ enum { STEPS_MOST = 64 };
 /* The picture of the run is the host's own, bit for bit. */
 static void check_exact(stage *on)
 {
-  void *x = stage_latent(on, 3), *alone = stage_copy(x, stage_x_bytes(on));
-  stage_plain(on, alone);
-  stage_open(on);
-  stage_run(on, x);
-  CHECK_OK(on->failure);
-  stage_end(on);
-  CHECK(memcmp(x, alone, stage_x_bytes(on)) == 0);
-  ps_report report = stage_report(on);
-  CHECK_EQ(report.failed, 0);
+  CHECK_EQ(stage_exact(on, 3).failed, 0);
   stage_close(on);
-  free(alone);
-  free(x);
 }
 
 TEST(tolerance_0_is_exact_in_every_dtype)
@@ -150,6 +140,16 @@ static void check_answer(stage *on, int step, const void *x, void *m, ps_verdict
   }
 }
 
+/* A run without limit, whose answers are checked and whose drifts are measured. */
+static ps_report run_measured(stage *on, seen_drift *seen)
+{
+  on->options.tolerance = INFINITY;
+  on->before = measure_before;
+  on->after = check_answer;
+  on->ctx = seen;
+  return stage_whole(on, NULL);
+}
+
 TEST(answers_and_drift_in_every_dtype)
 {
   const ps_dtype dtypes[][2] = {{PS_F64, PS_F64},   {PS_F32, PS_F32},  {PS_F16, PS_F16},
@@ -159,23 +159,14 @@ TEST(answers_and_drift_in_every_dtype)
     stage on;
     seen_drift seen;
     stage_set(&on, program, 3, 3, 21, dtypes[k][0], dtypes[k][1]);
-    on.options.tolerance = INFINITY;
-    on.before = measure_before;
-    on.after = check_answer;
-    on.ctx = &seen;
-    void *x = stage_latent(&on, 8);
-    stage_open(&on);
-    stage_run(&on, x);
-    CHECK_OK(on.failure);
-    stage_end(&on);
+    ps_report report = run_measured(&on, &seen);
     CHECK_EQ(on.verdicts[PS_EVALUATE], 5);
     for (int j = 0; j < 13; ++j) {
-      double drift = stage_report(&on).drift[j];
+      double drift = report.drift[j];
       CHECK(on.verdicts[PS_ANSWER] == 8 && (drift > 0.0 || isnan(seen.drift[j]) || j < 2 || k > 1));
       CHECK(isnan(seen.drift[j]) || fabs(drift - seen.drift[j]) <= 1e-3 * seen.drift[j] + 1e-6);
     }
     stage_close(&on);
-    free(x);
   }
   ps_program_release(program);
 }
@@ -192,11 +183,7 @@ TEST(rounding_of_the_host_is_no_drift)
   ps_verdict verdict;
   stage_open(&on);
   for (int j = 0; j < 3; ++j) {
-    CHECK_OK(ps_leader_ask(on.leader, j, x, m, &verdict));
-    if (verdict == PS_EVALUATE) {
-      stage_evaluate(&on.rank[0], j, x, m);
-      CHECK_OK(ps_leader_submit(on.leader, m, PS_BF16, 0));
-    }
+    verdict = stage_call(&on, j, x, m);
     x[7] ^= j == 1; /* one unit in the last place of one element */
   }
   CHECK_EQ(verdict, PS_ANSWER);
@@ -221,20 +208,14 @@ TEST(the_first_output_settles_an_open_dtype)
 }
 
 /* The point a follower says it really evaluated is what drift and rebase are measured against. */
-static ps_status serve_moved(stage_rank *self)
+static bool evaluate_moved(stage_rank *self, int step, void *x, void *m)
 {
-  ps_work work;
-  ps_status status = ps_follower_next(self->follower, NULL, &work);
-  while (status == PS_OK && work.count > 0) {
-    int moved = work.step[0] > 0;
-    for (size_t i = 0; moved && i < 3; ++i) {
-      ((double *)work.point[0])[i] += 0.125;
-    }
-    stage_evaluate(self, work.step[0], work.point[0], work.output[0]);
-    status = ps_follower_submit(self->follower, PS_F64, moved, 0);
-    status = status == PS_OK ? ps_follower_next(self->follower, NULL, &work) : status;
+  bool moved = step > 0;
+  for (size_t i = 0; moved && i < 3; ++i) {
+    ((double *)x)[i] += 0.125;
   }
-  return status;
+  stage_evaluate(self, step, x, m);
+  return moved;
 }
 
 TEST(points_moved_by_a_follower)
@@ -243,24 +224,15 @@ TEST(points_moved_by_a_follower)
   stage on;
   seen_drift seen;
   stage_set(&on, program, 3, 1, 21, PS_F64, PS_F64);
-  on.serve = serve_moved;
-  on.options.tolerance = INFINITY;
-  on.before = measure_before;
-  on.after = check_answer;
-  on.ctx = &seen;
-  double *x = stage_latent(&on, 8);
-  stage_open(&on);
-  stage_run(&on, x);
-  CHECK_OK(on.failure);
-  stage_end(&on);
+  on.evaluate = evaluate_moved;
+  ps_report report = run_measured(&on, &seen);
   CHECK_EQ(on.verdicts[PS_ANSWER], 8);
   /* 2 points and outputs of step 0, 8 of guesses; the latter's points came back too. */
-  CHECK_EQ(stage_report(&on).bytes_sent, (2 * 2 + 3 * 8) * stage_x_bytes(&on));
+  CHECK_EQ(report.bytes_sent, (2 * 2 + 3 * 8) * stage_x_bytes(&on));
   for (int j = 0; j < 13; ++j) {
-    CHECK(isnan(seen.drift[j]) || fabs(stage_report(&on).drift[j] - seen.drift[j]) < 1e-12);
+    CHECK(isnan(seen.drift[j]) || fabs(report.drift[j] - seen.drift[j]) < 1e-12);
   }
   stage_close(&on);
-  free(x);
   ps_program_release(program);
 }
 
@@ -355,18 +327,12 @@ TEST(sample_and_serve)
 /* ---- time ------------------------------------------------------------------------------------ */
 
 /* Followers take their time, each evaluation another; the test's seed says how. */
-static ps_status serve_slowly(stage_rank *self)
+static bool evaluate_slowly(stage_rank *self, int step, void *x, void *m)
 {
-  ps_work work;
-  uint64_t seed = *(uint64_t *)self->on->ctx + (uint64_t)self->rank;
-  ps_status status = ps_follower_next(self->follower, NULL, &work);
-  while (status == PS_OK && work.count > 0) {
-    usleep((useconds_t)(500.0 + 500.0 * stage_random(&seed)));
-    stage_evaluate(self, work.step[0], work.point[0], work.output[0]);
-    status = ps_follower_submit(self->follower, PS_F32, 0, 0);
-    status = status == PS_OK ? ps_follower_next(self->follower, NULL, &work) : status;
-  }
-  return status;
+  uint64_t seed = *(uint64_t *)self->on->ctx + (uint64_t)self->rank + 10 * (uint64_t)step;
+  usleep((useconds_t)(500.0 + 500.0 * stage_random(&seed)));
+  stage_evaluate(self, step, x, m);
+  return false;
 }
 
 TEST(timing_decides_no_value)
@@ -376,14 +342,11 @@ TEST(timing_decides_no_value)
   for (uint64_t seed = 1; seed <= 4; ++seed) {
     stage on;
     stage_set(&on, program, 4, 1, 16, PS_F32, PS_F32);
-    on.serve = serve_slowly;
+    on.evaluate = evaluate_slowly;
     on.ctx = &seed;
     on.options.tolerance = 0.1;
     float *x = stage_latent(&on, 2);
-    stage_open(&on);
-    stage_run(&on, x);
-    CHECK_OK(on.failure);
-    stage_end(&on);
+    stage_whole(&on, x);
     CHECK_GT(on.verdicts[PS_ANSWER], 0);
     CHECK(first == NULL || memcmp(first, x, stage_x_bytes(&on)) == 0);
     stage_close(&on);

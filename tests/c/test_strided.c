@@ -46,11 +46,7 @@ static double run_to_end(stage *on, ps_report *report)
   fill(x);
   fill(wanted);
   stage_plain(&alone, wanted);
-  stage_open(on);
-  stage_run(on, x);
-  CHECK_OK(on->failure);
-  stage_end(on);
-  *report = stage_report(on);
+  *report = stage_whole(on, x);
   for (int i = 0; i < SIZE; ++i) {
     worst = fmax(worst, fabs(x[i] - wanted[i]));
   }
@@ -92,11 +88,8 @@ TEST(a_lane_does_what_the_host_would)
     stage on;
     open_run(&on, program, 3, lane != 0, 0.02);
     fill(last[lane]);
-    stage_open(&on);
-    stage_run(&on, last[lane]);
-    CHECK_OK(on.failure);
-    stage_end(&on);
-    rounds[lane] = stage_report(&on).rounds - lane; /* its check at step 0 counts as one */
+    rounds[lane] =
+        stage_whole(&on, last[lane]).rounds - lane; /* its check at step 0 counts as one */
     stage_close(&on);
   }
   CHECK_EQ(rounds[0], rounds[1]);
@@ -167,12 +160,7 @@ TEST(a_host_that_never_looks_ahead)
   stage_open(&on);
   for (int j = 0; j < STEPS; ++j) {
     double m[SIZE];
-    ps_verdict verdict;
-    CHECK_OK(ps_leader_ask(on.leader, j, x, m, &verdict));
-    if (verdict != PS_ANSWER) {
-      stage_evaluate(&on.rank[0], j, x, m);
-      CHECK_OK(ps_leader_submit(on.leader, m, PS_F64, 0));
-    }
+    stage_call(&on, j, x, m);
     CHECK_OK(ps_leader_advance(on.leader, NULL, x));
   }
   stage_end(&on);

@@ -8,34 +8,33 @@
 
 static void call(stage *on, int step, void *x, void *m_out, ps_verdict expected)
 {
-  ps_verdict verdict;
-  CHECK_OK(ps_leader_ask(on->leader, step, x, m_out, &verdict));
-  CHECK_EQ(verdict, expected);
-  if (verdict == PS_EVALUATE) {
-    void *m = malloc(stage_m_bytes(on));
-    CHECK(m != NULL);
-    stage_evaluate(&on->rank[0], step, x, m);
-    CHECK_OK(ps_leader_submit(on->leader, m, on->layout.m, 0));
-    free(m);
+  CHECK_EQ(stage_call(on, step, x, m_out), expected);
+}
+
+/* Calls at steps `from` to below `to`, all with one verdict, each with the library's step after it.
+ */
+static void go_on(stage *on, int from, int to, void *x, void *m_out, ps_verdict expected)
+{
+  for (int j = from; j < to; ++j) {
+    call(on, j, x, m_out, expected);
+    CHECK_OK(ps_leader_advance(on->leader, NULL, x));
   }
 }
 
-/* A run of 3 ranks on 12 steps in double, without limit, at whose step 0 and 1 the host has been.
- */
-static double *begin(stage *on, ps_program *program)
+/* A run of 3 ranks in double. */
+static double *open_run(stage *on, ps_program *program, double tolerance)
 {
-  double *m;
   stage_set(on, program, 3, 1, 8, PS_F64, PS_F64);
-  on->options.tolerance = INFINITY;
+  on->options.tolerance = tolerance;
   stage_open(on);
-  double *x = stage_latent(on, 9);
-  m = malloc(stage_m_bytes(on));
-  CHECK(m != NULL);
-  for (int j = 0; j < 2; ++j) {
-    call(on, j, x, m, PS_EVALUATE);
-    CHECK_OK(ps_leader_advance(on->leader, NULL, x));
-  }
-  free(m);
+  return stage_latent(on, 9);
+}
+
+/* On 12 steps, without limit; the host has been at steps 0 and 1. */
+static double *begin(stage *on)
+{
+  double *x = open_run(on, stage_euler(12), INFINITY), m[8];
+  go_on(on, 0, 2, x, m, PS_EVALUATE);
   return x;
 }
 
@@ -51,43 +50,24 @@ static void leave(stage *on, double *x)
 
 TEST(an_edited_latent_begins_a_round)
 {
-  ps_program *program = stage_euler(12);
   stage on;
-  double *x;
-  stage_set(&on, program, 4, 1, 16, PS_F64, PS_F64);
-  on.options.tolerance = 0.5;
-  stage_open(&on);
-  x = stage_latent(&on, 3);
-  for (int j = 0; j < 2; ++j) {
-    ps_verdict verdict;
-    double m[16];
-    x[0] += j == 1 ? 1e3 : 0.0;
-    CHECK_OK(ps_leader_ask(on.leader, j, x, m, &verdict));
-    CHECK_EQ(verdict, PS_EVALUATE);
-    stage_evaluate(&on.rank[0], j, x, m);
-    CHECK_OK(ps_leader_submit(on.leader, m, PS_F64, 0));
-  }
+  double *x = open_run(&on, stage_euler(12), 0.5), m[8];
+  call(&on, 0, x, m, PS_EVALUATE);
+  x[0] += 1e3;
+  call(&on, 1, x, m, PS_EVALUATE);
   /* Step 2 has a guess, far from where the host now is. */
   ps_verdict verdict;
-  double m[16];
   x[1] -= 1e3;
   CHECK_OK(ps_leader_ask(on.leader, 2, x, m, &verdict));
   CHECK_EQ(verdict, PS_EVALUATE);
   CHECK_GT(stage_report(&on).drift[2], 0.5);
-  stage_end(&on);
-  stage_close(&on);
-  free(x);
-  ps_program_release(program);
+  leave(&on, x);
 }
 
 TEST(asks_beyond_the_program_are_the_hosts_own)
 {
-  ps_program *program = stage_euler(5);
   stage on;
-  stage_set(&on, program, 3, 1, 8, PS_F64, PS_F64);
-  on.options.tolerance = 0.0;
-  stage_open(&on);
-  double *x = stage_latent(&on, 9), m[8];
+  double *x = open_run(&on, stage_euler(5), 0.0), m[8];
   stage_run(&on, x);
   int seen = on.rank[1].seen + on.rank[2].seen;
   for (int j = 5; j < 9; ++j) {
@@ -101,9 +81,7 @@ TEST(asks_beyond_the_program_are_the_hosts_own)
   CHECK_EQ(report.rounds, 9);
   CHECK_EQ(report.steps, 5);
   CHECK_EQ(report.evaluations[0], 9);
-  stage_close(&on);
-  free(x);
-  ps_program_release(program);
+  leave(&on, x);
 }
 
 /* ---- amend ----------------------------------------------------------------------------------- */
@@ -111,7 +89,7 @@ TEST(asks_beyond_the_program_are_the_hosts_own)
 TEST(amended_answers_are_rebased_again)
 {
   stage on;
-  double *x = begin(&on, stage_euler(12)), m[8], spent;
+  double *x = begin(&on), m[8], spent;
   call(&on, 2, x, m, PS_ANSWER);
   const double *guess = stage_guess(&on, 2);
   double g = ps_program_table(on.program, 'g')[2], sum = 0.0;
@@ -142,7 +120,7 @@ TEST(amended_answers_are_rebased_again)
 TEST(answers_can_be_amended_after_a_stop)
 {
   stage on;
-  double *x = begin(&on, stage_euler(12)), m[8], spent;
+  double *x = begin(&on), m[8], spent;
   call(&on, 2, x, m, PS_ANSWER);
   CHECK_OK(ps_leader_stop(on.leader, "the guidance changed"));
   x[3] += 0.5;
@@ -156,12 +134,9 @@ TEST(answers_can_be_amended_after_a_stop)
 TEST(amended_evaluations_take_the_new_latent)
 {
   stage on;
-  double *x = begin(&on, stage_euler(12)), m[8], spent, next[8];
+  double *x = begin(&on), m[8], spent, next[8];
   ps_verdict verdict;
-  for (int j = 2; j < 4; ++j) {
-    call(&on, j, x, m, PS_ANSWER);
-    CHECK_OK(ps_leader_advance(on.leader, NULL, x));
-  }
+  go_on(&on, 2, 4, x, m, PS_ANSWER);
   CHECK_OK(ps_leader_ask(on.leader, 4, x, m, &verdict));
   CHECK_EQ(verdict, PS_EVALUATE);
   x[0] += 7.0;
@@ -180,15 +155,11 @@ TEST(amended_evaluations_take_the_new_latent)
 TEST(a_host_without_room_for_answers_evaluates)
 {
   stage on;
-  double *x = begin(&on, stage_euler(12)), m[8];
+  double *x = begin(&on), m[8];
   int seen = on.rank[1].seen + on.rank[2].seen;
-  for (int j = 2; j < 5; ++j) {
-    call(&on, j, x, NULL, PS_EVALUATE);
-    CHECK_OK(ps_leader_advance(on.leader, NULL, x));
-  }
+  go_on(&on, 2, 5, x, NULL, PS_EVALUATE);
   CHECK_EQ(on.rank[1].seen + on.rank[2].seen, seen);
-  call(&on, 5, x, m, PS_EVALUATE); /* no guesses were out */
-  CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  go_on(&on, 5, 6, x, m, PS_EVALUATE); /* no guesses were out */
   call(&on, 6, x, m, PS_ANSWER);
   /* A guess that is there is measured, for the report, and not used. */
   CHECK_OK(ps_leader_advance(on.leader, NULL, x));
@@ -200,31 +171,22 @@ TEST(a_host_without_room_for_answers_evaluates)
 
 TEST(followers_are_verified_even_where_no_answer_is_wanted)
 {
-  ps_program *program = stage_euler(4);
   stage on;
-  stage_set(&on, program, 3, 1, 8, PS_F64, PS_F64);
-  stage_open(&on);
-  double *x = stage_latent(&on, 9);
+  double *x = open_run(&on, stage_euler(4), INFINITY);
   call(&on, 0, x, NULL, PS_EVALUATE);
   CHECK_EQ(on.rank[1].seen, 1);
   CHECK_EQ(on.rank[2].seen, 1);
-  stage_end(&on);
-  stage_close(&on);
-  free(x);
-  ps_program_release(program);
+  leave(&on, x);
 }
 
 TEST(after_a_stop_the_host_is_alone)
 {
   stage on;
-  double *x = begin(&on, stage_euler(12)), m[8];
+  double *x = begin(&on), m[8];
   int seen = on.rank[1].seen + on.rank[2].seen;
   CHECK_OK(ps_leader_stop(on.leader, "the guidance scale changed"));
   CHECK_OK(ps_leader_stop(on.leader, "and another thing"));
-  for (int j = 2; j < 12; ++j) {
-    call(&on, j, x, m, PS_EVALUATE);
-    CHECK_OK(ps_leader_advance(on.leader, NULL, x));
-  }
+  go_on(&on, 2, 12, x, m, PS_EVALUATE);
   CHECK_EQ(on.rank[1].seen + on.rank[2].seen, seen);
   CHECK_STR(stage_report(&on).fallback, "the guidance scale changed");
   CHECK_EQ(stage_report(&on).rounds, 12);
@@ -235,7 +197,7 @@ TEST(after_a_stop_the_host_is_alone)
 TEST(a_stop_without_a_reason_is_one_too)
 {
   stage on;
-  double *x = begin(&on, stage_euler(12)), m[8];
+  double *x = begin(&on), m[8];
   CHECK_OK(ps_leader_stop(on.leader, ""));
   call(&on, 2, x, m, PS_EVALUATE);
   CHECK(stage_report(&on).fallback != NULL);
@@ -245,12 +207,9 @@ TEST(a_stop_without_a_reason_is_one_too)
 TEST(a_stop_in_the_middle_of_a_round)
 {
   stage on;
-  double *x = begin(&on, stage_euler(12)), m[8];
+  double *x = begin(&on), m[8];
   ps_verdict verdict;
-  for (int j = 2; j < 4; ++j) {
-    call(&on, j, x, m, PS_ANSWER);
-    CHECK_OK(ps_leader_advance(on.leader, NULL, x));
-  }
+  go_on(&on, 2, 4, x, m, PS_ANSWER);
   CHECK_OK(ps_leader_ask(on.leader, 4, x, m, &verdict));
   CHECK_OK(ps_leader_stop(on.leader, "in the middle"));
   stage_evaluate(&on.rank[0], 4, x, m);
@@ -263,20 +222,15 @@ TEST(a_stop_in_the_middle_of_a_round)
 TEST(a_rank_left_out_by_the_caller)
 {
   stage on;
-  double *x = begin(&on, stage_euler(12)), m[8];
+  double *x = begin(&on), m[8];
   CHECK_STATUS(ps_leader_leave_out(on.leader, 0, "?"), PS_INVALID);
   CHECK_STATUS(ps_leader_leave_out(on.leader, 3, "?"), PS_INVALID);
   CHECK_OK(ps_leader_leave_out(on.leader, 1, "its weights changed"));
   CHECK_OK(ps_leader_leave_out(on.leader, 1, "again"));
-  call(&on, 2, x, m, PS_EVALUATE); /* its output of step 2 is not used any more */
-  CHECK_OK(ps_leader_advance(on.leader, NULL, x));
-  call(&on, 3, x, m, PS_ANSWER); /* rank 2 holds the second place now */
-  CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  go_on(&on, 2, 3, x, m, PS_EVALUATE); /* its output of step 2 is not used any more */
+  go_on(&on, 3, 4, x, m, PS_ANSWER);   /* rank 2 holds the second place now */
   CHECK_OK(ps_leader_leave_out(on.leader, 2, "its weights changed too"));
-  for (int j = 4; j < 12; ++j) {
-    call(&on, j, x, m, PS_EVALUATE);
-    CHECK_OK(ps_leader_advance(on.leader, NULL, x));
-  }
+  go_on(&on, 4, 12, x, m, PS_EVALUATE);
   ps_report report = stage_report(&on);
   CHECK_EQ(report.failed, 2);
   CHECK_EQ(report.failures[0].rank, 1);
@@ -291,8 +245,7 @@ TEST(a_rank_left_out_by_the_caller)
 TEST(leader_calls_out_of_order)
 {
   stage on;
-  ps_program *program = stage_euler(4);
-  stage_set(&on, program, 2, 1, 8, PS_F64, PS_F64);
+  stage_set(&on, stage_euler(4), 2, 1, 8, PS_F64, PS_F64);
   stage_open(&on);
   double *x = stage_latent(&on, 1), m[8] = {0}, spent;
   ps_verdict verdict;
@@ -326,21 +279,14 @@ TEST(leader_calls_out_of_order)
   CHECK_STATUS(ps_leader_ask(on.leader, 2, x, m, &verdict), PS_STATE);
   CHECK_STATUS(ps_leader_submit(on.leader, m, PS_F64, 0), PS_STATE);
   CHECK_EQ(stage_report(&on).failed, 0);
-  stage_end(&on);
-  stage_close(&on);
+  leave(&on, x);
   ps_leader_destroy(NULL);
-  free(x);
-  ps_program_release(program);
 }
 
 TEST(noise_is_taken_for_the_next_window_alone)
 {
-  ps_program *program = stage_ancestral(6);
   stage on;
-  stage_set(&on, program, 3, 1, 8, PS_F64, PS_F64);
-  on.options.tolerance = 0.0;
-  stage_open(&on);
-  double *x = stage_latent(&on, 1), m[8], z[8] = {0};
+  double *x = open_run(&on, stage_ancestral(6), 0.0), m[8], z[8] = {0};
   CHECK_EQ(ps_leader_horizon(on.leader), 2);
   CHECK_STATUS(ps_leader_noise(on.leader, -1, z), PS_INVALID);
   CHECK_OK(ps_leader_noise(on.leader, 0, z));
@@ -355,30 +301,34 @@ TEST(noise_is_taken_for_the_next_window_alone)
   }
   CHECK_EQ(ps_leader_horizon(on.leader), 6);
   CHECK_STATUS(ps_leader_noise(on.leader, 6, z), PS_INVALID);
-  stage_end(&on);
-  stage_close(&on);
-  free(x);
+  leave(&on, x);
+}
+
+/* A leader of 4 floats and its one follower, of so many. */
+static void open_both(size_t floats, ps_leader **leader, ps_follower **follower)
+{
+  const ps_layout layout = {1, 4, PS_F32, PS_F32}, other = {1, floats, PS_F32, PS_F32};
+  ps_program *program = stage_euler(4);
+  ps_link *here, *there;
+  ps_options options;
+  ps_options_init(&options);
+  options.max_stride = 1;
+  CHECK_OK(ps_threads_open(&layout, 1, &here, &there));
+  CHECK_OK(ps_follower_create(&other, there, follower));
+  CHECK_OK(ps_leader_create(program, &layout, &options, ps_backend_find("cpu"),
+                            (ps_link *[]){NULL, here}, 2, NULL, leader));
   ps_program_release(program);
 }
 
 TEST(follower_calls_out_of_order)
 {
-  const ps_layout layout = {1, 4, PS_F32, PS_F32}, larger = {1, 5, PS_F32, PS_F32};
-  ps_program *program = stage_euler(4);
-  ps_link *here, *there;
   ps_follower *follower;
   ps_leader *leader;
-  ps_options options;
   ps_verdict verdict;
   ps_work work;
-  float x[4] = {1, 2, 3, 4}, m[4] = {0};
+  float x[4] = {1, 2, 3, 4}, m[4];
   ps_wait soon = {0, NULL, NULL};
-  ps_options_init(&options);
-  options.max_stride = 1;
-  CHECK_OK(ps_threads_open(&layout, 1, &here, &there));
-  CHECK_OK(ps_follower_create(&layout, there, &follower));
-  CHECK_OK(ps_leader_create(program, &layout, &options, ps_backend_find("cpu"),
-                            (ps_link *[]){NULL, here}, 2, NULL, &leader));
+  open_both(4, &leader, &follower);
   CHECK_STATUS(ps_follower_submit(follower, PS_F32, 0, 0), PS_STATE);
   soon.deadline_ns = ps_now_ns() + 1000000;
   CHECK_STATUS(ps_follower_next(follower, &soon, &work), PS_DEADLINE);
@@ -403,18 +353,21 @@ TEST(follower_calls_out_of_order)
   CHECK_OK(ps_follower_fail(follower, "nobody listens"));
   ps_follower_destroy(follower);
   ps_follower_destroy(NULL);
+}
 
-  /* A follower of another shape does not touch the points. */
-  CHECK_OK(ps_threads_open(&layout, 1, &here, &there));
-  CHECK_OK(ps_follower_create(&larger, there, &follower));
-  CHECK_OK(ps_leader_create(program, &layout, &options, ps_backend_find("cpu"),
-                            (ps_link *[]){NULL, here}, 2, NULL, &leader));
+TEST(a_follower_of_another_shape_does_not_touch_the_points)
+{
+  ps_follower *follower;
+  ps_leader *leader;
+  ps_verdict verdict;
+  ps_work work;
+  float x[4] = {1, 2, 3, 4}, m[4] = {0};
+  open_both(5, &leader, &follower);
   CHECK_OK(ps_leader_ask(leader, 0, x, m, &verdict));
   CHECK_STATUS(ps_follower_next(follower, NULL, &work), PS_PROTOCOL);
   ps_follower_destroy(follower);
   CHECK_OK(ps_leader_submit(leader, m, PS_F32, 0));
   ps_leader_destroy(leader);
-  ps_program_release(program);
 }
 
 /* ---- the report ------------------------------------------------------------------------------ */
@@ -422,7 +375,7 @@ TEST(follower_calls_out_of_order)
 TEST(the_timeline_is_in_order)
 {
   stage on;
-  double *x = begin(&on, stage_euler(12)), m[8];
+  double *x = begin(&on), m[8];
   for (int j = 2; j < 12; ++j) {
     ps_verdict verdict = (j - 1) % 3 == 0 ? PS_EVALUATE : PS_ANSWER;
     call(&on, j, x, m, verdict);

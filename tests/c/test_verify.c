@@ -39,12 +39,7 @@ TEST(other_weights_are_found_out_in_the_first_round)
     stage on;
     stage_set(&on, program, RANKS, 2, 50, PS_F32, dtypes[k]);
     on.f = other_weights;
-    void *x = stage_latent(&on, 5);
-    stage_open(&on);
-    stage_run(&on, x);
-    CHECK_OK(on.failure);
-    stage_end(&on);
-    ps_report report = stage_report(&on);
+    ps_report report = stage_whole(&on, NULL);
     CHECK_EQ(report.failed, 1);
     CHECK_EQ(report.failures[0].rank, 2);
     CHECK_EQ(report.failures[0].step, 0);
@@ -52,7 +47,6 @@ TEST(other_weights_are_found_out_in_the_first_round)
     CHECK(strstr(report.failures[0].text, "weights") != NULL);
     CHECK_EQ(on.rank[2].seen, 1);
     stage_close(&on);
-    free(x);
   }
   ps_program_release(program);
 }
@@ -65,34 +59,21 @@ TEST(other_rounding_is_not_other_weights)
     stage on;
     stage_set(&on, program, RANKS, 2, 50, PS_F32, dtypes[k]);
     on.f = other_kernels;
-    void *x = stage_latent(&on, 5);
-    stage_open(&on);
-    stage_run(&on, x);
-    CHECK_OK(on.failure);
-    stage_end(&on);
-    CHECK_EQ(stage_report(&on).failed, 0);
+    CHECK_EQ(stage_whole(&on, NULL).failed, 0);
     stage_close(&on);
-    free(x);
   }
   ps_program_release(program);
 }
 
 /* Says that its host made another latent of the one it was given: by ctx, in every element. */
-static ps_status serve_elsewhere(stage_rank *self)
+static bool evaluate_elsewhere(stage_rank *self, int step, void *x, void *m)
 {
-  ps_work work;
-  ps_status status = ps_follower_next(self->follower, NULL, &work);
-  while (status == PS_OK && work.count > 0) {
-    int moved = self->rank == 1 && work.step[0] == 0;
-    for (size_t i = 0; moved && i < stage_elements(self->on); ++i) {
-      double value = stage_load(work.point[0], PS_F32, i);
-      stage_store(work.point[0], PS_F32, i, value * *(const double *)self->on->ctx);
-    }
-    stage_evaluate(self, work.step[0], work.point[0], work.output[0]);
-    status = ps_follower_submit(self->follower, self->on->layout.m, moved, 0);
-    status = status == PS_OK ? ps_follower_next(self->follower, NULL, &work) : status;
+  bool moved = self->rank == 1 && step == 0;
+  for (size_t i = 0; moved && i < stage_elements(self->on); ++i) {
+    stage_store(x, PS_F32, i, stage_load(x, PS_F32, i) * *(const double *)self->on->ctx);
   }
-  return status;
+  stage_evaluate(self, step, x, m);
+  return moved;
 }
 
 static void check_elsewhere(double factor, bool found_out)
@@ -101,18 +82,12 @@ static void check_elsewhere(double factor, bool found_out)
   stage on;
   setting(&on, program, 0.02);
   on.ctx = &factor;
-  on.serve = serve_elsewhere;
-  void *x = stage_latent(&on, 5);
-  stage_open(&on);
-  stage_run(&on, x);
-  CHECK_OK(on.failure);
-  stage_end(&on);
-  ps_report report = stage_report(&on);
+  on.evaluate = evaluate_elsewhere;
+  ps_report report = stage_whole(&on, NULL);
   CHECK_EQ(report.failed, found_out);
   CHECK(!found_out || (report.failures[0].rank == 1 && report.failures[0].status == PS_DIFFERS &&
                        strstr(report.failures[0].text, "latent") != NULL));
   stage_close(&on);
-  free(x);
   ps_program_release(program);
 }
 
@@ -135,7 +110,7 @@ TEST(a_first_latent_that_the_leader_edits)
     setting(&on, program, 0.02);
     on.ranks = 2;
     on.ctx = &factor;
-    on.serve = alike ? serve_elsewhere : stage_serve;
+    on.evaluate = alike ? evaluate_elsewhere : NULL;
     float *x = stage_latent(&on, 5), m[10];
     stage_open(&on);
     CHECK_OK(ps_leader_ask(on.leader, 0, x, m, &verdict));
@@ -174,16 +149,10 @@ TEST(outputs_of_another_dtype)
     stage on;
     stage_set(&on, program, 3, 2, 5, PS_F32, open ? PS_NONE : PS_F32);
     on.serve = serve_halves;
-    void *x = stage_latent(&on, 5);
-    stage_open(&on);
-    stage_run(&on, x);
-    CHECK_OK(on.failure);
-    stage_end(&on);
-    ps_report report = stage_report(&on);
+    ps_report report = stage_whole(&on, NULL);
     CHECK_EQ(report.failed, 2);
     CHECK_EQ(report.failures[0].status, PS_DTYPE);
     stage_close(&on);
-    free(x);
   }
   ps_program_release(program);
 }
@@ -207,13 +176,10 @@ TEST(the_leaders_own_infinity)
     on.options.raise_on_loss = 1;
     void *x = stage_latent(&on, 5), *alone = stage_copy(x, stage_x_bytes(&on));
     stage_plain(&on, alone);
-    stage_open(&on);
-    stage_run(&on, x);
-    CHECK_OK(on.failure);
-    stage_end(&on);
-    CHECK_EQ(stage_report(&on).failed, 0);
+    ps_report report = stage_whole(&on, x);
+    CHECK_EQ(report.failed, 0);
     if (tolerances[k] == 0.0) {
-      CHECK_GT(stage_report(&on).not_finite, 0);
+      CHECK_GT(report.not_finite, 0);
       for (size_t i = 0; i < stage_elements(&on); ++i) {
         double got = stage_load(x, PS_F32, i), expected = stage_load(alone, PS_F32, i);
         CHECK(got == expected || (isnan(got) && isnan(expected)));
@@ -228,20 +194,14 @@ TEST(the_leaders_own_infinity)
 
 /* One follower says that it evaluated at NaN, and brings numbers all the same: the others' guesses
  * must not be made from that point. */
-static ps_status serve_nowhere(stage_rank *self)
+static bool evaluate_nowhere(stage_rank *self, int step, void *x, void *m)
 {
-  ps_work work;
-  ps_status status = ps_follower_next(self->follower, NULL, &work);
-  while (status == PS_OK && work.count > 0) {
-    int moved = self->rank == 2 && work.step[0] > 0;
-    stage_evaluate(self, work.step[0], work.point[0], work.output[0]);
-    if (moved) {
-      stage_store(work.point[0], PS_F32, 4, NAN);
-    }
-    status = ps_follower_submit(self->follower, self->on->layout.m, moved, 0);
-    status = status == PS_OK ? ps_follower_next(self->follower, NULL, &work) : status;
+  bool moved = self->rank == 2 && step > 0;
+  stage_evaluate(self, step, x, m);
+  if (moved) {
+    stage_store(x, PS_F32, 4, NAN);
   }
-  return status;
+  return moved;
 }
 
 TEST(points_that_are_not_finite_are_not_carried)
@@ -249,13 +209,8 @@ TEST(points_that_are_not_finite_are_not_carried)
   ps_program *program = stage_euler(12);
   stage on;
   setting(&on, program, 1e-9);
-  on.serve = serve_nowhere;
-  void *x = stage_latent(&on, 5);
-  stage_open(&on);
-  stage_run(&on, x);
-  CHECK_OK(on.failure);
-  stage_end(&on);
-  CHECK_EQ(stage_report(&on).failed, 0);
+  on.evaluate = evaluate_nowhere;
+  CHECK_EQ(stage_whole(&on, NULL).failed, 0);
   for (int rank = 1; rank < RANKS; ++rank) {
     for (int k = 0; k < on.rank[rank].seen; ++k) {
       for (size_t i = 0; i < stage_elements(&on); ++i) {
@@ -264,6 +219,5 @@ TEST(points_that_are_not_finite_are_not_carried)
     }
   }
   stage_close(&on);
-  free(x);
   ps_program_release(program);
 }
