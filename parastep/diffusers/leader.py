@@ -27,6 +27,7 @@ from .call import Call, Followers
 from .hooks import Hooks
 from .replicas import denoisers_of
 from .skipping import Outputs
+from .state import State, averages
 from .tensors import is_rounded
 from .watch import Watch
 
@@ -45,8 +46,9 @@ class _First(NamedTuple):
 class Leader(Speculation):
     """Hooks on the user's pipeline for one call.
 
-    Followers are started when the loop begins, before its first denoiser call; the lane after the
-    first step, where steps ahead of the loop will be evaluated.
+    Followers are started when the loop begins, before its first denoiser call, or after its first
+    evaluation where that is to show whether the denoisers keep something (`state`); the lane after
+    the first step, where steps ahead of the loop will be evaluated.
     """
 
     def __init__(
@@ -56,9 +58,10 @@ class Leader(Speculation):
         followers: Sequence[Followers],
         generator: Any,
         options: Options,
+        state: State,
     ) -> None:
         super().__init__()
-        self.pipe, self.call, self.options = pipe, call, options
+        self.pipe, self.call, self.options, self.state = pipe, call, options, state
         self.generator, self._followers = generator, followers
         self.active = call.ranks > 1 or call.lane  # the core is asked
         self.steps = 0  # calls of the scheduler's step so far
@@ -69,6 +72,7 @@ class Leader(Speculation):
         self.watch: Watch | None = None
         self._began = time.perf_counter()
         self._outputs = Outputs()
+        self._started = False  # followers are
         self._fresh = True  # no denoiser call yet since the last step
         self._ordinals: dict[int, int] = {}
         self._scheduler: Any = None  # the one that steps: the pipeline's own, or its copy of that
@@ -116,6 +120,7 @@ class Leader(Speculation):
 
     def finish(self) -> None:
         """The call is over, one way or another: followers leave."""
+        self.state.close()
         if self.core is not None:
             self.core.finish()
 
@@ -184,8 +189,7 @@ class Leader(Speculation):
         self._ordinals.clear()
         self._shown = inputs if self._scaled is None else [self._scaled, *inputs]
         if self.steps == 0:
-            for some in self._followers:
-                some.start()
+            self._begin_loop()
         self._forward_ns = _core.now_ns()
         if self.core is None:
             return
@@ -204,6 +208,25 @@ class Leader(Speculation):
         elif answered is False and self.call.meeting is not None and self.call.meeting.leads:
             self.call.meeting.begin(LEADER, self.core.company)
             self._joins = True
+
+    def _begin_loop(self) -> None:
+        reason = averages(self.pipe)
+        if reason is not None:
+            self.give_up(reason)
+        elif self.state.begin(self.pipe):
+            self._start_followers()
+
+    def _start_followers(self) -> None:
+        for some in () if self._started else self._followers:
+            some.start()
+        self._started = True
+
+    def _look_at_state(self) -> None:
+        """Denoisers that keep something from call to call must not be evaluated ahead."""
+        if self._answer is None and not self._fresh:
+            reason = self.state.kept()
+            if reason is not None:
+                self.give_up(reason)
 
     def _coming_latent(self) -> torch.Tensor | None:
         """The sample that the next step will be handed, as far as can be told now.
@@ -262,6 +285,8 @@ class Leader(Speculation):
     def _step(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         first = None
         self._leave_batch()
+        if self.active:
+            self._look_at_state()
         if self.active or self._answer is not None:
             named = named_arguments(scheduler, args, kwargs)
             if named is None:
@@ -333,6 +358,7 @@ class Leader(Speculation):
         except Exception as error:  # a class of the user's own may do anything on a trace
             self.give_up(f"the scheduler cannot be traced: {describe(error)}")
             return None
+        self._start_followers()
         return _First(m, x, traced)
 
     def _open(self, first: _First, result: Any) -> None:

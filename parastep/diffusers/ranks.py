@@ -28,6 +28,7 @@ from .replicas import (
     split_over_processes,
     unfit,
 )
+from .state import State
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Ranks:
         self._batch = batch and len(devices) > 1
         self._replicas: dict[int, Any] = {}
         self._made_from: int | None = None
+        self.state = State()
 
     def close(self) -> None:
         """Lets the replicas go, and ends the workers; twice is fine."""
@@ -65,8 +67,9 @@ class Ranks:
         """
         if options.untouched or (len(self.devices) == 1 and not options.strides):
             return Call(1), [], None
-        reason = unfit(pipe) or reason
+        reason = unfit(pipe) or reason or self.state.known(pipe)
         if reason is not None:
+            self._replicas.clear()  # nobody needs them now, and they hold memory
             return Call(1), [], reason
         try:
             self._refresh_remote(pipe)

@@ -190,7 +190,7 @@ def fingerprint(pipe: Any) -> int:
             seen.append((name, id(value), type(value)))
     for module in denoisers_of(pipe).values():
         for part in module.modules():
-            ignored = {"_modules", "_diffusers_hook", *_made_by_hooks(part)}
+            ignored = {"_modules", "_diffusers_hook", *made_by_hooks(part)}
             for key, value in vars(part).items():
                 if key == "processor":  # attention processors hold scales and sometimes weights
                     own = getattr(value, "__dict__", None)
@@ -201,7 +201,7 @@ def fingerprint(pipe: Any) -> int:
     return hash(tuple(seen))
 
 
-def _made_by_hooks(part: torch.nn.Module) -> set[str]:
+def made_by_hooks(part: torch.nn.Module) -> set[str]:
     """Attributes that torch's own hooks (weight_norm) compute anew before each forward."""
     hooks = part._forward_pre_hooks.values()
     own = (hook for hook in hooks if type(hook).__module__.startswith("torch.nn.utils."))

@@ -42,7 +42,7 @@ class Run:
         call, self._followers, reason = ranks.call(pipe, given, options, once)
         generators = (named["generator"] for named in _given(bound) if "generator" in named)
         generator = next((each for each in generators if each is not None), None)
-        self._leader = Leader(pipe, call, self._followers, generator, options)
+        self._leader = Leader(pipe, call, self._followers, generator, options, ranks.state)
         if reason is not None:
             self._leader.give_up(reason)
 

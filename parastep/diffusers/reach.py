@@ -1,0 +1,294 @@
+"""What code that was hung into a model can reach, as values to compare later.
+
+A hook, a patched method or a processor may keep what it likes in closures, in objects, in globals
+of its module. `Reach` walks all of that and writes it down: numbers and names by value, tensors by
+address and a few of their elements, everything else by identity. Code of the host's libraries is
+gone through to what it wraps, and trusted for the rest.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextvars
+import functools
+import itertools
+import operator
+import random
+import sys
+import types
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from .watch import names_used
+
+_LIBRARIES = {"torch", "diffusers", "transformers", "peft", "accelerate", "parastep"}
+_TRUSTED = _LIBRARIES | set(sys.stdlib_module_names)
+_DEPTH, _ITEMS, _VALUES = 12, 256, 50_000  # how deep, how much of a container, how much in all
+_SAMPLES = 64  # elements of a tensor
+STRUCTURE = frozenset(vars(torch.nn.Module()))  # what every module has: weights, parts, hooks
+_PLAIN = (int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, range)
+_CONTAINERS = (list, tuple, collections.deque, set, frozenset)
+_OF_CLASSES = ("__dict__", "__weakref__", "__doc__")
+
+Path = tuple[Any, ...]  # (the path of what holds it, its name there)
+
+
+# ---- whose code it is ----------------------------------------------------------------------------
+
+
+def is_foreign(thing: Any) -> bool:
+    """Whether a function or a class is neither of the host's libraries nor ours nor Python's.
+
+    A function by its globals: `functools.wraps` gives it the name of another's module.
+    """
+    return package_of(thing) not in _TRUSTED
+
+
+def package_of(thing: Any) -> str:
+    if isinstance(thing, types.FunctionType):
+        name = thing.__globals__.get("__name__")
+    elif isinstance(thing, types.ModuleType):
+        name = thing.__name__
+    else:
+        name = getattr(thing, "__module__", None)
+    return str(name).partition(".")[0]
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    where = getattr(sys.modules.get(package), "__file__", None) or ""
+    return "site-packages" in where or "dist-packages" in where
+
+
+def foreign_code(value: Any, depth: int = 6) -> Any:
+    """The foreign function, method, partial or object that a value is or wraps, or None."""
+    if depth == 0 or isinstance(value, (torch.Tensor, torch.nn.Module, *_PLAIN, float)):
+        return None
+    if isinstance(value, types.FunctionType):
+        if is_foreign(value):
+            return value
+        inner = [cell for _, cell in _cells(value)]
+        inner = [held for held in inner if callable(held) and not isinstance(held, type)]
+        inner.append(getattr(value, "__wrapped__", None))
+    elif isinstance(value, (types.MethodType, functools.partial)):
+        return value if is_foreign(code_of(value)) else None
+    elif not isinstance(value, type) and is_foreign(type(value)):
+        return value
+    else:
+        inner = list(getattr(value, "__dict__", {}).values()) if callable(value) else []
+    found = (foreign_code(held, depth - 1) for held in inner)
+    return next((code for code in found if code is not None), None)
+
+
+def code_of(value: Any) -> Any:
+    """The function, or else the class, that says whose code a value is."""
+    if isinstance(value, functools.partial):
+        inner = [code_of(held) for held in (value.func, *value.args, *value.keywords.values())]
+        return next(filter(is_foreign, inner), inner[0])
+    if isinstance(value, types.MethodType):
+        own = code_of(value.__func__)
+        return own if is_foreign(own) else type(value.__self__)
+    if isinstance(value, types.FunctionType):
+        wrapped = foreign_code(value) if not is_foreign(value) else None
+        return value if wrapped is None else code_of(wrapped)
+    return value if isinstance(value, type) else type(value)
+
+
+def _cells(function: types.FunctionType) -> list[tuple[str, Any]]:
+    found = []
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        try:
+            found.append((name, cell.cell_contents))
+        except ValueError:  # not assigned yet
+            continue
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def names_in(code: types.CodeType) -> frozenset[str]:
+    """Names that code reads or writes, on anything, and those that it has as words (setattr)."""
+    inner = [names_in(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    words = (c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
+    return frozenset(code.co_names).union(words, *inner)
+
+
+_names_used = functools.lru_cache(maxsize=1024)(names_used)
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+
+def mark(tensor: torch.Tensor) -> Any:
+    """A tensor as something to compare. A write through `.data`, or to an inference tensor, shows
+    in no version: some elements, spread over it, are looked at too.
+    """
+    version = None if tensor.is_inference() else tensor._version
+    try:
+        where, step = tensor.data_ptr(), max(tensor.numel() // _SAMPLES, 1)
+        count = min(tensor.numel(), _SAMPLES)
+        flat = tensor.detach().as_strided((count,), (step,), tensor.storage_offset())
+        seen = flat.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    except (RuntimeError, NotImplementedError, TypeError):  # a subclass, sparse, expanded
+        where, seen = 0, b""
+    return id(tensor), version, tensor.dtype, tensor.device, tensor.shape, where, seen
+
+
+def _leaf(value: Any) -> Any:
+    """What tells one state of a thing from another, where nothing in it is walked."""
+    if isinstance(value, torch.Generator):
+        return id(value), value.get_state().numpy().tobytes()
+    if isinstance(value, random.Random):
+        return id(value), hash(value.getstate())
+    if isinstance(value, np.random.Generator):
+        return id(value), repr(value.bit_generator.state)
+    if isinstance(value, np.ndarray):
+        flat = value.reshape(-1)[:: max(value.size // _SAMPLES, 1)][:_SAMPLES]
+        return id(value), value.shape, value.dtype, flat.tobytes()
+    if isinstance(value, bytearray):
+        return id(value), bytes(value)
+    if isinstance(value, itertools.count):
+        return id(value), repr(value)
+    if isinstance(value, types.GeneratorType):
+        return id(value), value.gi_frame and value.gi_frame.f_lasti
+    if isinstance(value, Iterator) and hasattr(value, "__length_hint__"):
+        return id(value), operator.length_hint(value, -1)
+    if isinstance(value, (dict, *_CONTAINERS)):
+        return id(value), len(value)
+    return id(value)
+
+
+class Reach:
+    """`values`: what was found, by its path. `names`: those that the foreign code works with.
+
+    Args:
+        parts: the denoisers' modules, the pipe and its guider, by id: of these, only what the
+            host's own code does not work with is of interest here.
+        apart: what is not gone into at all, by id.
+        packages: those of the code that was hung in.
+        whole: the code of classes, and parameters of other modules, too.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[int, Any],
+        apart: Mapping[int, Any],
+        packages: set[str],
+        whole: bool,
+    ) -> None:
+        self.values: dict[Path, Any] = {}
+        self.names: set[str] = set()
+        self._parts, self._apart, self._packages, self._whole = parts, apart, packages, whole
+        self._seen: set[int] = set()
+
+    def walk(self, value: Any, path: Path, depth: int = _DEPTH) -> None:
+        if isinstance(value, _PLAIN):
+            self.values[path] = value
+        elif isinstance(value, float):
+            self.values[path] = value if value == value else "nan"
+        elif isinstance(value, torch.Tensor):
+            self.values[path] = mark(value)
+        else:
+            self.values[path] = _leaf(value)
+            if depth and id(value) not in self._seen and len(self.values) < _VALUES:
+                self._seen.add(id(value))
+                for name, inner in self._inside(value):
+                    self.walk(inner, (path, name), depth - 1)
+
+    def _near(self, thing: Any) -> bool:
+        """Whether code is to be gone into: the package that hung it in, or the user's scripts."""
+        package = package_of(thing)
+        if package in _TRUSTED:
+            return False
+        return package in self._packages or not _is_installed(package)
+
+    def _inside(self, value: Any) -> list[tuple[Any, Any]]:
+        if id(value) in self._apart:
+            return []
+        if isinstance(value, types.FunctionType):
+            return self._of_function(value)
+        if isinstance(value, types.MethodType):
+            return [("", value.__func__), ("self", value.__self__)]
+        if isinstance(value, functools.partial):
+            return [("", value.func), *enumerate(value.args), *value.keywords.items()]
+        if isinstance(value, type):
+            return self._of_class(value)
+        if isinstance(value, types.GeneratorType):
+            return list(value.gi_frame.f_locals.items()) if value.gi_frame else []
+        if isinstance(value, weakref.ref):
+            return [("", value())]
+        if isinstance(value, contextvars.ContextVar):
+            return [("", value.get(None))]
+        return _items(value) + self._of_object(value)
+
+    def _of_function(self, function: types.FunctionType) -> list[tuple[Any, Any]]:
+        cells = _cells(function)
+        if not self._near(function):
+            cells.append(("", getattr(function, "__wrapped__", None)))
+            return [(name, held) for name, held in cells if foreign_code(held) is not None]
+        names = names_in(function.__code__)
+        self.names |= names
+        found: list[tuple[Any, Any]] = [*cells, *vars(function).items()]
+        found += [*enumerate(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()]
+        for name in sorted(names & function.__globals__.keys()):
+            held = function.__globals__[name]
+            if isinstance(held, types.ModuleType):
+                own = vars(held) if self._near(held) else {}
+                found += [(key, own[key]) for key in sorted(names & own.keys())]
+            elif not isinstance(held, (types.FunctionType, type)) or self._near(held):
+                found.append((name, held))
+        return found
+
+    def _of_class(self, cls: type) -> list[tuple[Any, Any]]:
+        found: list[tuple[Any, Any]] = []
+        for base in filter(self._near, cls.__mro__):
+            for name, member in vars(base).items():
+                member = getattr(member, "fget", None) or getattr(member, "__func__", member)
+                if name not in _OF_CLASSES and (self._whole or not callable(member)):
+                    found.append((name, member))
+        return found
+
+    def _of_object(self, value: Any) -> list[tuple[Any, Any]]:
+        cls: Any = type(value)
+        own = getattr(value, "__dict__", None)
+        own = dict(own) if isinstance(own, dict) else {}
+        module = isinstance(value, torch.nn.Module)
+        if id(value) in self._parts:
+            hidden = STRUCTURE if module and is_foreign(cls) else STRUCTURE | _used_by_host(cls)
+            buffers = {"_buffers": value._buffers} if module and is_foreign(cls) else {}
+            own = {k: v for k, v in own.items() if k not in hidden} | buffers
+        elif module:
+            own = {k: v for k, v in own.items() if self._whole or k != "_parameters"}
+        elif not is_foreign(cls) and not isinstance(value, types.SimpleNamespace):
+            if package_of(cls) not in _LIBRARIES:
+                return []
+            used = _names_used(cls)
+            return [(k, v) for k, v in own.items() if k not in used]
+        slots = (name for base in cls.__mro__ for name in _slots(base))
+        own |= {name: getattr(value, name) for name in slots if hasattr(value, name)}
+        return [*own.items(), ("", cls)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _used_by_host(cls: Any) -> frozenset[str]:
+    """Names that the host's own code in a class works with."""
+    bases = [base for base in cls.__mro__ if not is_foreign(base)]
+    return frozenset().union(*(_names_used(base) for base in bases))
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots) if is_foreign(cls) else ()
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        keys = itertools.islice(list(value.items()), _ITEMS)
+        return [(k if isinstance(k, (str, int)) else id(k), v) for k, v in keys]
+    if isinstance(value, _CONTAINERS):
+        held = list(enumerate(list(value)))
+        return held if len(held) <= _ITEMS else held[: _ITEMS // 2] + held[-_ITEMS // 2 :]
+    return []
