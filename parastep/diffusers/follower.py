@@ -23,7 +23,7 @@ from .arguments import inputs_in, named_arguments
 from .call import Call
 from .hooks import Hooks, is_compiled_in_place
 from .leaving import GoBack, Leave
-from .replicas import denoisers_of
+from .replicas import AsItWas, denoisers_of
 from .skipping import Outputs, Skipping
 from .tensors import is_rounded, map_tensors
 
@@ -67,7 +67,7 @@ class Follower:
 
     def _enter(self, arguments: Any, random: torch.Generator) -> bool:
         """Runs the pipeline's call; True where it is to be entered again."""
-        hooks, (args, kwargs) = Hooks(), arguments
+        before, hooks, (args, kwargs) = AsItWas(self.replica), Hooks(), arguments
         self._private = _Private(random)
         try:
             self._place(hooks)
@@ -78,6 +78,7 @@ class Follower:
             return True
         finally:
             hooks.restore()
+            before.restore()
         return self._ran_out()
 
     def _ran_out(self) -> bool:

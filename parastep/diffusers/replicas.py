@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def unfit(pipe: Any) -> str | None:
             hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", None)
             if hooks:  # their closures hold the module that they were made for
                 return f"{name} has hooks of diffusers that cannot be copied: {', '.join(hooks)}"
-    if getattr(getattr(pipe, "guider", None), "adaptive_projected_guidance_momentum", None):
+    guider = getattr(pipe, "guider", None)
+    if any("momentum" in name and value for name, value in getattr(guider, "__dict__", {}).items()):
         return "its guider averages over the outputs of earlier steps"
     return None
 
@@ -157,6 +159,27 @@ def _become(own: Any, scheduler: Any) -> None:
     own.__class__ = type(scheduler)
     vars(own).clear()
     vars(own).update(state)
+
+
+class AsItWas:
+    """The denoisers of a pipeline as they are now: their parts' attributes, hooks and parameters.
+
+    A pipeline that alters its modules for the time of a call (PAG puts its own processors in) puts
+    them back at its end, which a follower never reaches.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        parts = (part for module in denoisers_of(pipe).values() for part in module.modules())
+        self._kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for own in map(vars, parts):
+            inner = (v for v in own.values() if type(v) in (dict, OrderedDict))
+            self._kept += [(own, dict(own)), *((held, dict(held)) for held in inner)]
+
+    def restore(self) -> None:
+        for own, content in self._kept:
+            if own.keys() != content.keys() or any(own[k] is not v for k, v in content.items()):
+                own.clear()
+                own.update(content)
 
 
 def plain(value: Any, depth: int = 2) -> Any:
