@@ -67,9 +67,12 @@ class Ranks:
         """
         if options.untouched or (len(self.devices) == 1 and not options.strides):
             return Call(1), [], None
-        reason = unfit(pipe) or reason or self.state.known(pipe)
+        reason = unfit(pipe) or reason
+        if reason is None:
+            reason = self.state.known(pipe)
+            if reason is not None:
+                self._replicas.clear()  # nobody will need them, and they hold memory
         if reason is not None:
-            self._replicas.clear()  # nobody needs them now, and they hold memory
             return Call(1), [], reason
         try:
             self._refresh_remote(pipe)

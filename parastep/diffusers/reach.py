@@ -32,6 +32,7 @@ _SAMPLES = 64  # elements of a tensor
 STRUCTURE = frozenset(vars(torch.nn.Module()))  # what every module has: weights, parts, hooks
 _PLAIN = (int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, range)
 _CONTAINERS = (list, tuple, collections.deque, set, frozenset)
+_DATA = (int, float, torch.Tensor, dict, *_CONTAINERS)
 _OF_CLASSES = ("__dict__", "__weakref__", "__doc__")
 
 Path = tuple[Any, ...]  # (the path of what holds it, its name there)
@@ -243,11 +244,15 @@ class Reach:
         return found
 
     def _of_class(self, cls: type) -> list[tuple[Any, Any]]:
+        """All of the user's own classes; of the host's, data that the foreign code works with."""
         found: list[tuple[Any, Any]] = []
-        for base in filter(self._near, cls.__mro__):
+        for base in cls.__mro__:
             for name, member in vars(base).items():
-                member = getattr(member, "fget", None) or getattr(member, "__func__", member)
-                if name not in _OF_CLASSES and (self._whole or not callable(member)):
+                if self._near(base) and name not in _OF_CLASSES:
+                    member = getattr(member, "fget", None) or getattr(member, "__func__", member)
+                    if self._whole or not callable(member):
+                        found.append((name, member))
+                elif name in self.names and isinstance(member, _DATA):
                     found.append((name, member))
         return found
 
