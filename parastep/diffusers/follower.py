@@ -98,7 +98,7 @@ class Follower:
         for name, module in denoisers_of(self.replica).items():
             hooks.wrap_call(module, self._forward_of(name, module))
         hooks.wrap_encoders(self.replica, self._replay_of)
-        hooks.wrap_method(self.replica.scheduler, "step", self._step_hook)
+        hooks.wrap(self.replica.scheduler, "step", self._step_hook)
         self._skipping.place(hooks, self.replica, self._passed)
 
     def _passed(self) -> bool:

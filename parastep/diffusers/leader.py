@@ -91,16 +91,16 @@ class Leader(Speculation):
     def place(self, hooks: Hooks) -> None:
         """All hooks; where the pipeline runs alone from the start, only what counts its steps."""
         scheduler = self.pipe.scheduler
-        hooks.wrap_method(scheduler, "step", self._step)
+        hooks.wrap(scheduler, "step", self._step)
         if not self.active:
             return
         for name, module in denoisers_of(self.pipe).items():
             hooks.wrap_call(module, self._forward_of(name, module))
         hooks.wrap_encoders(self.pipe, self._recording)
         if hasattr(scheduler, "set_timesteps"):
-            hooks.wrap_method(scheduler, "set_timesteps", self._set_timesteps)
+            hooks.wrap(scheduler, "set_timesteps", self._set_timesteps)
         if hasattr(scheduler, "scale_model_input"):
-            hooks.wrap_method(scheduler, "scale_model_input", self._scale)
+            hooks.wrap(scheduler, "scale_model_input", self._scale)
 
     def give_up(self, reason: str) -> None:
         if self.reason is None:

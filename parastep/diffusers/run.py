@@ -28,18 +28,24 @@ _CALLBACKS = ("callback_on_step_end", "callback")
 
 
 class Run:
-    """`bound`: the call's arguments, bound to the pipe's own `__call__`. `report` is there as soon
-    as the call is over, whether it returned or raised.
+    """`bound`: the call's arguments, bound to the pipe's own `__call__`. `reason`: why the leader
+    is to be alone, where that is known. `report` is there as soon as the call is over, whether it
+    returned or raised.
     """
 
     def __init__(
-        self, pipe: Any, ranks: Ranks, options: Options, bound: inspect.BoundArguments
+        self,
+        pipe: Any,
+        ranks: Ranks,
+        options: Options,
+        bound: inspect.BoundArguments,
+        reason: str | None = None,
     ) -> None:
         self.report = Report()
         self._pipe, self._ranks, self._options, self._bound = pipe, ranks, options, bound
         self._began = time.perf_counter()
-        given, once = _without_callbacks(bound), _read_once(bound)
-        call, self._followers, reason = ranks.call(pipe, given, options, once)
+        given, reason = _without_callbacks(bound), reason or _read_once(bound)
+        call, self._followers, reason = ranks.call(pipe, given, options, reason)
         generators = (named["generator"] for named in _given(bound) if "generator" in named)
         generator = next((each for each in generators if each is not None), None)
         self._leader = Leader(pipe, call, self._followers, generator, options)
@@ -50,7 +56,7 @@ class Run:
         """What the pipe returns; what it raises is raised."""
         leader, hooks = self._leader, Hooks()
         if leader.active:
-            self._watch_callbacks()
+            self._watch_callbacks(hooks)
         with contextlib.ExitStack() as leaving:  # whatever one of these raises, the others are done
             leaving.callback(self._write_report)
             leaving.enter_context(quiet_followers())
@@ -64,12 +70,12 @@ class Run:
             leader.complete()
         return result
 
-    def _watch_callbacks(self) -> None:
+    def _watch_callbacks(self, hooks: Hooks) -> None:
         leader = self._leader
         for named in _given(self._bound):
             for name in _CALLBACKS:
                 if named.get(name) is not None:
-                    leader.watch = leader.watch or Watch(self._pipe, leader.give_up)
+                    leader.watch = leader.watch or Watch(self._pipe, hooks, leader.give_up)
                     named[name] = leader.watch.over(named[name])
 
     def _gather(self, some: Followers) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .hooks import Hooks
 from .replicas import denoisers_of, is_scheduler, plain
 
 _OWN_COURSE = ("_interrupt", "_current_timestep")  # where the loop is, not what it computes
@@ -25,9 +26,9 @@ _OWN_COURSE = ("_interrupt", "_current_timestep")  # where the loop is, not what
 class Watch:
     """Looks at the pipeline and at the denoisers' inputs before and after each callback."""
 
-    def __init__(self, pipe: Any, changed: Callable[[str], None]) -> None:
+    def __init__(self, pipe: Any, hooks: Hooks, changed: Callable[[str], None]) -> None:
         self.latents_edited = False  # by the callback since the last step
-        self._pipe, self._changed = pipe, changed
+        self._pipe, self._hooks, self._changed = pipe, hooks, changed
         self._names = names_used(type(pipe)) - set(_OWN_COURSE)
         self._inputs: dict[str, weakref.ref[torch.Tensor]] = {}
         self._scales = [vars(part) for part in _adapters(pipe)]
@@ -56,7 +57,8 @@ class Watch:
         latents = given.get("latents", args[-1] if args else None)
         tensors = {k: v for k, v in given.items() if k != "latents"}
         before, seen = self._state(tensors), plain(latents)
-        result = callback(*args, **kwargs)
+        with self._hooks.aside():
+            result = callback(*args, **kwargs)
         after = result if isinstance(result, dict) else {}
         self.latents_edited = seen != plain(after.get("latents", latents))
         now = self._state({name: after.get(name, value) for name, value in tensors.items()})
