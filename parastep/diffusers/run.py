@@ -17,7 +17,7 @@ from typing import Any
 
 from ..options import Options
 from ..quiet import quiet_followers
-from ..report import Report
+from ..report import Failure, Report
 from .call import Followers, Given
 from .hooks import Hooks
 from .leader import Leader
@@ -89,7 +89,7 @@ class Run:
             report = Report(ranks=ranks, evaluations=[0] * ranks)
         else:
             report = Report.from_core(leader.core.report())
-            report.failures = [f._replace(step=max(f.step, 0)) for f in report.failures]
+            report.failures = [_told(line, report.not_finite) for line in report.failures]
             report.timeline = [
                 r._replace(begin=r.begin + leader.opened, end=r.end + leader.opened)
                 for r in report.timeline
@@ -100,11 +100,29 @@ class Run:
         report.steps = leader.steps
         report.rounds += alone
         self._count(report)
+        report.rounds -= self._is_lane_idle()
         report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
-        report.seconds, report.fallback = time.perf_counter() - self._began, leader.reason
+        report.seconds = time.perf_counter() - self._began
+        report.fallback = leader.reason or self._why_nobody(report)
         report.tolerance = self._options.decides
         report.limit = self._options.limit(ranks)
         self.report = report
+
+    def _is_lane_idle(self) -> bool:
+        """The core counts a round for the lane's own evaluation of step 0."""
+        leader = self._leader
+        evaluated = sum(some.evaluated.get(0, 0) for some in self._followers)
+        return leader.core is not None and leader.call.lane and evaluated == 0
+
+    def _why_nobody(self, report: Report) -> str | None:
+        """Where none is left of those that evaluate ahead."""
+        leader = self._leader
+        ahead = set(range(0 if leader.call.lane else 1, report.ranks))
+        lost = {line.rank: line for line in report.failures}
+        if leader.core is None or not lost or ahead - lost.keys():
+            return None
+        last = report.failures[-1]
+        return f"nobody is left to evaluate ahead: rank {last.rank} at step {last.step}: {last.text}"
 
     def _count(self, report: Report) -> None:
         """Evaluations of each rank, and forwards, of which a batch is one."""
@@ -118,6 +136,13 @@ class Run:
         if meeting is not None:
             report.forwards = leader.evaluated - leader.shared + meeting.forwards
             report.unbatched = meeting.unbatched
+
+
+def _told(line: Failure, not_finite: int) -> Failure:
+    """A follower is not to blame for what the untouched model does as well."""
+    if not_finite and (line.status == "NOT_FINITE" or "distance nan" in line.text):
+        line = line._replace(text="its output holds NaN or Inf, as the untouched model's own does")
+    return line._replace(step=max(line.step, 0))
 
 
 def _given(bound: inspect.BoundArguments) -> list[dict[str, Any]]:
