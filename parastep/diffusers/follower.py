@@ -23,6 +23,7 @@ from .arguments import inputs_in, named_arguments
 from .call import Call
 from .hooks import Hooks, is_compiled_in_place
 from .leaving import GoBack, Leave
+from .listening import Listening
 from .replicas import AsItWas, denoisers_of
 from .skipping import Outputs, Skipping
 from .tensors import is_rounded, map_tensors
@@ -40,6 +41,7 @@ class Follower:
         self._point: torch.Tensor | None = None  # where; None at step 0, which has its own latent
         self._skipped: Any = None  # what iterations on the way work with: its shape alone matters
         self._end: _core.Follower | None = None
+        self._listening = Listening()
         self._restart()
 
     def run(self, arguments: Callable[[], Any], random: torch.Generator) -> None:
@@ -99,7 +101,7 @@ class Follower:
         for name, module in denoisers_of(self.replica).items():
             hooks.wrap_call(module, self._forward_of(name, module))
         hooks.wrap_encoders(self.replica, self._replay_of)
-        hooks.wrap_method(self.replica.scheduler, "step", self._step_hook)
+        hooks.wrap(self.replica.scheduler, "step", self._step_hook)
         self._skipping.place(hooks, self.replica, self._passed)
 
     def _passed(self) -> bool:
@@ -111,13 +113,17 @@ class Follower:
         return True
 
     def _replay_of(self, key: tuple[str, str]) -> Callable[..., Any]:
+        module = getattr(self.replica, key[0])
+
         def hook(original: Any, *args: Any, **kwargs: Any) -> Any:
             ordinal = self._encoded[key]
             self._encoded[key] += 1
             told = self.call.encoded(key, ordinal)
             if not told:
                 return original(*args, **kwargs)
-            return map_tensors(lambda tensor: tensor.to(self.device, copy=True), told[0])
+            output, heard = map_tensors(lambda t: t.to(self.device, copy=True), told[0])
+            self._listening.say(module, heard)
+            return output
 
         return hook
 

@@ -25,6 +25,7 @@ from .arguments import first_times, inputs_in, latent_in, named_arguments, sampl
 from .batching import LEADER, Inputs
 from .call import Call, Followers
 from .hooks import Hooks
+from .listening import Listening
 from .replicas import denoisers_of
 from .skipping import Outputs
 from .state import State, averages
@@ -71,6 +72,7 @@ class Leader(Speculation):
         self.opened = 0.0  # seconds from the call's beginning to the run's
         self.watch: Watch | None = None
         self._began = time.perf_counter()
+        self._listening = Listening()
         self._outputs = Outputs()
         self._started = False  # followers are
         self._fresh = True  # no denoiser call yet since the last step
@@ -89,22 +91,23 @@ class Leader(Speculation):
         self._forward_ns = 0
         self._m_dtype = self._dtype = torch.float32
         self._shape: tuple[int, ...] = ()
+        self._length = 0  # steps of the program
         self._noise: NoiseAhead | None = None
         self._noise_given = 0
 
     def place(self, hooks: Hooks) -> None:
         """All hooks; where the pipeline runs alone from the start, only what counts its steps."""
         scheduler = self.pipe.scheduler
-        hooks.wrap_method(scheduler, "step", self._step)
+        hooks.wrap(scheduler, "step", self._step)
         if not self.active:
             return
         for name, module in denoisers_of(self.pipe).items():
             hooks.wrap_call(module, self._forward_of(name, module))
         hooks.wrap_encoders(self.pipe, self._recording)
         if hasattr(scheduler, "set_timesteps"):
-            hooks.wrap_method(scheduler, "set_timesteps", self._set_timesteps)
+            hooks.wrap(scheduler, "set_timesteps", self._set_timesteps)
         if hasattr(scheduler, "scale_model_input"):
-            hooks.wrap_method(scheduler, "scale_model_input", self._scale)
+            hooks.wrap(scheduler, "scale_model_input", self._scale)
 
     def give_up(self, reason: str) -> None:
         if self.reason is None:
@@ -127,10 +130,14 @@ class Leader(Speculation):
     # ---- encoders --------------------------------------------------------------------------------
 
     def _recording(self, key: tuple[str, str]) -> Callable[..., Any]:
+        module = getattr(self.pipe, key[0])
+
         def hook(original: Any, *args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            if self.steps == 0 and self.active:
-                self.call.tell_encoded(key, output)
+            if self.steps > 0 or not self.active:
+                return original(*args, **kwargs)
+            with self._listening.recorded(module) as heard:
+                output = original(*args, **kwargs)
+            self.call.tell_encoded(key, (output, heard))
             return output
 
         return hook
@@ -191,13 +198,13 @@ class Leader(Speculation):
         if self.steps == 0:
             self._begin_loop()
         self._forward_ns = _core.now_ns()
-        if self.core is None:
+        if self.core is None or self._beyond_end():
             return
         x = self._coming_latent()
         if x is None:
             self._unseen += 1
             if self._unseen > 2:
-                self.give_up("the latents cannot be seen in the denoiser's input")
+                self.give_up(self._why_unseen())
             return
         self._give_noise()
         answer = torch.empty(self._shape, dtype=self._m_dtype, device=x.device)
@@ -208,6 +215,10 @@ class Leader(Speculation):
         elif answered is False and self.call.meeting is not None and self.call.meeting.leads:
             self.call.meeting.begin(LEADER, self.core.company)
             self._joins = True
+
+    def _beyond_end(self) -> bool:
+        """Of the program: calls and steps after its last one, to fill a cache for example."""
+        return self.steps >= self._length
 
     def _begin_loop(self) -> None:
         reason = averages(self.pipe)
@@ -244,6 +255,12 @@ class Leader(Speculation):
         if previous is None or self._previous_is_next is False or not is_rounded(previous, shown):
             return shown
         return previous
+
+    def _why_unseen(self) -> str:
+        """NaN equals nothing, itself included."""
+        if self._previous is not None and not torch.isfinite(self._previous).all():
+            return "the pipeline's own latents hold NaN or Inf"
+        return "the latents cannot be seen in the denoiser's input"
 
     def _edited(self) -> bool:
         """Whether a callback edited the latents since the last step."""
@@ -373,7 +390,7 @@ class Leader(Speculation):
         self._dtype = _latents_dtype(x, sample_in(result), shown[seen[0]] if seen else None)
         self._shown = []
         program = first.traced.program(noise_ahead=True)
-        x = self._as_latent(x)
+        x, self._length = self._as_latent(x), len(program)
         self.call.lane = lane = self.call.lane and program.strides and len(program) >= _FEWEST
         if self.call.ranks == 1 and not lane:
             self.active = False
@@ -414,6 +431,8 @@ class Leader(Speculation):
                     f"shown {self._shape}; this pipeline cannot be run in parallel"
                 )
             self.give_up(f"the latents became {tuple(x.shape)} where they were {self._shape}")
+            return
+        if self._beyond_end():
             return
         if self._asked is None or not is_rounded(self._asked, x):
             self._correct(x)

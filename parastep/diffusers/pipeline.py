@@ -7,6 +7,7 @@ is as it was after every call.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import threading
@@ -20,6 +21,7 @@ from ..messages import warn_of
 from ..options import Options
 from ..report import Report
 from ..tolerance import Tolerance
+from .claims import claimed
 from .ranks import Ranks, ranks_of, refuse_split
 from .replicas import denoisers_of
 from .run import Run
@@ -156,15 +158,22 @@ class ParallelPipeline:
         finally:
             self._lock.release()
 
+    def _claimed(self) -> contextlib.AbstractContextManager[str | None]:
+        """Where others take part: with the reason why they cannot."""
+        if self._ranks.leader_alone(self._options):
+            return contextlib.nullcontext()
+        return claimed(self.pipe)
+
     def _call(self, args: Any, kwargs: Any) -> Any:
         try:
             bound = inspect.signature(type(self.pipe).__call__).bind(self.pipe, *args, **kwargs)
         except TypeError:
             return self.pipe(*args, **kwargs)  # raises what it would without us
-        run = Run(self.pipe, self._ranks, self._options, bound)
-        try:
-            result = run.go()
-        finally:
-            self.report = run.report
+        with self._claimed() as in_use:
+            run = Run(self.pipe, self._ranks, self._options, bound, in_use)
+            try:
+                result = run.go()
+            finally:
+                self.report = run.report
         warn_of(self.report, stacklevel=4)
         return result

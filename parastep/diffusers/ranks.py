@@ -59,15 +59,19 @@ class Ranks:
         if self._remote is not None:
             self._remote.close()
 
+    def leader_alone(self, options: Options) -> bool:
+        """Whether nobody would evaluate ahead in any call."""
+        return options.untouched or (len(self.devices) == 1 and not options.strides)
+
     def call(
         self, pipe: Any, given: Given, options: Options, reason: str | None = None
     ) -> tuple[Call, list[Followers], str | None]:
         """A call and its followers; or one of the leader alone, and the reason why, which may be
         known before.
         """
-        if options.untouched or (len(self.devices) == 1 and not options.strides):
+        if self.leader_alone(options):
             return Call(1), [], None
-        reason = unfit(pipe) or reason
+        reason = reason or unfit(pipe)
         if reason is None:
             reason = self.state.known(pipe)
             if reason is not None:

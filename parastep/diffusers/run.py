@@ -17,7 +17,7 @@ from typing import Any
 
 from ..options import Options
 from ..quiet import quiet_followers
-from ..report import Report
+from ..report import Failure, Report
 from .call import Followers, Given
 from .hooks import Hooks
 from .leader import Leader
@@ -28,18 +28,24 @@ _CALLBACKS = ("callback_on_step_end", "callback")
 
 
 class Run:
-    """`bound`: the call's arguments, bound to the pipe's own `__call__`. `report` is there as soon
-    as the call is over, whether it returned or raised.
+    """`bound`: the call's arguments, bound to the pipe's own `__call__`. `reason`: why the leader
+    is to be alone, where that is known. `report` is there as soon as the call is over, whether it
+    returned or raised.
     """
 
     def __init__(
-        self, pipe: Any, ranks: Ranks, options: Options, bound: inspect.BoundArguments
+        self,
+        pipe: Any,
+        ranks: Ranks,
+        options: Options,
+        bound: inspect.BoundArguments,
+        reason: str | None = None,
     ) -> None:
         self.report = Report()
         self._pipe, self._ranks, self._options, self._bound = pipe, ranks, options, bound
         self._began = time.perf_counter()
-        given, once = _without_callbacks(bound), _read_once(bound)
-        call, self._followers, reason = ranks.call(pipe, given, options, once)
+        given, reason = _without_callbacks(bound), reason or _read_once(bound)
+        call, self._followers, reason = ranks.call(pipe, given, options, reason)
         generators = (named["generator"] for named in _given(bound) if "generator" in named)
         generator = next((each for each in generators if each is not None), None)
         self._leader = Leader(pipe, call, self._followers, generator, options, ranks.state)
@@ -50,7 +56,7 @@ class Run:
         """What the pipe returns; what it raises is raised."""
         leader, hooks = self._leader, Hooks()
         if leader.active:
-            self._watch_callbacks()
+            self._watch_callbacks(hooks)
         with contextlib.ExitStack() as leaving:  # whatever one of these raises, the others are done
             leaving.callback(self._write_report)
             leaving.enter_context(quiet_followers())
@@ -64,12 +70,12 @@ class Run:
             leader.complete()
         return result
 
-    def _watch_callbacks(self) -> None:
+    def _watch_callbacks(self, hooks: Hooks) -> None:
         leader = self._leader
         for named in _given(self._bound):
             for name in _CALLBACKS:
                 if named.get(name) is not None:
-                    leader.watch = leader.watch or Watch(self._pipe, leader.give_up)
+                    leader.watch = leader.watch or Watch(self._pipe, hooks, leader.give_up)
                     named[name] = leader.watch.over(named[name])
 
     def _gather(self, some: Followers) -> None:
@@ -83,7 +89,7 @@ class Run:
             report = Report(ranks=ranks, evaluations=[0] * ranks)
         else:
             report = Report.from_core(leader.core.report())
-            report.failures = [f._replace(step=max(f.step, 0)) for f in report.failures]
+            report.failures = [_told(line, report.not_finite) for line in report.failures]
             report.timeline = [
                 r._replace(begin=r.begin + leader.opened, end=r.end + leader.opened)
                 for r in report.timeline
@@ -94,11 +100,30 @@ class Run:
         report.steps = leader.steps
         report.rounds += alone
         self._count(report)
+        report.rounds -= self._is_lane_idle()
         report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
-        report.seconds, report.fallback = time.perf_counter() - self._began, leader.reason
+        report.seconds = time.perf_counter() - self._began
+        report.fallback = leader.reason or self._why_nobody(report)
         report.tolerance = self._options.decides
         report.limit = self._options.limit(ranks)
         self.report = report
+
+    def _is_lane_idle(self) -> bool:
+        """The core counts a round for the lane's own evaluation of step 0."""
+        leader = self._leader
+        evaluated = sum(some.evaluated.get(0, 0) for some in self._followers)
+        return leader.core is not None and leader.call.lane and evaluated == 0
+
+    def _why_nobody(self, report: Report) -> str | None:
+        """Where none is left of those that evaluate ahead."""
+        leader = self._leader
+        ahead = set(range(0 if leader.call.lane else 1, report.ranks))
+        lost = {line.rank: line for line in report.failures}
+        if leader.core is None or not lost or ahead - lost.keys():
+            return None
+        last = report.failures[-1]
+        who = f"rank {last.rank} at step {last.step}: {last.text}"
+        return f"nobody is left to evaluate ahead: {who}"
 
     def _count(self, report: Report) -> None:
         """Evaluations of each rank, and forwards, of which a batch is one."""
@@ -112,6 +137,13 @@ class Run:
         if meeting is not None:
             report.forwards = leader.evaluated - leader.shared + meeting.forwards
             report.unbatched = meeting.unbatched
+
+
+def _told(line: Failure, not_finite: int) -> Failure:
+    """A follower is not to blame for what the untouched model does as well."""
+    if not_finite and (line.status == "NOT_FINITE" or "distance nan" in line.text):
+        line = line._replace(text="its output holds NaN or Inf, as the untouched model's own does")
+    return line._replace(step=max(line.step, 0))
 
 
 def _given(bound: inspect.BoundArguments) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What a user's callback changes besides the latents, which followers cannot know of.
 
-They go on with the conditioning and the settings that they began with: another guidance scale,
-other embeddings, another scale of an adapter end speculation. The pipeline's own
+They go on with the conditioning, the settings and the model that they began with: another guidance
+scale, other embeddings, an adapter or a processor taken out end speculation. The pipeline's own
 changes between steps are no concern: followers run the same code.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
 import types
 import weakref
@@ -17,20 +18,24 @@ from typing import Any
 
 import torch
 
-from .replicas import denoisers_of, is_scheduler, plain
+from .hooks import Hooks
+from .looking import Looking
+from .replicas import denoisers_of, plain
 
 _OWN_COURSE = ("_interrupt", "_current_timestep")  # where the loop is, not what it computes
+_ADAPTER = re.compile("adapter|lora|peft|scaling")  # names that its parts go by
 
 
 class Watch:
     """Looks at the pipeline and at the denoisers' inputs before and after each callback."""
 
-    def __init__(self, pipe: Any, changed: Callable[[str], None]) -> None:
+    def __init__(self, pipe: Any, hooks: Hooks, changed: Callable[[str], None]) -> None:
         self.latents_edited = False  # by the callback since the last step
-        self._pipe, self._changed = pipe, changed
+        self._pipe, self._hooks, self._changed = pipe, hooks, changed
         self._names = names_used(type(pipe)) - set(_OWN_COURSE)
         self._inputs: dict[str, weakref.ref[torch.Tensor]] = {}
-        self._scales = [vars(part) for part in _adapters(pipe)]
+        self._parts: Looking | None = None  # of what the loop steps with
+        self._ended = False  # a change has been told
 
     def note_inputs(self, args: Any, kwargs: dict[str, Any]) -> None:
         """Weakly: an input that lives on is the same one in the next step."""
@@ -52,45 +57,37 @@ class Watch:
         return twin
 
     def _called(self, callback: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._ended:
+            with self._hooks.aside():
+                return callback(*args, **kwargs)
+        if self._parts is None:
+            scheduler = {"scheduler": self._pipe.scheduler}
+            self._parts = Looking(denoisers_of(self._pipe) | scheduler)
         given = next((a for a in (*args, *kwargs.values()) if type(a) is dict), {})
         latents = given.get("latents", args[-1] if args else None)
         tensors = {k: v for k, v in given.items() if k != "latents"}
-        before, seen = self._state(tensors), plain(latents)
-        result = callback(*args, **kwargs)
+        before, seen, parts = self._state(tensors), plain(latents), self._parts.look()
+        with self._hooks.aside():
+            result = callback(*args, **kwargs)
         after = result if isinstance(result, dict) else {}
         self.latents_edited = seen != plain(after.get("latents", latents))
         now = self._state({name: after.get(name, value) for name, value in tensors.items()})
-        for name, value in now.items():
-            if before.get(name) != value:
-                self._changed(f"the callback changed {name.strip('_')}")
-                break
+        other = (name.strip("_") for name, value in now.items() if before.get(name) != value)
+        changed = next(other, None) or self._parts.changed(parts)
+        if changed is not None:
+            self._ended = True
+            words = f"an adapter ({changed})" if _ADAPTER.search(changed) else changed
+            self._changed(f"the callback changed {words}")
         return result
 
     def _state(self, tensors: dict[str, Any]) -> dict[str, Any]:
         own = {k: v for k, v in vars(self._pipe).items() if k in self._names}
-        own = {k: v for k, v in own.items() if not isinstance(v, torch.nn.Module)}
-        state = {k: plain(v) for k, v in (own | tensors).items() if not is_scheduler(v)}
+        state = {k: plain(v) for k, v in (own | tensors).items()}
         for name, alive in self._inputs.items():
             tensor = alive()
             if tensor is not None:
                 state[f"the denoiser's input {name}"] = plain(tensor)
-        keys = ("scale", "scaling", "_active_adapter", "_disable_adapters")
-        state["an adapter's scale"] = [[plain(own.get(k)) for k in keys] for own in self._scales]
         return state
-
-
-def _adapters(pipe: Any) -> list[Any]:
-    """Layers with a LoRA and attention processors: what adapters' scales are kept in."""
-    found = []
-    for module in denoisers_of(pipe).values():
-        for part in module.modules():
-            found += [p for p in (part, getattr(part, "processor", None)) if _has_scale(p)]
-    return found
-
-
-def _has_scale(part: Any) -> bool:
-    own = getattr(part, "__dict__", {})
-    return "scaling" in own or ("scale" in own and not isinstance(part, torch.nn.Module))
 
 
 def names_used(cls: type) -> frozenset[str]:

@@ -92,3 +92,53 @@ def plain(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
     for t in pipe.scheduler.timesteps:
         x = pipe.scheduler.step(pipe.denoiser(x, t), t, x).prev_sample
     return x
+
+
+class Encoder(torch.nn.Module):
+    """What its output does not tell is what `inner` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(8, 4), torch.nn.Linear(4, 2)
+
+    def forward(self, words: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return self.outer(self.inner(words) * scale)
+
+
+class Listener(Written):
+    """Conditioned by what a part of its encoder says, and by what that gives in the end."""
+
+    def __init__(self, denoiser: Any, text_encoder: Any, scheduler: Any) -> None:
+        super().__init__(denoiser, scheduler)
+        self.register_modules(text_encoder=text_encoder)
+
+    def encode(self, words: torch.Tensor) -> torch.Tensor:
+        seen: dict[str, Any] = {}
+        encoder = self.text_encoder
+        handles = [
+            encoder.inner.register_forward_hook(lambda part, args, out: seen.update(raw=out)),
+            encoder.register_forward_hook(
+                lambda part, args, kwargs, out: seen.update(end=out * kwargs["scale"]),
+                with_kwargs=True,
+            ),
+        ]
+        try:
+            encoder(words, scale=0.5)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen["raw"].mean() + seen["end"].mean()
+
+    @torch.no_grad()
+    def __call__(
+        self, words: torch.Tensor, num_inference_steps: int = N, generator: Any = None
+    ) -> torch.Tensor:
+        shift = self.encode(words)
+        x = begin(self, num_inference_steps, generator)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(self.denoiser(x + shift, t), t, x, return_dict=False)[0]
+        return x
+
+
+def listener() -> Listener:
+    return Listener(Net(), Encoder(), ddim())
