@@ -171,7 +171,7 @@ class AsItWas:
     def __init__(self, pipe: Any) -> None:
         parts = (part for module in denoisers_of(pipe).values() for part in module.modules())
         self._kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        for own in map(vars, parts):
+        for own in (part.__dict__ for part in parts):
             inner = (v for v in own.values() if type(v) in (dict, OrderedDict))
             self._kept += [(own, dict(own)), *((held, dict(held)) for held in inner)]
 
