@@ -38,6 +38,18 @@ _lock = threading.Lock()
 _placed: list[_Placed] = []  # by all calls in progress, later ones above earlier ones
 
 
+def attributes_of(obj: Any) -> dict[str, Any]:
+    """An instance's own attributes as they are without hooks of ours."""
+    own = dict(vars(obj))
+    with _lock:
+        for placed in reversed(_placed):
+            if placed.obj is obj and placed.had:
+                own[placed.name] = placed.old
+            elif placed.obj is obj:
+                del own[placed.name]
+    return own
+
+
 class Hooks:
     """Hooks of one call, which is that of the thread that makes this.
 

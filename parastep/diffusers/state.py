@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ..messages import describe
-from .hooks import is_compiled_in_place
+from .hooks import attributes_of, is_compiled_in_place
 from .reach import STRUCTURE, Path, Reach, code_of, foreign_code, is_foreign, package_of
 from .replicas import denoisers_of, made_by_hooks, modules_of
 from .watch import names_used
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_DATA = (int, str, float, type(None), tuple, list, dict, torch.Tensor, torch.nn.Module)
 _ABSENT = object()
 Values = dict[Path, Any]
 
@@ -280,14 +280,22 @@ def foreign_in(pipe: Any) -> list[Foreign]:
 
 
 def _hung_in(part: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    for key, value in vars(part).items():
-        if key in _HOOKS and value:
-            things = [foreign_code(hook) for hook in value.values()]
-            yield from (("a hook", thing) for thing in things if thing is not None)
-        elif key not in STRUCTURE and not isinstance(value, (int, str, float, dict, tuple, list)):
-            thing = foreign_code(value)
-            if thing is not None:
-                yield ("a processor" if key == "processor" else f"a patched {key}"), thing
+    own = attributes_of(part)
+    for hook in (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()):
+        thing = foreign_code(hook)
+        if thing is not None:
+            yield "a hook", thing
+    for key in [key for key in own if key not in STRUCTURE]:
+        if isinstance(own[key], _DATA):
+            continue
+        thing = foreign_code(own[key])
+        if thing is not None and not _is_own_method(part, key, thing):
+            yield ("a processor" if key == "processor" else f"a patched {key}"), thing
+
+
+def _is_own_method(part: torch.nn.Module, name: str, thing: Any) -> bool:
+    """Whether it is what the part's class says, which a hook of ours stands for in a call."""
+    return getattr(thing, "__func__", thing) is getattr(type(part), name, None)
 
 
 def _patched(cls: type) -> Iterator[tuple[str, Any]]:

@@ -20,7 +20,7 @@ from hosting import caught, devices, distance, no_warnings, parallel, threads  #
 from tiny.stable import sd_parts  # noqa: E402
 
 import parastep  # noqa: E402
-from parastep.diffusers.state import averages  # noqa: E402
+from parastep.diffusers.state import _Look, averages  # noqa: E402
 
 CASE, STEPS = tiny.CASES["sd"], keepers.STEPS
 Hang = Callable[[Any], None]
@@ -84,14 +84,32 @@ def test_state_that_begins_in_mid_run(tolerance: Any) -> None:
 
 
 @pytest.mark.parametrize("hang", keepers.PURE)
-def test_foreign_code_that_keeps_nothing(hang: Hang) -> None:
-    """Parallel, the first call too; the host's bits when rehearsed."""
+def test_foreign_code_that_keeps_nothing(hang: Hang, looks: list[Any]) -> None:
+    """Parallel, the first call too, in which alone it is looked at."""
     check_parallel(with_hung(hang), CASE)
+    assert len(looks) == (0 if hang is keepers.compiled_in_place else 2)
 
 
 @pytest.mark.parametrize("name", ["sd_lora", "sd_ip_adapter"])
-def test_adapters_are_no_state(name: str) -> None:
+def test_adapters_are_no_state(name: str, looks: list[Any]) -> None:
     check_parallel(tiny.CASES[name].build(), tiny.CASES[name])
+    assert looks == []
+
+
+def test_a_denoiser_of_ones_own(looks: list[Any]) -> None:
+    with parallel(written.written(written.plain), 3, math.inf) as together, no_warnings():
+        for _ in range(3):
+            together(generator=torch.Generator().manual_seed(1))
+            assert together.report.rounds == 4 and together.report.fallback is None
+    assert len(looks) == 1
+
+
+@pytest.fixture
+def looks(monkeypatch: Any) -> list[Any]:
+    """One for each first evaluation that was the leader's alone."""
+    seen, own = [], _Look.begin
+    monkeypatch.setattr(_Look, "begin", lambda look: (seen.append(look), own(look)))
+    return seen
 
 
 def check_parallel(pipe: Any, case: tiny.Case) -> None:
