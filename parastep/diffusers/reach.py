@@ -25,8 +25,9 @@ import torch
 
 from .watch import names_used
 
-_LIBRARIES = {"torch", "diffusers", "transformers", "peft", "accelerate", "huggingface_hub"}
-_LIBRARIES |= {"parastep"}
+_LIBRARIES = frozenset(
+    "torch diffusers transformers peft accelerate huggingface_hub parastep".split()
+)
 _TRUSTED = _LIBRARIES | set(sys.stdlib_module_names)
 _DEPTH, _ITEMS, _VALUES = 12, 256, 50_000  # how deep, how much of a container, how much in all
 _SAMPLES = 64  # elements of a tensor

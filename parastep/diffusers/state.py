@@ -65,11 +65,13 @@ class State:
     def begin(self, pipe: Any) -> bool:
         """A denoiser is about to be called first; whether followers may start before that."""
         look = _Look(pipe)
-        settled = not look.found or _are_same(look.found, self._found)
-        self._look = look if look.found else None
+        if not look.found:
+            self._found = None
+            return True
+        self._look, settled = look, _are_same(look.found, self._found)
         if not settled:
             look.begin()
-        look.last = look.values() if look.found else None
+        look.last = look.values()
         return settled
 
     def kept(self) -> str | None:
@@ -109,6 +111,7 @@ class _Look:
         self._before: Values = {}
         self._during: list[Values] = []
         self._begun = False
+        self._unread: str | None = None  # why it cannot be looked at
 
     def values(self) -> Values:
         """The shorter look: what foreign code reaches."""
@@ -126,7 +129,8 @@ class _Look:
                 reach.walk(foreign.part, ((number,), "part"))
             further(reach)
         except Exception as error:  # objects of a user's own may do anything when they are read
-            return {("unread",): (object(), describe(error))}
+            self._unread = f"what hangs in its denoisers cannot be read: {describe(error)}"
+            return {(-1,): object()}
         return reach.values
 
     def _walk_parts(self, reach: Reach) -> None:
@@ -216,8 +220,6 @@ class _Look:
         return min(found, key=lambda one: not _are_numbers(*one[1:]), default=None)
 
     def _kept_words(self, path: Path, before: Any, after: Any) -> str:
-        if path == ("unread",):
-            return f"what hangs in its denoiser cannot be looked at: {(after or before)[1]}"
         if "_parameters" in _names_of(path):
             return self._words("changes its weights while it runs", path)
         counts = _are_numbers(before, after)
@@ -225,6 +227,8 @@ class _Look:
 
     def _words(self, verb: str, path: Path) -> str:
         """As "unet has a hook that counts its calls (n of hook in script.py)"."""
+        if self._unread is not None:
+            return self._unread
         root, *names = _names_of(path)
         silent = ("", "self", "part", *STRUCTURE)
         told = [n for n in names if isinstance(n, str) and n not in silent]
