@@ -249,12 +249,14 @@ class Reach:
         """All of the user's own classes; of the host's, data that the foreign code works with."""
         found: list[tuple[Any, Any]] = []
         for base in cls.__mro__:
-            for name, member in vars(base).items():
-                if self._near(base) and name not in _OF_CLASSES:
-                    member = getattr(member, "fget", None) or getattr(member, "__func__", member)
-                    if self._whole or not callable(member):
-                        found.append((name, member))
-                elif name in self.names and isinstance(member, _DATA):
+            own = vars(base)
+            if not self._near(base):
+                named = sorted(self.names & own.keys())
+                found += [(name, own[name]) for name in named if isinstance(own[name], _DATA)]
+                continue
+            for name, member in own.items():
+                member = getattr(member, "fget", None) or getattr(member, "__func__", member)
+                if name not in _OF_CLASSES and (self._whole or not callable(member)):
                     found.append((name, member))
         return found
 
