@@ -77,7 +77,11 @@ def foreign_code(value: Any, depth: int = 6) -> Any:
         inner = [cell for _, cell in _cells(value)]
         inner = [held for held in inner if callable(held) and not isinstance(held, type)]
         inner.append(getattr(value, "__wrapped__", None))
-    elif isinstance(value, (types.MethodType, functools.partial)):
+    elif isinstance(value, types.MethodType):
+        if is_foreign(value.__func__):
+            return value
+        inner = [value.__func__, value.__self__]
+    elif isinstance(value, functools.partial):
         return value if is_foreign(code_of(value)) else None
     elif not isinstance(value, type) and is_foreign(type(value)):
         return value
