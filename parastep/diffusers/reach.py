@@ -25,8 +25,9 @@ import torch
 
 from .watch import names_used
 
-_LIBRARIES = {"torch", "diffusers", "transformers", "peft", "accelerate", "huggingface_hub"}
-_LIBRARIES |= {"parastep"}
+_LIBRARIES = frozenset(
+    "torch diffusers transformers peft accelerate huggingface_hub parastep".split()
+)
 _TRUSTED = _LIBRARIES | set(sys.stdlib_module_names)
 _DEPTH, _ITEMS, _VALUES = 12, 256, 50_000  # how deep, how much of a container, how much in all
 _SAMPLES = 64  # elements of a tensor
@@ -76,7 +77,11 @@ def foreign_code(value: Any, depth: int = 6) -> Any:
         inner = [cell for _, cell in _cells(value)]
         inner = [held for held in inner if callable(held) and not isinstance(held, type)]
         inner.append(getattr(value, "__wrapped__", None))
-    elif isinstance(value, (types.MethodType, functools.partial)):
+    elif isinstance(value, types.MethodType):
+        if is_foreign(value.__func__):
+            return value
+        inner = [value.__func__, value.__self__]
+    elif isinstance(value, functools.partial):
         return value if is_foreign(code_of(value)) else None
     elif not isinstance(value, type) and is_foreign(type(value)):
         return value
@@ -248,12 +253,14 @@ class Reach:
         """All of the user's own classes; of the host's, data that the foreign code works with."""
         found: list[tuple[Any, Any]] = []
         for base in cls.__mro__:
-            for name, member in vars(base).items():
-                if self._near(base) and name not in _OF_CLASSES:
-                    member = getattr(member, "fget", None) or getattr(member, "__func__", member)
-                    if self._whole or not callable(member):
-                        found.append((name, member))
-                elif name in self.names and isinstance(member, _DATA):
+            own = vars(base)
+            if not self._near(base):
+                named = sorted(self.names & own.keys())
+                found += [(name, own[name]) for name in named if isinstance(own[name], _DATA)]
+                continue
+            for name, member in own.items():
+                member = getattr(member, "fget", None) or getattr(member, "__func__", member)
+                if name not in _OF_CLASSES and (self._whole or not callable(member)):
                     found.append((name, member))
         return found
 

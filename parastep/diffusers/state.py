@@ -39,6 +39,14 @@ class Foreign(NamedTuple):
     thing: Any
     part: Any = None  # where it hangs
 
+    def is_same(self, other: Foreign) -> bool:
+        """Hooks of ours, which stand for it in a call, may know the function alone."""
+        return self.part is other.part and self._code() is other._code()
+
+    def _code(self) -> Any:
+        bound = getattr(self.thing, "__self__", None) is self.part is not None
+        return self.thing.__func__ if bound else self.thing
+
 
 class State:
     """What is known of one parallel pipeline's denoisers, from call to call."""
@@ -65,11 +73,13 @@ class State:
     def begin(self, pipe: Any) -> bool:
         """A denoiser is about to be called first; whether followers may start before that."""
         look = _Look(pipe)
-        settled = not look.found or _are_same(look.found, self._found)
-        self._look = look if look.found else None
+        if not look.found:
+            self._found = None
+            return True
+        self._look, settled = look, _are_same(look.found, self._found)
         if not settled:
             look.begin()
-        look.last = look.values() if look.found else None
+        look.last = look.values()
         return settled
 
     def kept(self) -> str | None:
@@ -109,6 +119,7 @@ class _Look:
         self._before: Values = {}
         self._during: list[Values] = []
         self._begun = False
+        self._unread: str | None = None  # why it cannot be looked at
 
     def values(self) -> Values:
         """The shorter look: what foreign code reaches."""
@@ -126,7 +137,8 @@ class _Look:
                 reach.walk(foreign.part, ((number,), "part"))
             further(reach)
         except Exception as error:  # objects of a user's own may do anything when they are read
-            return {("unread",): (object(), describe(error))}
+            self._unread = f"what hangs in its denoisers cannot be read: {describe(error)}"
+            return {(-1,): object()}
         return reach.values
 
     def _walk_parts(self, reach: Reach) -> None:
@@ -216,8 +228,6 @@ class _Look:
         return min(found, key=lambda one: not _are_numbers(*one[1:]), default=None)
 
     def _kept_words(self, path: Path, before: Any, after: Any) -> str:
-        if path == ("unread",):
-            return f"what hangs in its denoiser cannot be looked at: {(after or before)[1]}"
         if "_parameters" in _names_of(path):
             return self._words("changes its weights while it runs", path)
         counts = _are_numbers(before, after)
@@ -225,6 +235,8 @@ class _Look:
 
     def _words(self, verb: str, path: Path) -> str:
         """As "unet has a hook that counts its calls (n of hook in script.py)"."""
+        if self._unread is not None:
+            return self._unread
         root, *names = _names_of(path)
         silent = ("", "self", "part", *STRUCTURE)
         told = [n for n in names if isinstance(n, str) and n not in silent]
@@ -309,7 +321,7 @@ def _are_same(a: list[Foreign], b: list[Foreign] | None) -> bool:
     """The very same things in the same places."""
     if b is None or len(a) != len(b):
         return False
-    return all(x.thing is y.thing and x.part is y.part for x, y in zip(a, b))
+    return all(one.is_same(other) for one, other in zip(a, b))
 
 
 def _has_compiled(module: torch.nn.Module) -> bool:

@@ -124,6 +124,56 @@ def check_parallel(pipe: Any, case: tiny.Case) -> None:
     assert identities(pipe) == before
 
 
+def test_foreign_code_that_cannot_be_looked_at() -> None:
+    class Odd:
+        @property
+        def __dict__(self) -> Any:
+            raise RuntimeError("not for you")
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
+        def __call__(self, module: Any, args: Any, output: Any) -> None:
+            pass
+
+    pipe = CASE.build()
+    pipe.unet.register_forward_hook(Odd())
+    with parallel(pipe, 3) as together, caught():
+        assert torch.equal(*results(together, [0]), *results(CASE.build(), [0]))
+    assert together.report.fallback.endswith("cannot be read: RuntimeError: not for you")
+
+
+def test_a_guider_of_ones_own() -> None:
+    """One that averages is found, one that does not runs in parallel."""
+    case = tiny.CASES["hunyuanvideo15"]
+
+    class Averaging(diffusers.ClassifierFreeGuidance):
+        before: Any = None
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            now = output.pred
+            output.pred = now if self.before is None else 0.7 * now + 0.3 * self.before
+            self.before = now
+            return output
+
+    class Other(diffusers.ClassifierFreeGuidance):
+        pass
+
+    for kind, reason in ((Averaging, "a guider that keeps what it computed (before"), (Other, "")):
+        pipe = case.build()
+        pipe.guider = kind(guidance_scale=4.0)
+        with parallel(pipe, 2, math.inf) as together, caught():
+            found = tiny.run(together, case.kwargs(steps=STEPS))
+        assert reason in (together.report.fallback or "")
+        assert (together.report.fallback is None) == (kind is Other)
+        alone = case.build()
+        alone.guider = kind(guidance_scale=4.0)
+        assert (
+            distance(found, tiny.run(alone, case.kwargs(steps=STEPS))) < (reason == "") * 0.5 + 1e-9
+        )
+
+
 def test_what_is_made_once_is_no_state() -> None:
     """It is seen in the first call, and found harmless in the next."""
     pipe = CASE.build()
