@@ -213,7 +213,7 @@ class Leader(Speculation):
             self._joins = True
 
     def _beyond_end(self) -> bool:
-        """Of the program: calls after the last step, to fill a cache for one, and steps after it."""
+        """Of the program: a call after the last step, to fill a cache for one, or more steps."""
         return self.steps >= self._length
 
     def _coming_latent(self) -> torch.Tensor | None:
