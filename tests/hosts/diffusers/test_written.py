@@ -369,7 +369,8 @@ def test_followers_that_wait_for_what_the_leader_holds() -> None:
     together = parallel(pipe, 3, deadline=0.2)
     with caught() as texts:
         result, _ = run(together)
-    assert torch.equal(result, alone) and len(texts) == 2
+    assert torch.equal(result, alone) and len(texts) == 3
+    assert "nobody is left" in together.report.fallback
     assert {(line.step, line.text) for line in together.report.failures} == {
         (0, "it has not reached its loop within 0.2 s")
     }
