@@ -86,7 +86,7 @@ class Ranks:
             self._refresh(pipe, options.strides)
         except Exception as error:  # a component that cannot be copied
             reason = f"replicas of the pipeline cannot be made: {describe(error)}"
-            if isinstance(self._remote, Workers):
+            if isinstance(self._remote, Workers) and "mode='threads'" not in reason:
                 reason += "; mode='threads' needs no other processes"
             return Call(1), [], reason
         call = Call(len(self.devices), self.devices, lane=options.strides)
