@@ -217,7 +217,7 @@ class Leader(Speculation):
             self._joins = True
 
     def _beyond_end(self) -> bool:
-        """Of the program: calls and steps after its last one, to fill a cache for example."""
+        """Of the program: a call after the last step, to fill a cache for one, or more steps."""
         return self.steps >= self._length
 
     def _begin_loop(self) -> None:

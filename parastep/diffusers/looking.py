@@ -74,8 +74,8 @@ class Looking:
             return None
         versions = zip(self._counted, before.versions, now.versions)
         addresses = zip(self._placed, before.addresses, now.addresses)
-        tensors = itertools.chain(versions, addresses)
-        written = next(tensor for tensor, old, new in tensors if old != new)
+        both = itertools.chain(versions, addresses)
+        written = next(tensor for tensor, old, new in both if old != new)
         return self._name_of(next(k for k, item in enumerate(now.items) if item is written))
 
     def _name_of(self, k: int) -> str:

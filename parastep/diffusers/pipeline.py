@@ -8,6 +8,7 @@ is as it was after every call.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import os
 import threading
@@ -48,7 +49,8 @@ def parallelize(
     """A pipeline that evaluates several denoising steps at once, one on each device.
 
     Args:
-        pipe: any diffusers pipeline with a scheduler; it stays usable by itself.
+        pipe: any diffusers pipeline with a scheduler; it stays usable by itself. One that is
+            parallel already gives another one around the same pipeline.
         devices: torch devices, the first the leader's, where the pipe is; repeats allowed
             (`["cpu"] * 4`). None: the pipe's own device and all others of its kind.
         tolerance, policy, max_stride, warmup, order, deadline, on_failure: as in
@@ -69,6 +71,8 @@ def parallelize(
     Raises:
         InvalidError, UnsupportedError: subclasses of parastep.Error; the text says what to do.
     """
+    if isinstance(pipe, ParallelPipeline):  # a notebook's cell, run again
+        pipe = pipe.pipe
     _check_pipeline(pipe)
     options = Options(tolerance, policy, max_stride, warmup, order, deadline, on_failure)
     return ParallelPipeline(pipe, ranks_of(pipe, devices, mode, group, slots), options)
@@ -85,9 +89,11 @@ def _check_pipeline(pipe: Any) -> None:
 
 
 class ParallelPipeline:
-    """Called like the pipe; `.report` tells of the last call. Other attributes are the pipe's own.
+    """Called like the pipe; `.report` tells of the last call. Other attributes are the pipe's own,
+    its class among them, by which diffusers finds what belongs to a pipeline.
 
-    A context manager; `close()` lets the replicas go and leaves the pipe as it was.
+    A context manager; `close()` lets the replicas go and leaves the pipe as it was. A copy, be it
+    by way of a pickle, is around a copy of the pipe, with ranks of its own in the same places.
     """
 
     def __init__(self, pipe: Any, ranks: Ranks, options: Options) -> None:
@@ -96,6 +102,20 @@ class ParallelPipeline:
         self._ranks, self._options = ranks, options
         self._lock, self._process = threading.Lock(), os.getpid()
         self._closed = False
+
+    @property
+    def __class__(self) -> type:
+        return type(self.pipe)
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        self.pipe.__class__ = value
+
+    def __copy__(self) -> ParallelPipeline:
+        return ParallelPipeline(copy.copy(self.pipe), copy.copy(self._ranks), self._options)
+
+    def __reduce__(self) -> Any:
+        return ParallelPipeline, (self.pipe, self._ranks, self._options)
 
     @property
     def devices(self) -> list[torch.device]:
@@ -117,7 +137,7 @@ class ParallelPipeline:
         delattr(self.pipe, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self.pipe)})
+        return sorted({*dir(type(self)), *_OWN_PUBLIC, *dir(self.pipe)})
 
     def to(self, *args: Any, **kwargs: Any) -> ParallelPipeline:
         """As the pipe's own; returns this object, as the pipe's returns the pipe."""

@@ -53,6 +53,16 @@ class Ranks:
         self._made_from: int | None = None
         self.state = State()
 
+    def __reduce__(self) -> Any:
+        """A copy has what the user wrote, and nothing of what was made by it."""
+        if self.group is not None:
+            raise _core.UnsupportedError(
+                "a pipeline of a process group cannot be copied or pickled, since its ranks would "
+                "have to meet again: take `.pipe`, and have every rank call parallelize"
+            )
+        workers = isinstance(self._remote, Workers)
+        return _ranks_at, (self.devices, workers, self._batch, self._auto)
+
     def close(self) -> None:
         """Lets the replicas go, and ends the workers; twice is fine."""
         self._replicas.clear()
@@ -83,7 +93,7 @@ class Ranks:
             self._refresh(pipe, options.strides)
         except Exception as error:  # a component that cannot be copied
             reason = f"replicas of the pipeline cannot be made: {describe(error)}"
-            if isinstance(self._remote, Workers):
+            if isinstance(self._remote, Workers) and "mode='threads'" not in reason:
                 reason += "; mode='threads' needs no other processes"
             return Call(1), [], reason
         call = Call(len(self.devices), self.devices, lane=options.strides)
@@ -172,8 +182,11 @@ def ranks_of(
             f"slots='batch': {named}: a batch is of one device, repeated; without slots each rank "
             "evaluates a step of its own"
         )
-    workers = Workers(places) if by_workers(mode, places) else None
-    return Ranks(places, workers, batch, mode == "auto")
+    return _ranks_at(places, by_workers(mode, places), batch, mode == "auto")
+
+
+def _ranks_at(places: list[torch.device], workers: bool, batch: bool, auto: bool) -> Ranks:
+    return Ranks(places, Workers(places) if workers else None, batch, auto)
 
 
 def _of_group(pipe: Any, group: Group, home: torch.device) -> Ranks:

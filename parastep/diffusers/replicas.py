@@ -127,8 +127,7 @@ def replicate(pipe: Any, device: torch.device) -> Any:
     for module in denoisers_of(pipe).values():
         _share(module, device, memo)
     replica = copy.deepcopy(pipe, memo)
-    if hasattr(replica, "set_progress_bar_config"):
-        replica.set_progress_bar_config(disable=True)
+    _without_bars(replica)
     cls = type(pipe)
     # Its encoders stay where the leader's are, so it cannot tell its own device from them, which
     # takes long besides.
@@ -137,6 +136,15 @@ def replicate(pipe: Any, device: torch.device) -> Any:
     here = dict.fromkeys(told, property(lambda self: device))
     replica.__class__ = type(cls.__name__, (cls,), here)
     return replica
+
+
+def _without_bars(replica: Any) -> None:
+    """The leader shows the progress. Blocks of a modular pipeline have bars at any depth."""
+    blocks = [replica, getattr(replica, "_blocks", None)]
+    for block in blocks:
+        blocks += dict(getattr(block, "sub_blocks", None) or {}).values()
+        if hasattr(block, "set_progress_bar_config"):
+            block.set_progress_bar_config(disable=True)
 
 
 def refresh(replica: Any, pipe: Any) -> None:

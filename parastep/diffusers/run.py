@@ -121,9 +121,8 @@ class Run:
         lost = {line.rank: line for line in report.failures}
         if leader.core is None or not lost or ahead - lost.keys():
             return None
-        last = report.failures[-1]
-        who = f"rank {last.rank} at step {last.step}: {last.text}"
-        return f"nobody is left to evaluate ahead: {who}"
+        rank, step, _, text = report.failures[-1]
+        return f"nobody is left to evaluate ahead: rank {rank} at step {step}: {text}"
 
     def _count(self, report: Report) -> None:
         """Evaluations of each rank, and forwards, of which a batch is one."""

@@ -6,15 +6,18 @@ to the pipe of a worker, or to the process group, is trusted.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import io
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from ... import _core
 from ..replicas import denoisers_of, encoders_of, replicate, twin_of
 
 _CALLS = ("forward", "encode", "get_text_features", "get_image_features")
@@ -28,7 +31,23 @@ def pack(value: Any) -> bytes:
 
 def unpack(data: bytes | bytearray, device: torch.device | None = None) -> Any:
     """What was packed; tensors that were on a device of the sender's are on `device`."""
-    return torch.load(io.BytesIO(data), map_location=_placed(device), weights_only=False)
+    with _importable():
+        return torch.load(io.BytesIO(data), map_location=_placed(device), weights_only=False)
+
+
+@contextlib.contextmanager
+def _importable() -> Iterator[None]:
+    """A worker has a main module of its own: the user's script would run again in it."""
+    try:
+        yield
+    except AttributeError as error:
+        found = re.search(r"attribute '(\w+)' on <module '__main__'", str(error))
+        if found is None:
+            raise
+        raise _core.UnsupportedError(
+            f"{found[1]} is defined in the script itself, or in a notebook's cell, which other "
+            "processes do not run: move it to a module of its own, or use mode='threads'"
+        ) from error
 
 
 def _placed(device: torch.device | None) -> Callable[[Any, str], Any]:
@@ -57,9 +76,9 @@ def pipeline_to_memory(pipe: Any) -> int:
 
 def pipeline_from_memory(memory: int, device: torch.device) -> Any:
     """A replica on `device`, of what the descriptor holds."""
-    loaded = torch.load(
-        f"/proc/self/fd/{memory}", map_location="cpu", mmap=True, weights_only=False
-    )
+    path = f"/proc/self/fd/{memory}"
+    with _importable():
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     replica = replicate(loaded, device)
     for name, module in encoders_of(replica).items():
         for method in _CALLS:

@@ -153,8 +153,9 @@ def test_all_followers_raise_in_turn() -> None:
         poke(together, rank, at_call(rank, explode))
     with caught() as texts:
         result = tiny.run(together, tiny.CASES["sd"].kwargs(steps=8))
-    assert torch.equal(result, own("sd", 8).result) and len(texts) == 3
+    assert torch.equal(result, own("sd", 8).result) and len(texts) == 4
     assert sorted(line.rank for line in together.report.failures) == [1, 2, 3]
+    assert "nobody is left" in together.report.fallback and "rank 3" in texts[-1]
     check_next_call(together)
 
 
@@ -346,9 +347,11 @@ def test_leaders_nan_is_the_hosts() -> None:
     for tolerance in (0.0, math.inf):
         together = parallel(pipe, 3, tolerance)
         with caught():
-            result = tiny.run(together, case.kwargs(steps=4))
-        assert torch.equal(result.isnan(), tiny.run(pipe, case.kwargs(steps=4)).isnan())
-        assert together.report.not_finite > 0
+            result = tiny.run(together, case.kwargs(steps=6))
+        assert torch.equal(result.isnan(), tiny.run(pipe, case.kwargs(steps=6)).isnan())
+        assert together.report.not_finite > 0 and together.report.failures
+        assert all("untouched model's" in line.text for line in together.report.failures)
+        assert together.report.fallback is not None
 
 
 def test_denoiser_that_draws_is_the_leaders_alone() -> None:
@@ -367,7 +370,7 @@ def test_denoiser_that_draws_is_the_leaders_alone() -> None:
                 results.append(tiny.run(called, case.kwargs(steps=4)))
             results.append(torch.get_rng_state())
         assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
-        assert len(texts) == (2 if mode else 0)
+        assert len(texts) == (3 if mode else 0)  # of two ranks, and of nobody who is left
         assert all("random" in line.text for line in called.report.failures)
 
 

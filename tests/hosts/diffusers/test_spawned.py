@@ -39,11 +39,16 @@ def call(who):
 """
 
 
-def run_script(body: str, folder: Path) -> list[Any]:
-    """What the script prints, as JSON a line; `folder` is the current one while it runs."""
+def run_script(body: str, folder: Path, way: str = "file") -> list[Any]:
+    """What the script prints, as JSON a line; `folder` is the current one while it runs. It is a
+    file, or read from stdin ("-").
+    """
     path = os.pathsep.join(p for p in sys.path if p)
+    script, text = folder / "script.py", BEGINNING + textwrap.dedent(body)
+    script.write_text(text)
     done = subprocess.run(
-        [sys.executable, "-c", BEGINNING + textwrap.dedent(body)],
+        [sys.executable, str(script) if way == "file" else way],
+        input=text,
         env=os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
         cwd=folder,
         capture_output=True,
@@ -80,6 +85,30 @@ def test_modules_in_the_current_folder_are_no_part_of_a_worker(name: str, tmp_pa
     (tmp_path / f"{name}.py").write_text("raise SystemExit('this is the user\\'s own file')\n")
     [[_, equal, evaluations, failures]] = run_script("call('once'); fast.close()", tmp_path)
     assert equal and evaluations == [6, 5, 4] and failures == []
+
+
+@pytest.mark.parametrize("way", ["file", "-"])
+def test_a_script_without_a_main_guard(way: str, tmp_path: Path) -> None:
+    """Workers do not run it; a class that is defined in it is named, with what to do."""
+    body = """
+        call("once")
+        fast.close()
+
+        class Own(torch.nn.Identity):
+            pass
+
+        pipe = case.build()
+        pipe.unet.conv_out = torch.nn.Sequential(pipe.unet.conv_out, Own())
+        fast = parastep.parallelize(pipe, ["cpu"] * 3, **options)
+        call("own class")
+        print(json.dumps([fast.report.fallback]))
+        fast.close()
+    """
+    once, own_class, [reason] = run_script(body, tmp_path, way)
+    assert once == ["once", True, [6, 5, 4], []]
+    assert own_class == ["own class", True, [6, 0, 0], []]
+    assert "Own is defined in the script itself" in reason
+    assert "move it to a module of its own, or use mode='threads'" in reason
 
 
 class Deadly:

@@ -369,7 +369,8 @@ def test_followers_that_wait_for_what_the_leader_holds() -> None:
     together = parallel(pipe, 3, deadline=0.2)
     with caught() as texts:
         result, _ = run(together)
-    assert torch.equal(result, alone) and len(texts) == 2
+    assert torch.equal(result, alone) and len(texts) == 3
+    assert "nobody is left" in together.report.fallback
     assert {(line.step, line.text) for line in together.report.failures} == {
         (0, "it has not reached its loop within 0.2 s")
     }
@@ -476,3 +477,37 @@ def test_positional_arguments_and_defaults() -> None:
         together = parallel(pipe, 3)
         result = together("a", 2, generator=generator, steps=5)
     assert torch.equal(result, alone) and together.report.evaluations == [5, 4, 3]
+
+
+def fills_a_cache(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    x = plain(pipe, steps, generator)
+    pipe.denoiser(x, 0)
+    return x
+
+
+def test_a_call_after_the_last_step_is_no_round() -> None:
+    """Nobody steps with it; the core is not asked beyond its program."""
+    pipe = written(fills_a_cache)
+    alone, _ = run(pipe)
+    for tolerance, rounds in (("rehearse", N), (math.inf, rounds_without_limit(N, 3))):
+        together = parallel(pipe, 3, tolerance)
+        with no_warnings():
+            result, _ = run(together)
+        assert tolerance == math.inf or torch.equal(result, alone)
+        assert together.report.rounds == rounds and together.report.steps == N
+
+
+def followers_raise(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    if threading.current_thread().name.startswith("parastep-"):
+        raise KeyError("of a follower")
+    return plain(pipe, steps, generator)
+
+
+def test_a_lane_that_never_ran_is_no_round() -> None:
+    together = parallel(written(followers_raise), 3, 0.02, max_stride=None)
+    with caught():
+        together(num_inference_steps=20, generator=torch.Generator().manual_seed(0))
+    report = together.report
+    assert (report.rounds, report.steps, report.evaluations) == (20, 20, [20, 0, 0])
+    assert len(report.failures) == 3 and "nobody is left" in report.fallback
+    assert "KeyError: 'of a follower'" in report.fallback
