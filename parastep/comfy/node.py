@@ -74,7 +74,8 @@ def patch(
     for kind in (wrappers.SAMPLER_SAMPLE, wrappers.PREPARE_SAMPLING):
         model.wrappers.get(kind, {}).pop(KEY, None)  # of a node before this one
     model.add_wrapper_with_key(wrappers.SAMPLER_SAMPLE, KEY, steps)
-    model.add_wrapper_with_key(wrappers.PREPARE_SAMPLING, KEY, steps.replicas.prepare)
+    if not options.untouched:
+        model.add_wrapper_with_key(wrappers.PREPARE_SAMPLING, KEY, steps.replicas.prepare)
     return model
 
 

@@ -365,7 +365,7 @@ class Asked(Sampling):
 
 def ahead(model, lanes, meanwhile=lambda: None, host=None):
     """An Asked and its run, as a function of no arguments."""
-    sampling = Asked(model, lanes, {"tolerance": 0.1}, host)
+    sampling = Asked(model, lanes, Options(tolerance=0.1), host)
     sampling.meanwhile = meanwhile
     sigmas, function = MANY.clone(), ksamplers.sample_euler
     rows = functools.partial(trace, function, model, sigmas, ARGUMENTS, {})
