@@ -35,7 +35,7 @@ import torch
 
 Stop = Callable[[Any], bool]
 
-_MOST = 20_000  # items of a walk, and how deep it goes
+_MOST = 200_000  # items of a walk, and how deep it goes
 _DEPTH = 16
 _SAMPLE = 4096  # values of a tensor that are compared
 _PLAIN = (int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
@@ -126,7 +126,7 @@ def _parts(value: Any, owner: Any) -> Iterator[tuple[str, Any, Any]]:
         for k, part in enumerate(list(value)):
             yield f"[{k}]", part, None
     elif isinstance(value, type):
-        if not _is_known(value.__module__):
+        if not is_known(value):
             for name, part in list(vars(value).items()):
                 if not name.startswith("__") and not _is_code(part):
                     yield f".{name}", part, None
@@ -136,8 +136,8 @@ def _parts(value: Any, owner: Any) -> Iterator[tuple[str, Any, Any]]:
 
 def _of_object(value: Any) -> Iterator[tuple[str, Any, Any]]:
     kind = type(value)
-    root = _root(kind.__module__)
-    if root in sys.stdlib_module_names and root not in _ENTERED:
+    package = package_of(kind)
+    if package in sys.stdlib_module_names and package not in _ENTERED:
         return
     attributes = getattr(value, "__dict__", {})
     for name, part in list(attributes.items()) if isinstance(attributes, dict) else ():
@@ -147,7 +147,7 @@ def _of_object(value: Any) -> Iterator[tuple[str, Any, Any]]:
         for name in (slots,) if isinstance(slots, str) else slots:
             if (part := getattr(value, name, None)) is not None and name != "__dict__":
                 yield f".{name}", part, None
-    if not _is_known(kind.__module__):
+    if not is_known(kind):
         yield f": {kind.__qualname__}", kind, None
         name = "forward" if isinstance(value, torch.nn.Module) else "__call__"
         yield from _of_method(value, name)
@@ -165,7 +165,7 @@ def _of_function(function: types.FunctionType, owner: Any) -> Iterator[tuple[str
             yield "defaults", part, None
     for name, part in list(vars(function).items()):
         yield ("", part, owner) if name == "__wrapped__" else (f".{name}", part, None)
-    if not _is_known(function.__module__):
+    if not is_known(function):
         yield from _of_globals(function)
     if owner is not None and is_method(function):
         for name in _called_on_first(code):
@@ -174,14 +174,17 @@ def _of_function(function: types.FunctionType, owner: Any) -> Iterator[tuple[str
 
 def _of_globals(function: types.FunctionType) -> Iterator[tuple[str, Any, Any]]:
     """What a function names of its own package's globals, by way of the package's modules too."""
-    package, known = _root(function.__module__), function.__globals__
+    package, known = package_of(function), function.__globals__
     for name in function.__code__.co_names:
         part = known.get(name)
         if isinstance(part, types.ModuleType):
             if _root(part.__name__) == package:
                 for inner in function.__code__.co_names:
                     yield f"{name}.{inner}", vars(part).get(inner), None
-        elif not isinstance(part, type) and _root(_module_of(part, package)) == package:
+        elif isinstance(part, types.FunctionType):
+            if package_of(part) == package:
+                yield name, part, None
+        elif not isinstance(part, type) and not inspect.isroutine(part):
             yield name, part, None
 
 
@@ -220,20 +223,23 @@ def _is_code(value: Any) -> bool:
     return inspect.isroutine(value) or hasattr(type(value), "__get__")
 
 
-def _module_of(value: Any, otherwise: str) -> str:
-    """The module that an object belongs to; plain values belong to whoever has them."""
-    if isinstance(value, types.FunctionType):
-        return value.__module__ or ""
-    return otherwise if not inspect.isroutine(value) else ""
+def package_of(thing: Any) -> str:
+    """Whose code a function, a class or an object's class is; a function's by its globals, since
+    `functools.wraps` gives it the name of another's module.
+    """
+    if isinstance(thing, types.FunctionType):
+        return _root(thing.__globals__.get("__name__"))
+    return _root((thing if isinstance(thing, type) else type(thing)).__module__)
+
+
+def is_known(thing: Any) -> bool:
+    """Whether it is of a library whose globals and classes keep nothing of a denoiser's."""
+    package = package_of(thing)
+    return package in _KNOWN or (package in sys.stdlib_module_names and package != "__main__")
 
 
 def _root(module: str | None) -> str:
     return (module or "").partition(".")[0]
-
-
-def _is_known(module: str | None) -> bool:
-    root = _root(module)
-    return root in _KNOWN or (root in sys.stdlib_module_names and root != "__main__")
 
 
 # ---- what is compared ----------------------------------------------------------------------------

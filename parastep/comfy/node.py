@@ -28,6 +28,7 @@ from ..report import Report
 from ..tolerance import Tolerance, number_of
 from ..tracing.kdiffusion import Traced, trace
 from .lanes import Lane, make_lanes, without_host_split
+from .look import Look
 from .replicas import Replicas, add_replicas, patcher_on
 from .sampling import Host, Sampling
 from .serial import reason_against
@@ -211,7 +212,11 @@ class ParaStep:
         run_options = dataclasses.replace(self.options, tolerance=tolerance)
         several = len(self.devices) > 1 and not run_options.untouched
         if several or run_options.strides:
-            reason = reason_against(guider, extra_args)
+            model_options = extra_args.get("model_options", {})
+            reason = reason_against(guider, model_options)
+            if reason is None:
+                host.look = Look(guider.inner_model, guider, model_options, shared=several)
+                reason = host.look.reason
         if several and reason is None:
             patcher = functools.partial(
                 patcher_on, guider.model_patcher, extra_args.get("model_options", {})
@@ -228,6 +233,8 @@ class ParaStep:
                 stock, x, sigmas, arguments, options, rows, callback=callback, disable=disable
             )
         finally:
+            if host.look is not None and (kept := host.look.end()) is not None:
+                run.give_up(kept)
             report, asked = run.report, len(self.devices)
             if run_options.untouched:
                 report.add_idle(asked, run_options.limit(asked))
@@ -253,6 +260,7 @@ class _Comfy(Host):
         self._management = model_management
         self._model, self._guider = model, model.inner_model
         self._before = self._settings()
+        self.look: Look | None = None
         self.share = 1.0  # of an item's rms that a drift within the mask alone has
         mask = extra_args.get("denoise_mask")
         if mask is not None:
@@ -289,10 +297,19 @@ class _Comfy(Host):
             mask = options["denoise_mask_function"](sigma, mask, extra_options=extra)
         return denoised * mask + self._model.latent_image * (1.0 - mask)
 
+    def unknown(self) -> bool:
+        return self.look is not None and self.look.needed
+
+    def look_at(self, evaluate: Any, arguments: dict[str, Any]) -> tuple[Any, str | None]:
+        assert self.look is not None
+        return self.look.first(evaluate, arguments), self.look.reason
+
     def altered(self) -> str | None:
         now = self._settings()
         changed = [name for name in now if now[name] != self._before.get(name)]
-        return f"the guider's {changed[0]} changed in the run" if changed else None
+        if changed:
+            return f"the guider's {changed[0]} changed in the run"
+        return None if self.look is None else self.look.changed()
 
     def _settings(self) -> dict[str, Any]:
         plain = (bool, int, float, str)

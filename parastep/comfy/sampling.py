@@ -42,6 +42,7 @@ from .guidance import Guidance, Unguided, with_function
 # (x, sigma (B,)) -> denoised; a third argument is a function to be called after guidance.
 Lane = Callable[..., torch.Tensor]
 Sampler = Callable[..., torch.Tensor]
+Evaluation = tuple[int, torch.Tensor, Unguided | None]  # when it began, denoised, unguided
 
 _PATIENCE = 10.0  # seconds for followers that are at work when the leader's loop is left
 
@@ -62,6 +63,16 @@ class Host:
     ) -> torch.Tensor:
         """What the model's own call does to its output whatever that is: the blend of a mask."""
         return denoised
+
+    def unknown(self) -> bool:
+        """Whether nobody knows yet that the model is a function of its inputs."""
+        return False
+
+    def look_at(
+        self, evaluate: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]
+    ) -> tuple[Any, str | None]:
+        """`evaluate(arguments)`, with nobody else at work, and why the model is no function."""
+        return evaluate(arguments), None
 
     def altered(self) -> str | None:
         """Why the lanes no longer compute what the model does, or None."""
@@ -262,11 +273,10 @@ class Sampling(Speculation):
         if self.core is None or self.reason is not None:
             return self._evaluate(x, sigma, None, arguments)
         self._watch(step, x, sigma, arguments)
+        alone = self._alone(x, sigma, arguments) if step == 0 else None
         if self.reason is None and (answer := self._ask(step, x, arguments)) is not None:
             return self._answered(x, sigma, answer, arguments)
-        began = _core.now_ns()
-        unguided = Unguided() if self._guidance is not None else None
-        denoised = self._evaluate(x, sigma, unguided, arguments)
+        began, denoised, unguided = alone or self._evaluation(x, sigma, arguments)
         if unguided is not None and unguided.seen is None:
             self.give_up("the guider tells nobody of its unguided output")
         if self.reason is None:
@@ -276,6 +286,26 @@ class Sampling(Speculation):
                 self._guidance.take(step, output)
         self._check_interrupt()
         return denoised
+
+    def _alone(
+        self, x: torch.Tensor, sigma: torch.Tensor, arguments: dict[str, Any]
+    ) -> Evaluation | None:
+        """The first evaluation, before any follower's, where the model has to be looked at."""
+        if self.reason is not None or not self._host.unknown():
+            return None
+        evaluate = partial(self._evaluation, x, sigma)
+        made, reason = self._host.look_at(evaluate, arguments)
+        if reason is not None:
+            self.give_up(reason)
+        return made
+
+    def _evaluation(
+        self, x: torch.Tensor, sigma: torch.Tensor, arguments: dict[str, Any]
+    ) -> Evaluation:
+        """One by the leader, at the latents of a call."""
+        began = _core.now_ns()
+        unguided = Unguided() if self._guidance is not None else None
+        return began, self._evaluate(x, sigma, unguided, arguments), unguided
 
     def _evaluate(
         self,
