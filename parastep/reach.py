@@ -9,10 +9,10 @@ names what changed. `functions` are those that such a walk meets, to be read wit
     wrapper(...)
     changed = difference(before, snapshot({"the wrapper": wrapper}))  # "the wrapper: seen", or None
 
-Numbers and text are compared by value, containers by what they hold, other objects by identity and
-by their attributes, tensors by where they are, their version, and a sample of their values: tensors
-made in inference mode have no version, and writing to `.data` leaves it as it is. Whatever it is
-told to stop at, and modules of Python, are an identity and nothing more. Used by hosts; knows none.
+Numbers and text are compared by value, containers and objects by what they hold, tensors by where
+they are, their version, and a sample of their values: tensors made in inference mode have no
+version, and writing to `.data` leaves it as it is. Functions, classes, what holds nothing that can
+be seen, and whatever the walk is told to stop at are an identity. Used by hosts; knows none.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _DEPTH = 16
 _SAMPLE = 4096  # values of a tensor that are compared
 _PLAIN = (int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
 _SEQUENCES = (list, tuple, collections.deque)
+_CODE = (types.FunctionType, type, types.ModuleType)
 # Of the standard library, whose objects else are identities: loggers, locks, files.
 _ENTERED = {"builtins", "collections", "contextlib", "functools", "types", "unittest", "_thread"}
 _KNOWN = {"torch", "numpy"}  # and the standard library: their globals and classes keep nothing
@@ -57,17 +58,19 @@ def snapshot(roots: Mapping[str, Any], stop: Stop = lambda value: False) -> Snap
     """All that can be reached from the roots, whose names begin the names of what is."""
     made = Snapshot()
     for name, value in _walk(roots, stop):
-        made.found[name] = _mark(value)
+        made.found[name] = _mark(value, stop)
         made.held.append(value)
     return made
 
 
 def difference(before: Snapshot, after: Snapshot) -> str | None:
-    """The first name that is not the same in both, or None."""
-    for name in (*before.found, *after.found):
-        if before.found.get(name, before) != after.found.get(name, after):
-            return name
-    return None
+    """The first name that is not the same in both, or None; rather what is in a container than the
+    container.
+    """
+    names = dict.fromkeys((*before.found, *after.found))
+    found = [n for n in names if before.found.get(n, before) != after.found.get(n, after)]
+    inner = [name for name in found[1:] if name.startswith(found[0])]
+    return next(iter(inner or found), None)
 
 
 def functions(roots: Mapping[str, Any], stop: Stop = lambda value: False) -> Iterator[Any]:
@@ -116,6 +119,8 @@ def _parts(value: Any, owner: Any) -> Iterator[tuple[str, Any, Any]]:
     elif isinstance(value, types.MethodType):
         yield "", value.__func__, value.__self__
         yield "self", value.__self__, None
+    elif isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType)):
+        yield "", value.__self__, None
     elif isinstance(value, functools.partial):
         for name, part in (("", value.func), ("args", value.args), ("args", value.keywords)):
             yield name, part, None
@@ -245,7 +250,7 @@ def _root(module: str | None) -> str:
 # ---- what is compared ----------------------------------------------------------------------------
 
 
-def _mark(value: Any) -> Any:
+def _mark(value: Any, stop: Stop) -> Any:
     if isinstance(value, _PLAIN):
         return type(value), repr(value)
     if isinstance(value, torch.Tensor):
@@ -268,6 +273,8 @@ def _mark(value: Any) -> Any:
         return id(value), value.gi_frame and value.gi_frame.f_lasti
     if type(value).__module__ in ("itertools", "builtins") and hasattr(value, "__next__"):
         return id(value), repr(value), operator.length_hint(value, 0)
+    if getattr(value, "__dict__", None) and not stop(value) and not isinstance(value, _CODE):
+        return type(value)
     return id(value)
 
 

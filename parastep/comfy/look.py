@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..reach import Snapshot, difference, is_known, package_of, snapshot
+from ..tracing.kdiffusion import AFTER_GUIDANCE
 from .serial import functions_in, is_hosts, kept, name_of
 
 Result = TypeVar("Result")
@@ -54,10 +55,8 @@ class Look:
         self.model, self.shared = model, shared
         functions = {**functions_in(options), **dict(_hung_in(model)), **dict(_replaced(model))}
         self._modules = {id(module) for module in model.modules()}
+        self._options = options
         self._roots = {**functions}
-        if functions:
-            inner = {**options.get("transformer_options", {}), "wrappers": None}
-            self._roots["the model options"] = {**options, "transformer_options": inner}
         foreign = [*functions.values(), *_foreign_classes(model)]
         if package_of(guider) not in _HOSTS:
             own = {k: v for k, v in vars(guider).items() if k not in _OF_THE_GUIDER}
@@ -67,14 +66,15 @@ class Look:
         self._findings = _known.setdefault(model, {})
         self.reason = kept(self._roots) or self._findings.get(self._key)
         self.needed = bool(foreign) and self.reason is None and self._key not in self._findings
-        self.base: Snapshot | None = None if self.needed else self.reached()
+        self.base: Snapshot | None = None
 
-    def first(self, evaluate: Callable[[dict[str, Any]], Result], given: dict[str, Any]) -> Result:
-        """`evaluate(given)`, where `given` has the model options; sets `reason`."""
-        self.base, attributes, weights = self.reached(), self.attributes(), self._weights()
-        inside = _Inside(self, attributes)
+    def first(self, evaluate: Callable[[], Result]) -> Result:
+        """The result of an evaluation with the options of `begin`; sets `reason`."""
+        attributes, weights = self.attributes(), self._weights()
+        inside = _Inside(self, attributes, self._options)
+        self.base = self.reached()
         try:
-            result = evaluate(inside.added_to(given))
+            result = evaluate()
         finally:
             inside.remove()
         changed = difference(attributes, self.attributes()) or difference(weights, self._weights())
@@ -85,6 +85,14 @@ class Look:
         elif inside.changed is not None:
             self.reason = f"{inside.changed} changes in an evaluation and is put back"
         return result
+
+    def begin(self, options: dict[str, Any]) -> None:
+        """The options with which the sampler calls its model, for functions may keep things there:
+        they are never copied on the way.
+        """
+        self._options = options
+        if not self.needed:
+            self.base = self.reached()
 
     def changed(self) -> str | None:
         """What some function keeps, as far as this run has shown."""
@@ -115,7 +123,11 @@ class Look:
 
     def reached(self) -> Snapshot:
         """By the functions."""
-        return self._taken(self._roots)
+        if not self._roots:
+            return Snapshot()
+        own = {k: v for k, v in self._options.items() if k != AFTER_GUIDANCE}  # the sampler's too
+        inner = {k: v for k, v in own.get("transformer_options", {}).items() if k != "wrappers"}
+        return self._taken({**self._roots, "the options": own | {"transformer_options": inner}})
 
     def attributes(self) -> Snapshot:
         """Of the model's modules: their parts, hooks, and all that somebody keeps there; weights
@@ -140,38 +152,31 @@ class Look:
 
     def compiles(self) -> bool:
         """Whether code is compiled in an evaluation, which hooks of ours would be compiled into."""
-        assert self.base is not None
         parts = list(self.model.modules())
         in_place = (part for part in parts if getattr(part, "_compiled_call_impl", None))
-        return any(in_place) or any(map(_is_compiled, (*parts, *self.base.held)))
+        return any(in_place) or any(map(_is_compiled, (*parts, *self.reached().held)))
 
 
 class _Inside:
     """Looks from within one evaluation in this thread, where others would evaluate meanwhile."""
 
-    def __init__(self, look: Look, attributes: Snapshot) -> None:
+    def __init__(self, look: Look, attributes: Snapshot, options: dict[str, Any]) -> None:
         self.changed: str | None = None
         self._look, self._attributes, self._thread = look, attributes, threading.get_ident()
         self._handle: Any = None
         self._parts = self._compared = 0
-        if look.shared and not look.compiles():
-            place = torch.nn.modules.module.register_module_forward_pre_hook
-            self._handle = place(self._at_part)
+        wrappers = options.setdefault("transformer_options", {}).setdefault("wrappers", {})
+        self._innermost = wrappers.setdefault("apply_model", {})
+        if look.shared:
+            self._innermost[KEY] = [self._at_model]
+            if not look.compiles():
+                place = torch.nn.modules.module.register_module_forward_pre_hook
+                self._handle = place(self._at_part)
 
     def remove(self) -> None:
+        self._innermost.pop(KEY, None)
         if self._handle is not None:
             self._handle.remove()
-
-    def added_to(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Arguments with a look in the innermost wrapper of the model."""
-        if not self._look.shared:
-            return given
-        options = dict(given.get("model_options") or {})
-        inner = dict(options.get("transformer_options", {}))
-        wrappers = dict(inner.get("wrappers", {}))
-        wrappers["apply_model"] = {**wrappers.get("apply_model", {}), KEY: [self._at_model]}
-        options["transformer_options"] = {**inner, "wrappers": wrappers}
-        return {**given, "model_options": options}
 
     def _at_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         self._compare(self._attributes, self._look.attributes)
@@ -197,7 +202,7 @@ def _attributes(module: torch.nn.Module) -> dict[str, Any]:
     own = package_of(module) in _HOSTS
     for name, value in list(vars(module).items()):
         if name == "_parameters":
-            value = {key: weight if weight is None else _place(weight) for key, weight in value.items()}
+            value = {key: _place(weight) for key, weight in value.items()}
         if name in _STRUCTURE:
             if isinstance(value, dict) and value:
                 found[name] = value
@@ -206,7 +211,9 @@ def _attributes(module: torch.nn.Module) -> dict[str, Any]:
     return found
 
 
-def _place(weight: torch.Tensor) -> tuple[Any, ...]:
+def _place(weight: torch.Tensor | None) -> tuple[Any, ...] | None:
+    if weight is None:
+        return None
     version = None if weight.is_inference() else weight._version
     return id(weight), weight.data_ptr(), weight.dtype, version
 
@@ -229,7 +236,7 @@ def _hung_in(model: Any) -> Iterator[tuple[str, Any]]:
 def _replaced(model: Any) -> Iterator[tuple[str, Any]]:
     """Functions of others in the host's classes and modules."""
     classes = dict.fromkeys(base for part in model.modules() for base in type(part).__mro__)
-    owners = [each for each in classes if package_of(each) in _HOSTS]
+    owners: list[Any] = [each for each in classes if package_of(each) in _HOSTS]
     for owner in (*owners, *filter(None, map(sys.modules.get, _REPLACED))):
         for name, value in list(vars(owner).items()):
             if isinstance(value, types.FunctionType) and not _is_own(value):

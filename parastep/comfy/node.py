@@ -300,9 +300,13 @@ class _Comfy(Host):
     def unknown(self) -> bool:
         return self.look is not None and self.look.needed
 
-    def look_at(self, evaluate: Any, arguments: dict[str, Any]) -> tuple[Any, str | None]:
+    def begin(self, arguments: dict[str, Any]) -> None:
+        if self.look is not None:
+            self.look.begin(arguments.get("model_options") or {})
+
+    def look_at(self, evaluate: Any) -> tuple[Any, str | None]:
         assert self.look is not None
-        return self.look.first(evaluate, arguments), self.look.reason
+        return self.look.first(evaluate), self.look.reason
 
     def altered(self) -> str | None:
         now = self._settings()

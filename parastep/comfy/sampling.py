@@ -37,7 +37,7 @@ from ..tracing.kdiffusion import (
     to_d,
     to_denoised,
 )
-from .guidance import Guidance, Unguided, with_function
+from .guidance import Guidance, Unguided, telling
 
 # (x, sigma (B,)) -> denoised; a third argument is a function to be called after guidance.
 Lane = Callable[..., torch.Tensor]
@@ -55,6 +55,9 @@ class Host:
 
     interrupt: type[BaseException] = KeyboardInterrupt
 
+    def begin(self, arguments: dict[str, Any]) -> None:
+        """The sampler makes its first call of the model, with these."""
+
     def cancel(self, on: bool) -> None:
         """Asks all model calls in progress to raise `interrupt`, or no longer."""
 
@@ -68,11 +71,9 @@ class Host:
         """Whether nobody knows yet that the model is a function of its inputs."""
         return False
 
-    def look_at(
-        self, evaluate: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]
-    ) -> tuple[Any, str | None]:
-        """`evaluate(arguments)`, with nobody else at work, and why the model is no function."""
-        return evaluate(arguments), None
+    def look_at(self, evaluate: Callable[[], Any]) -> tuple[Any, str | None]:
+        """`evaluate()`, with nobody else at work, and why the model is no function, if so."""
+        return evaluate(), None
 
     def altered(self) -> str | None:
         """Why the lanes no longer compute what the model does, or None."""
@@ -270,6 +271,8 @@ class Sampling(Speculation):
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **arguments: Any) -> torch.Tensor:
         step, self.calls = self.calls, self.calls + 1
+        if step == 0:
+            self._host.begin(arguments)
         if self.core is None or self.reason is not None:
             return self._evaluate(x, sigma, None, arguments)
         self._watch(step, x, sigma, arguments)
@@ -293,8 +296,8 @@ class Sampling(Speculation):
         """The first evaluation, before any follower's, where the model has to be looked at."""
         if self.reason is not None or not self._host.unknown():
             return None
-        evaluate = partial(self._evaluation, x, sigma)
-        made, reason = self._host.look_at(evaluate, arguments)
+        evaluate = partial(self._evaluation, x, sigma, arguments)
+        made, reason = self._host.look_at(evaluate)
         if reason is not None:
             self.give_up(reason)
         return made
@@ -315,9 +318,10 @@ class Sampling(Speculation):
         arguments: dict[str, Any],
     ) -> torch.Tensor:
         self.evaluated += 1
-        if unguided is not None:
-            arguments = with_function(arguments, unguided)
-        return self._model(x, sigma, **arguments)
+        if unguided is None:
+            return self._model(x, sigma, **arguments)
+        with telling(arguments["model_options"], unguided):
+            return self._model(x, sigma, **arguments)
 
     def _answered(
         self,

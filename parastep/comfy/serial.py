@@ -80,10 +80,13 @@ def _callables(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
 
 
 def is_hosts(value: Any) -> bool:
-    """Whether it is of the host's core, whose models are looked at on their own, or ours."""
+    """Whether it is of the host's core, whose models are looked at on their own, or ours. What it
+    makes for each call, conditionings, is told by what it holds.
+    """
     if isinstance(value, types.MethodType):
         value = value.__self__
-    return package_of(value) in ("comfy", "parastep")
+    made = getattr(type(value), "__module__", None) == "comfy.conds"
+    return package_of(value) in ("comfy", "parastep") and not made
 
 
 def kept(roots: Mapping[str, Any]) -> str | None:

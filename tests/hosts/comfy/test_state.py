@@ -77,7 +77,7 @@ class ByAnotherName:
     def __init__(self):
         self.count = 0
 
-    def __call__(this, apply, given):  # noqa: N805
+    def __call__(this, apply, given):
         this.count += 1
         return scaled(forward(apply, given), this.count)
 
@@ -181,23 +181,38 @@ KEEPING = {
 }
 
 
-def three(make, patched, devices=("cpu",) * 3, kind="flow", steps=10, **options):
+def in_the_options(model):
+    """As guidance with momentum does."""
+
+    def function(given):
+        kept = given["model_options"].setdefault("momentum", {})
+        kept["last"] = step = given["cond"] - given["uncond"] + 0.1 * kept.get("last", 0.0)
+        return given["uncond"] + 2.0 * step
+
+    model = model.clone()
+    model.set_model_sampler_cfg_function(function)
+    return model
+
+
+def three(make, patched, devices=("cpu",) * 3, kind="flow", steps=10, sampler="euler", **given):
     """Latents, and reports where `patched`, of runs one after another with one changed model."""
     from parastep.comfy.node import of_model, patch
 
     model = make(build(kind))
     if patched:
-        model = patch(model, list(devices), **options)
+        model = patch(model, list(devices), **given)
     runs = []
     for seed in range(CALLS):
-        found = sample(model, kind, scheduler="simple", steps=steps, seed=seed)
+        settings = {"sampler": sampler, "scheduler": "simple", "steps": steps, "seed": seed}
+        found = sample(model, kind, **settings)
         runs.append((found, of_model(model).report if patched else None))
     return runs
 
 
-def check_serial(make, words="", **options):
+def check_serial(make, words="", sampler="euler", **options):
     """Right in all runs, each of them serial with a reason."""
-    for (own, _), (found, report) in zip(three(make, False), three(make, True, **options)):
+    runs = three(make, False, sampler=sampler), three(make, True, sampler=sampler, **options)
+    for (own, _), (found, report) in zip(*runs):
         assert torch.equal(found, own)
         assert report.fallback and words in report.fallback, report
         assert sum(report.evaluations[1:]) == 0 and report.rounds == report.steps
@@ -207,6 +222,40 @@ def check_serial(make, words="", **options):
 @pytest.mark.parametrize("given", [{"tolerance": "rehearse"}, {}, {"devices": ["cpu"]}])
 def test_what_keeps_something_runs_serially(how, given):
     check_serial(lambda model: wrapped(KEEPING[how]())(model), **given)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_cfg_pp"])
+def test_what_is_kept_in_model_options(sampler):
+    check_serial(in_the_options, "momentum", sampler)
+    check_serial(in_the_options, "momentum", sampler, tolerance="rehearse")
+
+
+def test_a_guider_that_counts():
+    import comfy.samplers
+
+    from parastep.comfy.node import of_model, patch
+
+    class Counting(comfy.samplers.CFGGuider):
+        kept = None
+
+        def predict_noise(self, x, timestep, *given, **more):
+            self.kept = [*(self.kept or ()), 1]
+            return scaled(super().predict_noise(x, timestep, *given, **more), len(self.kept))
+
+    def run(model):
+        from tiny_pack import models
+
+        guider = Counting(model)
+        guider.set_conds(models.conditioning("flow", 1), models.conditioning("flow", 2))
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        sigmas = torch.linspace(1.0, 0.0, 11)
+        sampler = comfy.samplers.sampler_object("euler")
+        with torch.inference_mode():
+            return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas)
+
+    ours = patch(build("flow"), ["cpu"] * 3, tolerance="rehearse")
+    assert torch.equal(run(build("flow")), run(ours))
+    assert "kept" in of_model(ours).report.fallback
 
 
 def test_what_is_kept_in_modules():
@@ -314,7 +363,7 @@ def compiled(model):
 def test_swapped_attributes(make):
     check_serial(make, "put back", tolerance="rehearse")
     check_serial(make, "put back")
-    for _, report in three(make, True, devices=["cpu"], steps=30):  # nobody else is there: strides are fine
+    for _, report in three(make, True, devices=["cpu"], steps=30):  # with nobody else there
         assert report.fallback is None and report.rounds < report.steps
 
 

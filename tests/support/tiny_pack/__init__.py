@@ -1,5 +1,5 @@
-"""Nodes of the tests: a loader of tiny models, texts for them, an end that tells the latents, and one
-that has our node rehearse.
+"""Nodes of the tests: a loader of tiny models, texts for them, an end that tells the latents, and
+one that has our node rehearse.
 
 The old form of nodes, which every version of the host loads.
 """
