@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from .. import _core
-from ..messages import describe
 from ..options import Options
 from ..report import Report
 from ..tolerance import Tolerance, number_of
@@ -85,7 +84,7 @@ def devices_of(model: Any, devices: str | Sequence[str | torch.device]) -> list[
     from comfy import model_management
 
     home = model.load_device
-    if devices == "auto":
+    if isinstance(devices, str) and devices.strip().lower() == "auto":
         others: list[Any] = [model_management.get_torch_device()]
         if hasattr(model_management, "get_all_torch_devices"):
             others = model_management.get_all_torch_devices()
@@ -95,15 +94,41 @@ def devices_of(model: Any, devices: str | Sequence[str | torch.device]) -> list[
     names = devices.replace(",", " ").split() if isinstance(devices, str) else list(devices)
     if not 0 < len(names) <= 256:
         raise _core.InvalidError(f"devices: {devices!r}: write 'auto', or as 'cuda:0, cuda:1'")
-    try:
-        found = [torch.device(name) for name in names]
-    except (RuntimeError, TypeError) as error:
-        raise _core.DeviceError(f"devices: {devices!r}: {describe(error)}") from error
+    found = [_device(name, home) for name in names]
     if _indexed(found[0]) != _indexed(home):
         raise _core.DeviceError(
             f"devices: the first is {found[0]}, but the model is on {home}: begin with that one"
         )
+    for device in found:
+        if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+            there = ", ".join(f"cuda:{k}" for k in range(count)) or "no CUDA device"
+            raise _core.DeviceError(f"devices: there is no {device}: PyTorch sees {there}")
     return [home if _indexed(device) == _indexed(home) else device for device in found]
+
+
+def _device(name: str | torch.device, home: torch.device) -> torch.device:
+    """Raises DeviceError where it is none, with what to write instead."""
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError):
+        word = str(name).lower()
+    if word == "auto":
+        instead = "write auto alone, for all devices that ComfyUI sees"
+    elif word.isdecimal():
+        kind = "cuda" if home.type == "cpu" else home.type
+        instead = f"write {kind}:{word}"
+    elif _is_device(word):
+        instead = f"write {word}"
+    else:
+        instead = "write auto, or a list as cuda:0, cuda:1"
+    raise _core.DeviceError(f"devices: {str(name)!r} is no device: {instead}")
+
+
+def _is_device(name: str) -> bool:
+    try:
+        return torch.device(name) is not None
+    except RuntimeError:
+        return False
 
 
 def _indexed(device: torch.device) -> tuple[str, int]:
@@ -130,6 +155,8 @@ def told(model: Any) -> tuple[str, torch.Tensor]:
 
 
 def _words(report: Report) -> str:
+    if not report.steps and report.fallback is not None:
+        return f"ran serially: {report.fallback}"
     lines = [str(report), f"evaluations on each rank: {report.evaluations}"]
     known = [drift for drift in report.drift if math.isfinite(drift)]
     if known:
@@ -181,8 +208,8 @@ class ParaStep:
     def __call__(self, executor: Any, guider: Any, sigmas: Any, *args: Any, **kwargs: Any) -> Any:
         sampler = executor.class_obj
         if not hasattr(sampler, "sampler_function"):
-            reason = f"the sampler {type(sampler).__name__} is no k-diffusion function"
-            self._tell(Report(ranks=len(self.devices), fallback=reason))
+            reason = f"the sampler {type(sampler).__name__} has a loop of its own, not ComfyUI's"
+            self._tell(Report(ranks=1, fallback=reason))
             return executor(guider, sigmas, *args, **kwargs)
         own, stock = copy.copy(sampler), sampler.sampler_function
         # By its name the host's log and other wrappers know what samples.

@@ -142,9 +142,8 @@ class Sampling(Speculation):
     @property
     def report(self) -> Report:
         """What happened, once `run` is over."""
-        ranks = 1 + len(self._lanes)
         if self.core is None:
-            report = Report(ranks=ranks, evaluations=[0] * ranks)
+            report = Report(ranks=1, evaluations=[0])
         else:
             report = Report.from_core(self.core.report(), self._options.decides)
         alone = self.evaluated - report.rounds
@@ -300,6 +299,8 @@ class Sampling(Speculation):
         made, reason = self._host.look_at(evaluate)
         if reason is not None:
             self.give_up(reason)
+            self._close()
+            self.core = None  # nobody was asked anything
         return made
 
     def _evaluation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -169,8 +170,18 @@ def test_refuses_what_cannot_be():
     model = build("eps")
     with pytest.raises(parastep.DeviceError, match="begin with that one"):
         patched_on(model, "cuda:0 cuda:1")
-    with pytest.raises(parastep.DeviceError, match="nonsense"):
-        patched_on(model, "nonsense")
+    for devices, words in (
+        ("nonsense", "'nonsense' is no device: write auto, or a list as cuda:0, cuda:1"),
+        ("CPU", "'CPU' is no device: write cpu"),
+        ("cpu, auto", "write auto alone"),
+        ("auto, cpu", "write auto alone"),
+        ("0,1", "'0' is no device: write cuda:0"),
+        ("cpu, cuda:63", "there is no cuda:63: PyTorch sees"),
+        (["cpu", 1.5], "'1.5' is no device: write auto"),
+    ):
+        with pytest.raises(parastep.DeviceError, match=re.escape(words)):
+            patched_on(model, devices)
+    assert patched_on(model, " Auto ").load_device == model.load_device
     with pytest.raises(parastep.InvalidError, match="write 'auto'"):
         patched_on(model, "")
     with pytest.raises(parastep.InvalidError, match="tolerance"):
