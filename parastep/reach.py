@@ -37,7 +37,6 @@ Stop = Callable[[Any], bool]
 
 _MOST = 200_000  # items of a walk, and how deep it goes
 _DEPTH = 16
-_SAMPLE = 4096  # values of a tensor that are compared
 _PLAIN = (int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
 _SEQUENCES = (list, tuple, collections.deque)
 _CODE = (types.FunctionType, type, types.ModuleType)
@@ -54,11 +53,15 @@ class Snapshot:
     held: list[Any] = field(default_factory=list)
 
 
-def snapshot(roots: Mapping[str, Any], stop: Stop = lambda value: False) -> Snapshot:
-    """All that can be reached from the roots, whose names begin the names of what is."""
+def snapshot(
+    roots: Mapping[str, Any], stop: Stop = lambda value: False, sample: int = 4096
+) -> Snapshot:
+    """All that can be reached from the roots, whose names begin the names of what is; `sample`, how
+    many of a tensor's values are compared.
+    """
     made = Snapshot()
     for name, value in _walk(roots, stop):
-        made.found[name] = _mark(value, stop)
+        made.found[name] = _mark(value, stop, sample)
         made.held.append(value)
     return made
 
@@ -250,13 +253,17 @@ def _root(module: str | None) -> str:
 # ---- what is compared ----------------------------------------------------------------------------
 
 
-def _mark(value: Any, stop: Stop) -> Any:
+def _mark(value: Any, stop: Stop, sample: int) -> Any:
     if isinstance(value, _PLAIN):
         return type(value), repr(value)
     if isinstance(value, torch.Tensor):
-        return _mark_of_tensor(value)
+        return _mark_of_tensor(value, sample)
     if isinstance(value, np.ndarray):
-        return value.ctypes.data, value.shape, value.ravel()[:: _stride(value.size)].tobytes()
+        return (
+            value.ctypes.data,
+            value.shape,
+            value.ravel()[:: max(value.size // sample, 1)].tobytes(),
+        )
     if isinstance(value, torch.Generator):
         return id(value), value.get_state().numpy().tobytes()
     if isinstance(value, np.random.Generator):
@@ -278,16 +285,12 @@ def _mark(value: Any, stop: Stop) -> Any:
     return id(value)
 
 
-def _mark_of_tensor(value: torch.Tensor) -> Any:
+def _mark_of_tensor(value: torch.Tensor, sample: int) -> Any:
     version = None if value.is_inference() else value._version
     place = type(value), value.shape, value.dtype, value.device, version
     try:
         with torch.inference_mode():
-            sample = value.detach().reshape(-1)[:: _stride(value.numel())].contiguous()
-            return *place, value.data_ptr(), sample.cpu().view(torch.uint8).numpy().tobytes()
+            seen = value.detach().reshape(-1)[:: max(value.numel() // sample, 1)].contiguous()
+            return *place, value.data_ptr(), seen.cpu().view(torch.uint8).numpy().tobytes()
     except (RuntimeError, TypeError, NotImplementedError):  # sparse, quantized, without memory
         return *place, id(value)
-
-
-def _stride(size: int) -> int:
-    return max(size // _SAMPLE, 1)

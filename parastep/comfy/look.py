@@ -75,6 +75,9 @@ class Look:
         self.base = self.reached()
         try:
             result = evaluate()
+        except BaseException:
+            self.base = None  # nothing has been shown
+            raise
         finally:
             inside.remove()
         changed = difference(attributes, self.attributes()) or difference(weights, self._weights())
@@ -136,14 +139,18 @@ class Look:
         return self._taken({path or "the model": _attributes(m) for path, m in self._named()})
 
     def _weights(self) -> Snapshot:
-        return self._taken(dict(self.model.named_parameters()))
+        """By their values; not where the host streams them from a file, which reads pages of it."""
+        patcher = getattr(self.model, "current_patcher", None)
+        if getattr(patcher, "is_dynamic", bool)():
+            return Snapshot()
+        return self._taken(dict(self.model.named_parameters()), sample=64)
 
     def _named(self) -> Iterator[tuple[str, Any]]:
         return self.model.named_modules()
 
-    def _taken(self, roots: Mapping[str, Any]) -> Snapshot:
+    def _taken(self, roots: Mapping[str, Any], **given: int) -> Snapshot:
         try:
-            return snapshot(roots, self._stops)
+            return snapshot(roots, self._stops, **given)
         except Exception:  # objects of others may do anything when they are read
             return Snapshot({f"{next(iter(roots))}, which cannot be read,": object()})
 

@@ -379,35 +379,42 @@ def state_of(model):
     return found
 
 
+class Failing:
+    """A hook that raises at noise levels from one on, as others would evaluate them too."""
+
+    below, error = -1.0, RuntimeError("out of memory")
+
+    def __call__(self, module, given):
+        if float(given[0].max()) < self.below:
+            raise self.error
+
+
 @pytest.mark.parametrize("make", [swapping, compiled, wrapped(forward)])
 def test_the_model_is_what_it_was(make):
-    """After runs that end, that fail and that are cancelled, early and late."""
+    """After runs that end, that fail and that are cancelled, in the first evaluation and later; and
+    what was not looked at to its end is not taken for clean.
+    """
     from comfy.model_management import InterruptProcessingException
 
-    from parastep.comfy.node import patch
+    from parastep.comfy.node import of_model, patch
 
-    class Failing:
-        """Raises in an evaluation; has no state that is seen from the function."""
-
-        left, error = 0, RuntimeError("out of memory")
-
-    def failing(module, given):
-        Failing.left -= 1
-        if Failing.left == 0:
-            raise Failing.error
-
-    model = build("flow")
-    model.model.diffusion_model.time.register_forward_pre_hook(failing)
+    model, hook = build("flow"), Failing()
+    model.model.diffusion_model.time.register_forward_pre_hook(hook)
     sample(model, "flow")  # so that the host has loaded it
     ours = patch(make(model), ["cpu"] * 3, tolerance="rehearse")
     before = state_of(model)
-    for left in (-1, 1, 2, 9):
+    for below in (2.0, 0.6, -1.0, 0.6, -1.0):
         for error in (RuntimeError("out of memory"), InterruptProcessingException()):
-            Failing.left, Failing.error = left, error
+            hook.below, hook.error = below, error
             with contextlib.suppress(RuntimeError, InterruptProcessingException):
                 sample(ours, "flow", scheduler="simple", steps=10)
             assert state_of(model) == before
             assert not torch.nn.modules.module._global_forward_pre_hooks
+    report = of_model(ours).report
+    if make in (swapping, compiled):
+        assert "put back" in report.fallback
+    else:
+        check_parallel(report)
 
 
 # ---- what keeps nothing --------------------------------------------------------------------------
@@ -436,6 +443,13 @@ def compiled_in_place(model):
     return model
 
 
+def compiled_as_an_object(model):
+    model = model.clone()
+    module = torch.compile(model.get_model_object("diffusion_model"), backend="eager")
+    model.add_object_patch("diffusion_model", module)
+    return model
+
+
 class Adapter:
     """An object with weights in place of attention's output."""
 
@@ -455,6 +469,7 @@ HARMLESS = {
     "RescaleCFG": (rescaled, "sd15"),
     "PAG": (with_guidance, "sd15"),
     "compiled in place": (compiled_in_place, "flow"),
+    "compiled as an object": (compiled_as_an_object, "sd15"),
 }
 
 
