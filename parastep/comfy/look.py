@@ -170,20 +170,24 @@ class _Inside:
     def __init__(self, look: Look, attributes: Snapshot, options: dict[str, Any]) -> None:
         self.changed: str | None = None
         self._look, self._attributes, self._thread = look, attributes, threading.get_ident()
-        self._handle: Any = None
+        self._handles: list[Any] = []
         self._parts = self._compared = 0
+        self._weights: dict[int, tuple[str, Any]] = {}
         wrappers = options.setdefault("transformer_options", {}).setdefault("wrappers", {})
         self._innermost = wrappers.setdefault("apply_model", {})
         if look.shared:
             self._innermost[KEY] = [self._at_model]
             if not look.compiles():
-                place = torch.nn.modules.module.register_module_forward_pre_hook
-                self._handle = place(self._at_part)
+                named = look.model.named_modules()
+                self._weights = {id(module): (path, _places(module)) for path, module in named}
+                hooks = torch.nn.modules.module
+                self._handles.append(hooks.register_module_forward_pre_hook(self._at_part))
+                self._handles.append(hooks.register_module_forward_hook(self._after_part))
 
     def remove(self) -> None:
         self._innermost.pop(KEY, None)
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def _at_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         self._compare(self._attributes, self._look.attributes)
@@ -199,6 +203,12 @@ class _Inside:
             self._compared += len(self._look.base.found) or _INSIDE
             self._compare(self._look.base, self._look.reached)
 
+    def _after_part(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Before its own hooks, which may put weights back that others before its call put in."""
+        path, weights = self._weights.get(id(module), ("", None))
+        if threading.get_ident() == self._thread and weights not in (None, _places(module)):
+            self.changed = self.changed or f"{path}: weights"
+
     def _compare(self, before: Snapshot, take: Callable[[], Snapshot]) -> None:
         if self.changed is None:
             self.changed = difference(before, take())
@@ -209,7 +219,7 @@ def _attributes(module: torch.nn.Module) -> dict[str, Any]:
     own = package_of(module) in _HOSTS
     for name, value in list(vars(module).items()):
         if name == "_parameters":
-            value = {key: _place(weight) for key, weight in value.items()}
+            value = _places(module)
         if name in _STRUCTURE:
             if isinstance(value, dict) and value:
                 found[name] = value
@@ -218,11 +228,21 @@ def _attributes(module: torch.nn.Module) -> dict[str, Any]:
     return found
 
 
-def _place(weight: torch.Tensor | None) -> tuple[Any, ...] | None:
-    if weight is None:
-        return None
-    version = None if weight.is_inference() else weight._version
-    return id(weight), weight.data_ptr(), weight.dtype, version
+def _places(module: torch.nn.Module) -> dict[str, Any]:
+    """Where a module's own weights are."""
+    found: dict[str, Any] = {}
+    for name, weight in module._parameters.items():
+        if weight is not None:
+            version = None if weight.is_inference() else weight._version
+            found[name] = id(weight), _address(weight), weight.dtype, version
+    return found
+
+
+def _address(weight: torch.Tensor) -> int:
+    try:
+        return weight.data_ptr()
+    except RuntimeError:  # of a class that wraps others
+        return 0
 
 
 # ---- what was hung into a model ------------------------------------------------------------------

@@ -359,7 +359,24 @@ def compiled(model):
     return model
 
 
-@pytest.mark.parametrize("make", [swapping, compiled])
+def casting(model):
+    """As hooks do that keep weights in fewer bits: they are cast for the time of a layer's call."""
+    net = model.model.diffusion_model.out
+
+    def cast(module, given):
+        module.stored = module.weight.data
+        module.weight.data = module.weight.data.to(torch.bfloat16).float()
+
+    def put_back(module, given, output):
+        module.weight.data = module.stored
+        del module.stored
+
+    net.register_forward_pre_hook(cast)
+    net.register_forward_hook(put_back)
+    return model
+
+
+@pytest.mark.parametrize("make", [swapping, compiled, casting])
 def test_swapped_attributes(make):
     check_serial(make, "put back", tolerance="rehearse")
     check_serial(make, "put back")
