@@ -218,9 +218,9 @@ def _attributes(module: torch.nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     own = package_of(module) in _HOSTS
     for name, value in list(vars(module).items()):
-        if name == "_parameters":
-            value = _places(module)
-        if name in _STRUCTURE:
+        if name in ("_parameters", "_buffers", "_modules"):
+            found.update(_places(module) if name == "_parameters" else value)
+        elif name in _STRUCTURE:
             if isinstance(value, dict) and value:
                 found[name] = value
         elif not (own and name.startswith("_")):  # where the host keeps what it streams
