@@ -9,7 +9,9 @@ adds to coming latents is handed over like noise, from the q of calls so far. Us
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,20 @@ def with_function(arguments: dict[str, Any], function: Function) -> dict[str, An
     options[AFTER_GUIDANCE] = [*options.get(AFTER_GUIDANCE, ()), function]
     options[UNGUIDED_TOO] = True
     return {**arguments, "model_options": options}
+
+
+@contextlib.contextmanager
+def telling(options: dict[str, Any], function: Function) -> Iterator[None]:
+    """The same in the sampler's own options, for one call: functions may keep things in there."""
+    before = {name: options[name] for name in (AFTER_GUIDANCE, UNGUIDED_TOO) if name in options}
+    options[AFTER_GUIDANCE] = [*before.get(AFTER_GUIDANCE, ()), function]
+    options[UNGUIDED_TOO] = True
+    try:
+        yield
+    finally:
+        for name in (AFTER_GUIDANCE, UNGUIDED_TOO):
+            del options[name]
+        options.update(before)
 
 
 class Guidance:

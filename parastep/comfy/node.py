@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from .. import _core
-from ..messages import describe
 from ..options import Options
 from ..report import Report
 from ..tolerance import Tolerance, number_of
 from ..tracing.kdiffusion import Traced, trace
 from .lanes import Lane, make_lanes, without_host_split
+from .look import Look
 from .replicas import Replicas, add_replicas, patcher_on
 from .sampling import Host, Sampling
 from .serial import reason_against
@@ -74,7 +74,8 @@ def patch(
     for kind in (wrappers.SAMPLER_SAMPLE, wrappers.PREPARE_SAMPLING):
         model.wrappers.get(kind, {}).pop(KEY, None)  # of a node before this one
     model.add_wrapper_with_key(wrappers.SAMPLER_SAMPLE, KEY, steps)
-    model.add_wrapper_with_key(wrappers.PREPARE_SAMPLING, KEY, steps.replicas.prepare)
+    if not options.untouched:
+        model.add_wrapper_with_key(wrappers.PREPARE_SAMPLING, KEY, steps.replicas.prepare)
     return model
 
 
@@ -83,7 +84,7 @@ def devices_of(model: Any, devices: str | Sequence[str | torch.device]) -> list[
     from comfy import model_management
 
     home = model.load_device
-    if devices == "auto":
+    if isinstance(devices, str) and devices.strip().lower() == "auto":
         others: list[Any] = [model_management.get_torch_device()]
         if hasattr(model_management, "get_all_torch_devices"):
             others = model_management.get_all_torch_devices()
@@ -93,15 +94,41 @@ def devices_of(model: Any, devices: str | Sequence[str | torch.device]) -> list[
     names = devices.replace(",", " ").split() if isinstance(devices, str) else list(devices)
     if not 0 < len(names) <= 256:
         raise _core.InvalidError(f"devices: {devices!r}: write 'auto', or as 'cuda:0, cuda:1'")
-    try:
-        found = [torch.device(name) for name in names]
-    except (RuntimeError, TypeError) as error:
-        raise _core.DeviceError(f"devices: {devices!r}: {describe(error)}") from error
+    found = [_device(name, home) for name in names]
     if _indexed(found[0]) != _indexed(home):
         raise _core.DeviceError(
             f"devices: the first is {found[0]}, but the model is on {home}: begin with that one"
         )
+    for device in found:
+        if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+            there = ", ".join(f"cuda:{k}" for k in range(count)) or "no CUDA device"
+            raise _core.DeviceError(f"devices: there is no {device}: PyTorch sees {there}")
     return [home if _indexed(device) == _indexed(home) else device for device in found]
+
+
+def _device(name: str | torch.device, home: torch.device) -> torch.device:
+    """Raises DeviceError where it is none, with what to write instead."""
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError):
+        word = str(name).lower()
+    if word == "auto":
+        instead = "write auto alone, for all devices that ComfyUI sees"
+    elif word.isdecimal():
+        kind = "cuda" if home.type == "cpu" else home.type
+        instead = f"write {kind}:{word}"
+    elif _is_device(word):
+        instead = f"write {word}"
+    else:
+        instead = "write auto, or a list as cuda:0, cuda:1"
+    raise _core.DeviceError(f"devices: {str(name)!r} is no device: {instead}")
+
+
+def _is_device(name: str) -> bool:
+    try:
+        return torch.device(name) is not None
+    except RuntimeError:
+        return False
 
 
 def _indexed(device: torch.device) -> tuple[str, int]:
@@ -128,6 +155,8 @@ def told(model: Any) -> tuple[str, torch.Tensor]:
 
 
 def _words(report: Report) -> str:
+    if not report.steps and report.fallback is not None:
+        return f"ran serially: {report.fallback}"
     lines = [str(report), f"evaluations on each rank: {report.evaluations}"]
     known = [drift for drift in report.drift if math.isfinite(drift)]
     if known:
@@ -179,8 +208,8 @@ class ParaStep:
     def __call__(self, executor: Any, guider: Any, sigmas: Any, *args: Any, **kwargs: Any) -> Any:
         sampler = executor.class_obj
         if not hasattr(sampler, "sampler_function"):
-            reason = f"the sampler {type(sampler).__name__} is no k-diffusion function"
-            self._tell(Report(ranks=len(self.devices), fallback=reason))
+            reason = f"the sampler {type(sampler).__name__} has a loop of its own, not ComfyUI's"
+            self._tell(Report(ranks=1, fallback=reason))
             return executor(guider, sigmas, *args, **kwargs)
         own, stock = copy.copy(sampler), sampler.sampler_function
         # By its name the host's log and other wrappers know what samples.
@@ -210,7 +239,11 @@ class ParaStep:
         run_options = dataclasses.replace(self.options, tolerance=tolerance)
         several = len(self.devices) > 1 and not run_options.untouched
         if several or run_options.strides:
-            reason = reason_against(guider, extra_args)
+            model_options = extra_args.get("model_options", {})
+            reason = reason_against(guider, model_options)
+            if reason is None:
+                host.look = Look(guider.inner_model, guider, model_options, shared=several)
+                reason = host.look.reason
         if several and reason is None:
             patcher = functools.partial(
                 patcher_on, guider.model_patcher, extra_args.get("model_options", {})
@@ -227,6 +260,8 @@ class ParaStep:
                 stock, x, sigmas, arguments, options, rows, callback=callback, disable=disable
             )
         finally:
+            if host.look is not None and (kept := host.look.end()) is not None:
+                run.give_up(kept)
             report, asked = run.report, len(self.devices)
             if run_options.untouched:
                 report.add_idle(asked, run_options.limit(asked))
@@ -252,6 +287,7 @@ class _Comfy(Host):
         self._management = model_management
         self._model, self._guider = model, model.inner_model
         self._before = self._settings()
+        self.look: Look | None = None
         self.share = 1.0  # of an item's rms that a drift within the mask alone has
         mask = extra_args.get("denoise_mask")
         if mask is not None:
@@ -288,10 +324,23 @@ class _Comfy(Host):
             mask = options["denoise_mask_function"](sigma, mask, extra_options=extra)
         return denoised * mask + self._model.latent_image * (1.0 - mask)
 
+    def unknown(self) -> bool:
+        return self.look is not None and self.look.needed
+
+    def begin(self, arguments: dict[str, Any]) -> None:
+        if self.look is not None:
+            self.look.begin(arguments.get("model_options") or {})
+
+    def look_at(self, evaluate: Any) -> tuple[Any, str | None]:
+        assert self.look is not None
+        return self.look.first(evaluate), self.look.reason
+
     def altered(self) -> str | None:
         now = self._settings()
         changed = [name for name in now if now[name] != self._before.get(name)]
-        return f"the guider's {changed[0]} changed in the run" if changed else None
+        if changed:
+            return f"the guider's {changed[0]} changed in the run"
+        return None if self.look is None else self.look.changed()
 
     def _settings(self) -> dict[str, Any]:
         plain = (bool, int, float, str)

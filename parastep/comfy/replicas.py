@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -149,10 +149,15 @@ class Replicas:
         from comfy.sampler_helpers import estimate_memory
 
         self._missing = []
+        fixed = _fixed_control(conds)
         one, _ = estimate_memory(model, noise_shape, conds)
         least = model_management.minimum_inference_memory()
         for device, ranks in Counter(self._devices).items():
             self._room[device] = ranks
+            if fixed is not None and device != model.load_device:
+                self._room[device] = 0
+                self._missing.append(f"{device} is left out: {fixed} cannot be copied to it")
+                continue
             if device == torch.device("cpu") or (device == model.load_device and ranks == 1):
                 continue  # where the host itself does not ask, or asks for as much
             weights = (
@@ -170,6 +175,23 @@ class Replicas:
                 self._missing.append(
                     f"{device}: room for {self._room[device]} of {ranks} ranks: {gb}"
                 )
+
+
+def _fixed_control(conds: Mapping[str, Any]) -> str | None:
+    """The class of a ControlNet of which the host can make no copy for another device, or None.
+
+    In hosts without clones for several devices, where no ControlNet has one, lanes say so.
+    """
+    from comfy.controlnet import ControlBase
+
+    makes = getattr(ControlBase, "deepclone_multigpu", None)
+    for cond in (cond for each in conds.values() for cond in each):
+        control = cond.get("control") if makes is not None else None
+        while control is not None:
+            if getattr(type(control), "deepclone_multigpu", makes) is makes:
+                return f"the ControlNet {type(control).__name__}"
+            control = control.previous_controlnet
+    return None
 
 
 def _others(model: Any, key: str) -> list[Any]:

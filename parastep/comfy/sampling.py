@@ -37,11 +37,12 @@ from ..tracing.kdiffusion import (
     to_d,
     to_denoised,
 )
-from .guidance import Guidance, Unguided, with_function
+from .guidance import Guidance, Unguided, telling
 
 # (x, sigma (B,)) -> denoised; a third argument is a function to be called after guidance.
 Lane = Callable[..., torch.Tensor]
 Sampler = Callable[..., torch.Tensor]
+Evaluation = tuple[int, torch.Tensor, Unguided | None]  # when it began, denoised, unguided
 
 _PATIENCE = 10.0  # seconds for followers that are at work when the leader's loop is left
 
@@ -54,6 +55,9 @@ class Host:
 
     interrupt: type[BaseException] = KeyboardInterrupt
 
+    def begin(self, arguments: dict[str, Any]) -> None:
+        """The sampler makes its first call of the model, with these."""
+
     def cancel(self, on: bool) -> None:
         """Asks all model calls in progress to raise `interrupt`, or no longer."""
 
@@ -62,6 +66,14 @@ class Host:
     ) -> torch.Tensor:
         """What the model's own call does to its output whatever that is: the blend of a mask."""
         return denoised
+
+    def unknown(self) -> bool:
+        """Whether nobody knows yet that the model is a function of its inputs."""
+        return False
+
+    def look_at(self, evaluate: Callable[[], Any]) -> tuple[Any, str | None]:
+        """`evaluate()`, with nobody else at work, and why the model is no function, if so."""
+        return evaluate(), None
 
     def altered(self) -> str | None:
         """Why the lanes no longer compute what the model does, or None."""
@@ -130,9 +142,8 @@ class Sampling(Speculation):
     @property
     def report(self) -> Report:
         """What happened, once `run` is over."""
-        ranks = 1 + len(self._lanes)
         if self.core is None:
-            report = Report(ranks=ranks, evaluations=[0] * ranks)
+            report = Report(ranks=1, evaluations=[0])
         else:
             report = Report.from_core(self.core.report(), self._options.decides)
         alone = self.evaluated - report.rounds
@@ -259,14 +270,15 @@ class Sampling(Speculation):
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **arguments: Any) -> torch.Tensor:
         step, self.calls = self.calls, self.calls + 1
+        if step == 0:
+            self._host.begin(arguments)
         if self.core is None or self.reason is not None:
             return self._evaluate(x, sigma, None, arguments)
         self._watch(step, x, sigma, arguments)
+        alone = self._alone(x, sigma, arguments) if step == 0 else None
         if self.reason is None and (answer := self._ask(step, x, arguments)) is not None:
             return self._answered(x, sigma, answer, arguments)
-        began = _core.now_ns()
-        unguided = Unguided() if self._guidance is not None else None
-        denoised = self._evaluate(x, sigma, unguided, arguments)
+        began, denoised, unguided = alone or self._evaluation(x, sigma, arguments)
         if unguided is not None and unguided.seen is None:
             self.give_up("the guider tells nobody of its unguided output")
         if self.reason is None:
@@ -277,6 +289,28 @@ class Sampling(Speculation):
         self._check_interrupt()
         return denoised
 
+    def _alone(
+        self, x: torch.Tensor, sigma: torch.Tensor, arguments: dict[str, Any]
+    ) -> Evaluation | None:
+        """The first evaluation, before any follower's, where the model has to be looked at."""
+        if self.reason is not None or not self._host.unknown():
+            return None
+        evaluate = partial(self._evaluation, x, sigma, arguments)
+        made, reason = self._host.look_at(evaluate)
+        if reason is not None:
+            self.give_up(reason)
+            self._close()
+            self.core = None  # nobody was asked anything
+        return made
+
+    def _evaluation(
+        self, x: torch.Tensor, sigma: torch.Tensor, arguments: dict[str, Any]
+    ) -> Evaluation:
+        """One by the leader, at the latents of a call."""
+        began = _core.now_ns()
+        unguided = Unguided() if self._guidance is not None else None
+        return began, self._evaluate(x, sigma, unguided, arguments), unguided
+
     def _evaluate(
         self,
         x: torch.Tensor,
@@ -285,9 +319,10 @@ class Sampling(Speculation):
         arguments: dict[str, Any],
     ) -> torch.Tensor:
         self.evaluated += 1
-        if unguided is not None:
-            arguments = with_function(arguments, unguided)
-        return self._model(x, sigma, **arguments)
+        if unguided is None:
+            return self._model(x, sigma, **arguments)
+        with telling(arguments["model_options"], unguided):
+            return self._model(x, sigma, **arguments)
 
     def _answered(
         self,

@@ -43,6 +43,7 @@ _EXACT = 1e-7  # units of the noise level that a row of the sampler's own may be
 _NEAR = 10.0  # times the longest rows' error that shorter ones may have
 _SAME_LEVEL = 1e-2  # of a level: what float32 may lose of a small one; any choice of levels is more
 _MOST_CALLS = 8  # a step; a sampler that makes more chooses them by what the model returns
+_TRIAL = "a trial of the sampler on numbers of ours, which is to show what its steps do,"
 _ADAPTIVE = "the sampler chooses its noise levels by what the model returns"
 
 
@@ -167,7 +168,7 @@ def trace(
     except NotTraceableError:
         raise
     except Exception as error:
-        raise NotTraceableError(f"the sampler cannot be traced: {describe(error)}") from error
+        raise NotTraceableError(f"{_TRIAL} failed: {describe(error)}") from error
 
 
 def _traced(
@@ -184,7 +185,8 @@ def _traced(
     levels = torch.stack(asked.sigma).cpu() if asked.sigma else one.flatten()[:0].cpu()
     count = len(levels)
     if count < 2:
-        raise NotTraceableError(f"{count} model call{'s' * (count != 1)} leave nothing to gain")
+        calls = "1 model call leaves" if count == 1 else f"{count} model calls leave"
+        raise NotTraceableError(f"{calls} nothing to gain")
     if not bool((levels > 0).all()):
         raise NotTraceableError("the sampler asks for a model output at noise level 0")
     parts = 1 if asked.guided_alone else 2
@@ -221,7 +223,7 @@ def _on_basis(
         raise NotTraceableError(_ADAPTIVE)
     x = torch.stack([*asked.x, result]).reshape(count + 1, -1).double().cpu().numpy()
     if not np.isfinite(x).all():
-        raise NotTraceableError("the sampler gives no finite latents on basis vectors")
+        raise NotTraceableError(f"{_TRIAL} gave numbers that are not finite")
     return x
 
 

@@ -115,7 +115,7 @@ def test_no_room_of_c_uses_one_above_it() -> None:
 # each other.
 LEVELS = [
     ["_core", "_version"],
-    ["report"],
+    ["report", "reach"],
     ["messages", "options", "quiet", "sampling", "speculation", "stacking", "threads", "tolerance"],
     ["tracing", "processes", "planning"],
     ["comfy", "diffusers"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 Graph = dict[str, dict[str, Any]]
@@ -53,17 +54,33 @@ def basic(
 
 
 def insert(graph: Graph, given: dict[str, Any], report: bool = True) -> Graph:
-    """The graph with a ParaStep node behind "model", and a report behind "sampler"."""
+    """The graph with a ParaStep node behind "model", and a report behind "sampler".
+
+    The quality "rehearse", which no user has, is a node of the tests behind one of another quality.
+    """
+    rehearsed = given.get("quality") == "rehearse"
+    last = ["rehearsal" if rehearsed else "parastep", 0]
     made = {
-        name: {**each, "inputs": _rewired(each["inputs"], ["model", 0], ["parastep", 0])}
+        name: {**each, "inputs": _rewired(each["inputs"], ["model", 0], last)}
         for name, each in graph.items()
     }
-    made["parastep"] = parastep(**given)
+    made["parastep"] = parastep(**given | ({"quality": "balanced"} if rehearsed else {}))
+    if rehearsed:
+        made["rehearsal"] = node("TinyRehearsal", model=["parastep", 0])
     if report:
-        made["report"] = node("ParaStepReport", model=["parastep", 0], latent=["sampler", 0])
+        made["report"] = node("ParaStepReport", model=last, latent=["sampler", 0])
         made["words"] = node("TinyString", text=["report", 1])
     return made
 
 
 def _rewired(inputs: dict[str, Any], old: list[Any], new: list[Any]) -> dict[str, Any]:
     return {name: new if value == old else value for name, value in inputs.items()}
+
+
+def check_parallel(words: str) -> None:
+    """Of the report's words: every rank was there, and evaluated ahead."""
+    assert "serially" not in words and "left out" not in words, words
+    found = re.search(r"evaluations on each rank: \[(.*)\]", words)
+    assert found is not None, words
+    leader, *followers = map(int, found[1].split(","))
+    assert followers and sum(followers) >= leader - 1, words

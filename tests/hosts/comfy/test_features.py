@@ -133,6 +133,27 @@ def test_controlnet():
     check_parallel(of_model(ours).report)
 
 
+def test_a_controlnet_without_a_copy_leaves_devices_out(caplog):
+    """The host raises where a class of others has no way to copy itself to a device."""
+    from parastep.comfy.node import of_model, patch
+
+    def given():
+        return {"positive": text("sd15", 1, control=control())}
+
+    model = build()
+    if not hasattr(model, "deepclone_multigpu"):
+        pytest.skip("this version makes no clones for other devices")
+    own = sample(model, "sd15", **given())
+    ours = patch(model, ["cpu", "cpu:1", "cpu"], tolerance="rehearse")
+    assert torch.equal(sample(ours, "sd15", **given()), own)
+    report = of_model(ours).report
+    check_parallel(report)
+    assert report.ranks == 2
+    assert any("cpu:1 is left out: the ControlNet Tiny" in line for line in caplog.messages)
+    assert torch.equal(sample(ours, "sd15"), sample(model, "sd15"))
+    assert of_model(ours).report.ranks == 3
+
+
 def test_functions_of_the_model():
     def wrapped(model):
         model = model.clone()
@@ -282,6 +303,7 @@ def test_hooks_run_serially():
 def test_a_sampler_that_is_no_function():
     import comfy.samplers
 
+    from parastep.comfy import told
     from parastep.comfy.node import of_model, patch
 
     class Own(comfy.samplers.Sampler):
@@ -294,7 +316,32 @@ def test_a_sampler_that_is_no_function():
     with torch.inference_mode():
         noise = torch.randn(1, 4, 8, 8)
         guider.sample(noise, torch.zeros_like(noise), Own(), torch.tensor([1.0, 0.5, 0.0]))
-    assert "no k-diffusion function" in of_model(model).report.fallback
+    report = of_model(model).report
+    assert "the sampler Own has a loop of its own" in report.fallback and report.ranks == 1
+    assert told(model)[0] == f"ran serially: {report.fallback}"
+
+
+def test_a_sampler_that_cannot_be_tried_claims_no_ranks():
+    from comfy.samplers import KSAMPLER, CFGGuider
+
+    from parastep.comfy import told
+    from parastep.comfy.node import of_model, patch
+
+    def picky(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        if x.dtype != torch.float32 or x.shape[1:] != (4, 8, 8):
+            raise ValueError("latents of another kind")
+        return x - model(x, sigmas[0] * x.new_ones([len(x)]), **extra_args)
+
+    model = patch(build("eps"), ["cpu"] * 4)
+    guider = CFGGuider(model)
+    guider.set_conds(text("eps", 1), text("eps", 2))
+    noise = torch.randn(1, 4, 8, 8)
+    with torch.inference_mode():
+        sigmas = torch.tensor([1.0, 0.5, 0.0])
+        guider.sample(noise, torch.zeros_like(noise), KSAMPLER(picky), sigmas)
+    report = of_model(model).report
+    assert "a trial of the sampler" in report.fallback and "another kind" in report.fallback
+    assert report.ranks == 1 and report.evaluations == [1] and "on 1 rank" in told(model)[0]
 
 
 def test_replicas_on_other_devices(monkeypatch):

@@ -5,6 +5,7 @@ of CFG over devices. CPU devices with numbers stand for GPUs.
 from __future__ import annotations
 
 import gc
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -186,13 +187,8 @@ def test_the_split_goes_on_below_one_rank(split, order, monkeypatch):
 
     from parastep.comfy.node import of_model, patch
 
-    calls = []
-    real = comfy.samplers._calc_cond_batch_multigpu
-    monkeypatch.setattr(
-        comfy.samplers,
-        "_calc_cond_batch_multigpu",
-        lambda *args: calls.append(1) or real(*args),
-    )
+    counted = Mock(wraps=comfy.samplers._calc_cond_batch_multigpu)
+    monkeypatch.setattr(comfy.samplers, "_calc_cond_batch_multigpu", counted)
     model, given = build("flow"), {"scheduler": "simple", "steps": 30}
     own = sample(model, "flow", **given)
     if order == "before":
@@ -201,5 +197,5 @@ def test_the_split_goes_on_below_one_rank(split, order, monkeypatch):
         ours = split(patch(model, ["cpu"]))
     found, report = sample(ours, "flow", **given), of_model(ours).report
     assert report.fallback is None and report.ranks == 1
-    assert len(calls) == report.rounds < 30
+    assert counted.call_count == report.rounds < 30
     assert (found - own).norm() < 0.05 * own.norm()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -59,9 +60,30 @@ def compare(
     return own, found, report_of(ours)
 
 
+def test_exact_is_the_stock_sampler_alone(monkeypatch):
+    """No replica, no lane, and nothing asked of the host's memory."""
+    from parastep.comfy import node, replicas
+
+    def never(*args, **given):
+        raise AssertionError("at tolerance 0")
+
+    model, given = build("sd15"), {"sampler": "dpmpp_2m", "scheduler": "karras", "steps": 9}
+    own = sample(model, "sd15", **given)
+    for owner, name in ((replicas, "_add"), (replicas, "_free"), (node, "make_lanes")):
+        monkeypatch.setattr(owner, name, never)
+    for at in ("exact", 0.0):
+        ours = node.patch(model, ["cpu", "cpu:1", "cpu:2"], tolerance=at)
+        assert not ours.get_additional_models()
+        assert torch.equal(sample(ours, "sd15", **given), own)
+        report = report_of(ours)
+        assert report.evaluations == [9, 0, 0] and report.rounds == report.steps == 9
+        assert report.fallback is None and not report.failures
+        assert "2 of 3 ranks are idle" in report.limit
+
+
 @pytest.mark.parametrize("kind", ["eps", "v", "flow"])
 @pytest.mark.parametrize("sampler", SLICE)
-def test_exact_at_tolerance_0(sampler, kind):
+def test_rehearsed_is_exact(sampler, kind):
     own, found, report = compare(kind, sampler)
     assert torch.equal(own, found) and own.isfinite().all()
     assert report.rounds == report.steps > 1
@@ -108,27 +130,29 @@ def test_samplers_that_use_the_unguided_output(sampler, cfg):
 @pytest.mark.sweep
 @pytest.mark.parametrize("scheduler", SCHEDULES)
 @pytest.mark.parametrize("kind", ["eps", "v", "flow"])
-def test_every_sampler_is_exact_at_tolerance_0(kind, scheduler):
+def test_every_sampler_rehearsed_is_exact(kind, scheduler):
     from comfy.samplers import KSampler
 
-    model, wrong, serial, slow = build(kind), [], {}, []
-    exact = patched(model, 3, tolerance="rehearse")
+    model, wrong, idle, serial, slow = build(kind), [], [], {}, []
+    rehearsed = patched(model, 3, tolerance="rehearse")
     fast = patched(model, 3, tolerance=math.inf, max_stride=1)
     for sampler in KSampler.SAMPLERS:
         given = {"sampler": sampler, "scheduler": scheduler, "steps": 7, "cfg": 2.0}
-        same = torch.equal(sample(model, kind, **given), sample(exact, kind, **given))
-        report = report_of(exact)
+        same = torch.equal(sample(model, kind, **given), sample(rehearsed, kind, **given))
+        report = report_of(rehearsed)
         if not same or report.failures:
             wrong.append(sampler)
         if report.fallback is not None:
             serial[sampler] = report.fallback
             continue
+        if sum(report.evaluations[1:]) < report.rounds - 1:  # followers were at work
+            idle.append(sampler)
         sample(fast, kind, **given)
         if report_of(fast).rounds >= report.steps:
             slow.append(sampler)
     count = len(KSampler.SAMPLERS)
     print(f"\n{kind} {scheduler}: exact {count - len(wrong)} of {count}, serial {serial}")
-    assert not wrong and not slow
+    assert not wrong and not slow and not idle
     assert set(serial) <= set(SERIAL)
 
 
@@ -146,8 +170,18 @@ def test_refuses_what_cannot_be():
     model = build("eps")
     with pytest.raises(parastep.DeviceError, match="begin with that one"):
         patched_on(model, "cuda:0 cuda:1")
-    with pytest.raises(parastep.DeviceError, match="nonsense"):
-        patched_on(model, "nonsense")
+    for devices, words in (
+        ("nonsense", "'nonsense' is no device: write auto, or a list as cuda:0, cuda:1"),
+        ("CPU", "'CPU' is no device: write cpu"),
+        ("cpu, auto", "write auto alone"),
+        ("auto, cpu", "write auto alone"),
+        ("0,1", "'0' is no device: write cuda:0"),
+        ("cpu, cuda:63", "there is no cuda:63: PyTorch sees"),
+        (["cpu", 1.5], "'1.5' is no device: write auto"),
+    ):
+        with pytest.raises(parastep.DeviceError, match=re.escape(words)):
+            patched_on(model, devices)
+    assert patched_on(model, " Auto ").load_device == model.load_device
     with pytest.raises(parastep.InvalidError, match="write 'auto'"):
         patched_on(model, "")
     with pytest.raises(parastep.InvalidError, match="tolerance"):

@@ -12,12 +12,13 @@ from comfy_server import PromptError
 from parastep.tolerance import NAMES
 
 EXACT = {"quality": "exact"}
+REHEARSE = {"quality": "rehearse"}  # rounds with the stock latents
 
 
-def both(server, **given):
-    """(own, ours at tolerance 0, words of the report) of a basic graph."""
+def both(server, with_node, **given):
+    """(own, ours, words of the report) of a basic graph."""
     own = server.run(graphs.basic(**given)).outputs["end"]
-    made = server.run(graphs.basic(**given, with_node=EXACT)).outputs
+    made = server.run(graphs.basic(**given, with_node=with_node)).outputs
     return own, made["end"], made["words"]["text"][0]
 
 
@@ -53,9 +54,18 @@ def test_nodes_are_declared(server):
     ],
 )
 def test_the_same_picture(server, sampler, scheduler):
-    own, ours, words = both(server, kind="sd15", sampler=sampler, scheduler=scheduler)
+    given = {"kind": "sd15", "sampler": sampler, "scheduler": scheduler}
+    own, ours, words = both(server, REHEARSE, **given)
     assert ours["digest"] == own["digest"], words
-    assert "on 4 ranks" in words
+    graphs.check_parallel(words)
+
+
+def test_exact_is_the_stock_sampler_alone(server):
+    own, ours, words = both(server, EXACT, kind="sd15", steps=9)
+    assert ours["digest"] == own["digest"]
+    assert "evaluations on each rank: [9, 0, 0, 0]" in words
+    assert "untouched host" in words and "3 of 4 ranks are idle" in words
+    assert "serially" not in words
 
 
 def test_fewer_rounds(server):
@@ -101,7 +111,7 @@ def test_every_step_verified(server):
 def test_progress_and_previews_are_the_hosts_own(server):
     """20 events and as many previews, in order, of true latents: the same bytes as without us."""
     seen = []
-    for given in (None, {"quality": "exact"}, {"quality": "balanced"}):
+    for given in (None, REHEARSE, {"quality": "balanced"}):
         graph = graphs.basic("sd15", steps=20, seed=77, with_node=given)
         run = server.watch(graph)
         own = [event["value"] for event in run.of("progress") if event["node"] == "sampler"]
@@ -114,7 +124,7 @@ def test_progress_and_previews_are_the_hosts_own(server):
 def test_cancel_and_go_on(server):
     """Cancelling answers in the steps of a second, and the next prompt runs as ever."""
     own = server.run(graphs.basic("flow", scheduler="simple")).outputs["end"]["digest"]
-    slow = graphs.basic("flow", scheduler="simple", steps=200, slow_ms=50, with_node=EXACT)
+    slow = graphs.basic("flow", scheduler="simple", steps=200, slow_ms=50, with_node=REHEARSE)
     with server.listening() as events:
         prompt = server.submit(slow)
         until = time.monotonic() + 60
@@ -125,9 +135,9 @@ def test_cancel_and_go_on(server):
         with pytest.raises(PromptError, match="interrupted"):
             server.result(prompt, 60)
         assert sum(name == "progress" for name, _ in events) - done < 1000 / 50
-    again = server.run(graphs.basic("flow", scheduler="simple", with_node=EXACT))
+    again = server.run(graphs.basic("flow", scheduler="simple", with_node=REHEARSE))
     assert again.outputs["end"]["digest"] == own
-    assert "went on serially" not in again.outputs["words"]["text"][0]
+    graphs.check_parallel(again.outputs["words"]["text"][0])
 
 
 def test_errors_say_what_to_do(server):
@@ -144,7 +154,7 @@ def test_errors_say_what_to_do(server):
 
 
 def test_unload_and_run_again(server):
-    graph = graphs.basic("sd15", with_node=EXACT)
+    graph = graphs.basic("sd15", with_node=REHEARSE)
     first = server.run(graph).outputs["end"]["digest"]
     cached = server.watch(graph).of("execution_cached")[0]["nodes"]
     assert {"model", "parastep"} <= set(cached)
@@ -156,7 +166,7 @@ def test_unload_and_run_again(server):
         cached = again.of("execution_cached")[0]["nodes"]
     assert not {"model", "parastep", "sampler"} & set(cached)
     assert again.outputs["end"]["digest"] == first
-    assert "on 4 ranks" in again.outputs["words"]["text"][0]
+    graphs.check_parallel(again.outputs["words"]["text"][0])
 
 
 def test_a_cached_rerun_still_reports(server):
@@ -175,10 +185,11 @@ def test_two_samplers_on_one_patched_model(server):
         return {**graph, "second": second, "end": graphs.node("TinyEnd", latent=["second", 0])}
 
     own = chained(graphs.basic("flow", scheduler="simple"))
-    assert (
-        server.run(own).outputs["end"]["digest"]
-        == server.run(graphs.insert(own, EXACT)).outputs["end"]["digest"]
-    )
+    ours = graphs.insert(own, REHEARSE)
+    ours["report"]["inputs"]["latent"] = ["second", 0]
+    made = server.run(ours).outputs
+    assert made["end"]["digest"] == server.run(own).outputs["end"]["digest"]
+    graphs.check_parallel(made["words"]["text"][0])
 
 
 def test_img2img_batch_and_cfg_1(server):
@@ -189,8 +200,12 @@ def test_img2img_batch_and_cfg_1(server):
         {"steps": 1},
         {"steps": 2},
     ):
-        own, ours, words = both(server, kind="sd15", **given)
+        own, ours, words = both(server, REHEARSE, kind="sd15", **given)
         assert ours["digest"] == own["digest"], (given, words)
+        if given == {"steps": 1}:
+            assert "nothing to gain" in words
+        else:
+            graphs.check_parallel(words)
 
 
 def test_advanced_and_custom_samplers(server):
@@ -212,7 +227,9 @@ def test_advanced_and_custom_samplers(server):
     )
     graph = {**base, "sampler": advanced}
     own = server.run(graph).outputs["end"]["digest"]
-    assert server.run(graphs.insert(graph, EXACT)).outputs["end"]["digest"] == own
+    ours = server.run(graphs.insert(graph, REHEARSE)).outputs
+    assert ours["end"]["digest"] == own
+    graphs.check_parallel(ours["words"]["text"][0])
     custom = {
         **base,
         "noise": graphs.node("RandomNoise", noise_seed=4),
@@ -238,6 +255,6 @@ def test_advanced_and_custom_samplers(server):
     for guider in (custom["guider"], alone, dual):
         graph = {**custom, "guider": guider}
         own = server.run(graph).outputs["end"]["digest"]
-        ours = server.run(graphs.insert(graph, EXACT)).outputs
+        ours = server.run(graphs.insert(graph, REHEARSE)).outputs
         assert ours["end"]["digest"] == own
-        assert "serially" not in ours["words"]["text"][0]
+        graphs.check_parallel(ours["words"]["text"][0])

@@ -1,10 +1,13 @@
-"""Nodes of the tests: a loader of tiny models, texts for them, and an end that tells the latents.
+"""Nodes of the tests: a loader of tiny models, texts for them, an end that tells the latents, and
+one that has our node rehearse.
 
 The old form of nodes, which every version of the host loads.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -30,6 +33,30 @@ class TinyModel:
 
     def load(self, kind: str, seed: int, slow_ms: float) -> tuple[Any]:
         return (models.build(kind, seed, slow_ms),)
+
+
+class TinyRehearsal:
+    """Behind a ParaStep node: rounds are run, and none of their answers is used."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "rehearse"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def rehearse(self, model: Any) -> tuple[Any]:
+        from comfy.patcher_extension import WrappersMP
+
+        from parastep.comfy.node import KEY, of_model
+
+        model, kind = model.clone(), WrappersMP.SAMPLER_SAMPLE
+        steps = copy.copy(of_model(model))  # the server keeps the node's own for other graphs
+        steps.options = dataclasses.replace(steps.options, tolerance="rehearse")
+        model.remove_wrappers_with_key(kind, KEY)
+        model.add_wrapper_with_key(kind, KEY, steps)
+        return (model,)
 
 
 class TinyText:
@@ -101,6 +128,5 @@ class TinyString:
         return {"ui": {"text": [text]}}
 
 
-NODE_CLASS_MAPPINGS = {
-    kind.__name__: kind for kind in (TinyModel, TinyText, TinyLatent, TinyEnd, TinyString)
-}
+_KINDS = (TinyModel, TinyRehearsal, TinyText, TinyLatent, TinyEnd, TinyString)
+NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in _KINDS}
