@@ -22,8 +22,6 @@ import dis
 import enum
 import functools
 import inspect
-import operator
-import random
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +30,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from .marks import mark_of
 
 Stop = Callable[[Any], bool]
 
@@ -237,6 +237,8 @@ def package_of(thing: Any) -> str:
     """
     if isinstance(thing, types.FunctionType):
         return _root(thing.__globals__.get("__name__"))
+    if isinstance(thing, types.ModuleType):
+        return _root(thing.__name__)
     return _root((thing if isinstance(thing, type) else type(thing)).__module__)
 
 
@@ -253,44 +255,18 @@ def _root(module: str | None) -> str:
 # ---- what is compared ----------------------------------------------------------------------------
 
 
-def _mark(value: Any, stop: Stop, sample: int) -> Any:
+def _mark(value: Any, stop: Stop, samples: int) -> Any:
     if isinstance(value, _PLAIN):
         return type(value), repr(value)
-    if isinstance(value, torch.Tensor):
-        return _mark_of_tensor(value, sample)
-    if isinstance(value, np.ndarray):
-        return (
-            value.ctypes.data,
-            value.shape,
-            value.ravel()[:: max(value.size // sample, 1)].tobytes(),
-        )
-    if isinstance(value, torch.Generator):
-        return id(value), value.get_state().numpy().tobytes()
-    if isinstance(value, np.random.Generator):
-        return id(value), repr(value.bit_generator.state)
-    if isinstance(value, random.Random):
-        return id(value), hash(value.getstate())
+    known = mark_of(value, samples)
+    if known is not None:
+        return known
     if isinstance(value, types.MethodType):  # made anew wherever it is looked up
         return id(value.__func__), id(value.__self__)
     if isinstance(value, (Mapping, *_SEQUENCES)):
         return type(value), len(value)
     if isinstance(value, (set, frozenset)):
         return type(value), sorted(map(repr, value))
-    if isinstance(value, types.GeneratorType):
-        return id(value), value.gi_frame and value.gi_frame.f_lasti
-    if type(value).__module__ in ("itertools", "builtins") and hasattr(value, "__next__"):
-        return id(value), repr(value), operator.length_hint(value, 0)
     if getattr(value, "__dict__", None) and not stop(value) and not isinstance(value, _CODE):
         return type(value)
     return id(value)
-
-
-def _mark_of_tensor(value: torch.Tensor, sample: int) -> Any:
-    version = None if value.is_inference() else value._version
-    place = type(value), value.shape, value.dtype, value.device, version
-    try:
-        with torch.inference_mode():
-            seen = value.detach().reshape(-1)[:: max(value.numel() // sample, 1)].contiguous()
-            return *place, value.data_ptr(), seen.cpu().view(torch.uint8).numpy().tobytes()
-    except (RuntimeError, TypeError, NotImplementedError):  # sparse, quantized, without memory
-        return *place, id(value)

@@ -12,17 +12,16 @@ import collections
 import contextvars
 import functools
 import itertools
-import operator
-import random
 import sys
 import types
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
+from ..marks import mark_of
+from ..reach import package_of
 from .watch import names_used
 
 _LIBRARIES = frozenset(
@@ -30,7 +29,6 @@ _LIBRARIES = frozenset(
 )
 _TRUSTED = _LIBRARIES | set(sys.stdlib_module_names)
 _DEPTH, _ITEMS, _VALUES = 12, 256, 50_000  # how deep, how much of a container, how much in all
-_SAMPLES = 64  # elements of a tensor
 STRUCTURE = frozenset(vars(torch.nn.Module()))  # what every module has: weights, parts, hooks
 _PLAIN = (int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, range)
 _CONTAINERS = (list, tuple, collections.deque, set, frozenset)
@@ -49,16 +47,6 @@ def is_foreign(thing: Any) -> bool:
     A function by its globals: `functools.wraps` gives it the name of another's module.
     """
     return package_of(thing) not in _TRUSTED
-
-
-def package_of(thing: Any) -> str:
-    if isinstance(thing, types.FunctionType):
-        name = thing.__globals__.get("__name__")
-    elif isinstance(thing, types.ModuleType):
-        name = thing.__name__
-    else:
-        name = getattr(thing, "__module__", None)
-    return str(name).partition(".")[0]
 
 
 @functools.cache
@@ -129,40 +117,11 @@ _names_used = functools.lru_cache(maxsize=1024)(names_used)
 # ---- values --------------------------------------------------------------------------------------
 
 
-def mark(tensor: torch.Tensor) -> Any:
-    """A tensor as something to compare. A write through `.data`, or to an inference tensor, shows
-    in no version: some elements, spread over it, are looked at too.
-    """
-    version = None if tensor.is_inference() else tensor._version
-    try:
-        where, step = tensor.data_ptr(), max(tensor.numel() // _SAMPLES, 1)
-        count = min(tensor.numel(), _SAMPLES)
-        flat = tensor.detach().as_strided((count,), (step,), tensor.storage_offset())
-        seen = flat.contiguous().view(torch.uint8).cpu().numpy().tobytes()
-    except (RuntimeError, NotImplementedError, TypeError):  # a subclass, sparse, expanded
-        where, seen = 0, b""
-    return id(tensor), version, tensor.dtype, tensor.device, tensor.shape, where, seen
-
-
 def _leaf(value: Any) -> Any:
     """What tells one state of a thing from another, where nothing in it is walked."""
-    if isinstance(value, torch.Generator):
-        return id(value), value.get_state().numpy().tobytes()
-    if isinstance(value, random.Random):
-        return id(value), hash(value.getstate())
-    if isinstance(value, np.random.Generator):
-        return id(value), repr(value.bit_generator.state)
-    if isinstance(value, np.ndarray):
-        flat = value.reshape(-1)[:: max(value.size // _SAMPLES, 1)][:_SAMPLES]
-        return id(value), value.shape, value.dtype, flat.tobytes()
-    if isinstance(value, bytearray):
-        return id(value), bytes(value)
-    if isinstance(value, itertools.count):
-        return id(value), repr(value)
-    if isinstance(value, types.GeneratorType):
-        return id(value), value.gi_frame and value.gi_frame.f_lasti
-    if isinstance(value, Iterator) and hasattr(value, "__length_hint__"):
-        return id(value), operator.length_hint(value, -1)
+    known = mark_of(value)
+    if known is not None:
+        return id(value), known
     if isinstance(value, (dict, *_CONTAINERS)):
         return id(value), len(value)
     return id(value)
@@ -197,7 +156,7 @@ class Reach:
         elif isinstance(value, float):
             self.values[path] = value if value == value else "nan"
         elif isinstance(value, torch.Tensor):
-            self.values[path] = mark(value)
+            self.values[path] = _leaf(value)
         else:
             self.values[path] = _leaf(value)
             if depth and id(value) not in self._seen and len(self.values) < _VALUES:

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..messages import describe
+from ..reach import package_of
 from .hooks import attributes_of, is_compiled_in_place
-from .reach import STRUCTURE, Path, Reach, code_of, foreign_code, is_foreign, package_of
+from .reach import STRUCTURE, Path, Reach, code_of, foreign_code, is_foreign
 from .replicas import denoisers_of, made_by_hooks, modules_of
 from .watch import names_used
 

@@ -115,8 +115,9 @@ def test_no_room_of_c_uses_one_above_it() -> None:
 # each other.
 LEVELS = [
     ["_core", "_version"],
-    ["report", "reach"],
-    ["messages", "options", "quiet", "sampling", "speculation", "stacking", "threads", "tolerance"],
+    ["report", "marks"],
+    ["messages", "options", "quiet", "reach", "sampling", "speculation", "stacking", "threads",
+     "tolerance"],  # fmt: skip
     ["tracing", "processes", "planning"],
     ["comfy", "diffusers"],
     ["calibration", "check", "cli", "demo", "__init__", "__main__"],
