@@ -59,21 +59,21 @@ class Options:
         return options
 
     @property
-    def decides(self) -> float | None:
+    def verified_at(self) -> float | None:
         """The tolerance as a number; None under the published rule, which has none."""
         return number_of(self.tolerance) if self.policy == "verified" else None
 
     @property
     def exact(self) -> bool:
         """Whether nothing but what the host itself would compute may reach it."""
-        return self.decides == 0
+        return self.verified_at == 0
 
     @property
     def untouched(self) -> bool:
         """Whether the host runs as it would without us, and nobody evaluates ahead."""
         return self.exact and not self.rehearsed
 
-    def limit(self, ranks: int) -> str | None:
+    def idle_reason(self, ranks: int) -> str | None:
         """What keeps a run from being faster, as far as the options say it."""
         if not self.untouched:
             return None
@@ -83,4 +83,4 @@ class Options:
     @property
     def strides(self) -> bool:
         """Whether steps may be left out, so that one device gains too."""
-        return bool(self.decides) and self.max_stride != 1
+        return bool(self.verified_at) and self.max_stride != 1

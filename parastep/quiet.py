@@ -18,7 +18,7 @@ _calls = 0  # calls of parallel pipelines in progress, in whatever thread
 _show: Any = None  # what warnings are shown with outside of them
 
 
-def name_of(rank: int) -> str:
+def thread_name(rank: int) -> str:
     """The name of a follower's thread."""
     return f"parastep-{rank}"
 

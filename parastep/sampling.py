@@ -13,6 +13,7 @@ import numpy as np
 from . import _core
 from .messages import SerialWarning, describe, warn_of
 from .options import Options
+from .quiet import thread_name
 from .report import Report
 from .stacking import Stacking
 from .threads import HostContext
@@ -199,12 +200,12 @@ def sample(
         for rank in range(1, ranks):
             follower = leader.follower(rank)
             body = partial(serve, follower, stacking)
-            lanes[rank] = context.start(body, f"parastep-{rank}", device=getattr(x, "device", None))
+            lanes[rank] = context.start(body, thread_name(rank), device=getattr(x, "device", None))
         result = _run(leader, steps, stacking, x, first, not options.exact, noise)
     finally:
         leader.finish()
-    report = Report.from_core(leader.report(), options.decides)
-    report.add_idle(asked, options.limit(asked))
+    report = Report.from_core(leader.report(), options.verified_at)
+    report.add_idle(asked, options.idle_reason(asked))
     report.forwards, report.unbatched = stacking.forwards, stacking.unbatched
     for line in report.failures:
         lanes.pop(line.rank, None)  # it may be hanging; daemon threads do not keep the process

@@ -27,10 +27,10 @@ from ..report import Report
 from ..tolerance import Tolerance, number_of
 from ..tracing.kdiffusion import Traced, trace
 from .lanes import Lane, make_lanes, without_host_split
-from .look import Look
 from .replicas import Replicas, add_replicas, patcher_on
 from .sampling import Host, Sampling
 from .serial import reason_against
+from .state import Look
 
 KEY = "parastep"  # of the wrappers on a patched model
 
@@ -264,7 +264,7 @@ class ParaStep:
                 run.give_up(kept)
             report, asked = run.report, len(self.devices)
             if run_options.untouched:
-                report.add_idle(asked, run_options.limit(asked))
+                report.add_idle(asked, run_options.idle_reason(asked))
             self._tell(report)
 
     def _tell(self, report: Report) -> None:

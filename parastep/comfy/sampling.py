@@ -22,14 +22,13 @@ import torch
 from .. import _core
 from ..messages import describe
 from ..options import Options
-from ..quiet import name_of
+from ..quiet import thread_name
 from ..report import Report
 from ..sampling import serve
 from ..speculation import Speculation
 from ..stacking import Stacking
 from ..threads import HostContext
 from ..tracing.kdiffusion import (
-    NotTraceableError,
     Traced,
     added_functions,
     call_after_guidance,
@@ -37,6 +36,7 @@ from ..tracing.kdiffusion import (
     to_d,
     to_denoised,
 )
+from ..tracing.schedulers import NotTraceableError
 from .guidance import Guidance, Unguided, telling
 
 # (x, sigma (B,)) -> denoised; a third argument is a function to be called after guidance.
@@ -145,7 +145,7 @@ class Sampling(Speculation):
         if self.core is None:
             report = Report(ranks=1, evaluations=[0])
         else:
-            report = Report.from_core(self.core.report(), self._options.decides)
+            report = Report.from_core(self.core.report(), self._options.verified_at)
         alone = self.evaluated - report.rounds
         report.accepted = report.accepted + [1] * max(alone, 0)
         report.steps = self.calls
@@ -198,7 +198,7 @@ class Sampling(Speculation):
             # The leader keeps its own number of threads, which its bits may depend on.
             intraop = 1 if devices[rank].type == "cpu" else None
             try:
-                self._threads[rank] = context.start(body, name_of(rank), intraop, devices[rank])
+                self._threads[rank] = context.start(body, thread_name(rank), intraop, devices[rank])
             except RuntimeError as error:  # no more threads
                 self.core.leave_out(rank, describe(error))
 

@@ -3,7 +3,7 @@
 A follower evaluates a later step while the leader is at an earlier one. That is the same function
 only if nothing is kept from call to call. Whatever keeps something, as far as it can be read in the
 code that was hung into the model, is named here, and the run is the host's own, one step after
-another. What cannot be read is looked at in the first evaluation, see `look`.
+another. What cannot be read is looked at in the first evaluation, see `state`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""One call of a parallel pipeline: what its leader and its followers tell each other beside the
-core.
+"""What the leader and the followers of one pipeline call tell each other beside the core.
 
 The core carries points and outputs. Here goes what is said once: encoder outputs, who has the run's
 other end, what a step returns, who failed before there was a run. A follower that waits is always

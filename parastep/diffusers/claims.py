@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .replicas import denoisers_of, is_scheduler
+from .parts import denoisers_of, is_scheduler
 
 _lock = threading.Lock()
 _claimed: dict[int, Any] = {}  # the objects, by id, of all calls in progress

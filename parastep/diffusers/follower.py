@@ -24,7 +24,8 @@ from .call import Call
 from .hooks import Hooks, is_compiled_in_place
 from .leaving import GoBack, Leave
 from .listening import Listening
-from .replicas import AsItWas, denoisers_of
+from .parts import denoisers_of
+from .replicas import AsItWas
 from .skipping import Outputs, Skipping
 from .tensors import is_rounded, map_tensors
 

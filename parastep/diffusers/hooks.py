@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .replicas import encoders_of
+from .parts import encoders_of
 
 _ENCODER_METHODS = ("encode", "get_text_features", "get_image_features")
 

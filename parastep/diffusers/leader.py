@@ -26,7 +26,7 @@ from .batching import LEADER, Inputs
 from .call import Call, Followers
 from .hooks import Hooks
 from .listening import Listening
-from .replicas import denoisers_of
+from .parts import denoisers_of
 from .skipping import Outputs
 from .state import State, averages
 from .tensors import is_rounded
@@ -454,7 +454,7 @@ class Leader(Speculation):
             self._told(core.amend, self._as_latent(x))
         else:
             spent = self._told(core.amend, self._as_latent(x), self._answer)
-            tolerance = self.options.decides
+            tolerance = self.options.verified_at
             if None not in (spent, tolerance) and not spent < tolerance:
                 self.give_up("the host edited the latents after the denoiser was called")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..messages import describe
-from ..quiet import name_of
+from ..quiet import thread_name
 from ..threads import HostContext, finish_work
 from ..tracing.draws import cloned_global_generator
 from .call import Call
@@ -67,7 +67,9 @@ class LocalFollowers:
             stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.ranks[rank] = follower
         try:
-            self._threads[rank] = self._context.start(body, name_of(rank), intraop, device, stream)
+            self._threads[rank] = self._context.start(
+                body, thread_name(rank), intraop, device, stream
+            )
         except RuntimeError as error:  # no more threads
             self._call.fail(rank, describe(error))
 

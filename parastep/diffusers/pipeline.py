@@ -23,8 +23,9 @@ from ..options import Options
 from ..report import Report
 from ..tolerance import Tolerance
 from .claims import claimed
-from .ranks import Ranks, ranks_of, refuse_split
-from .replicas import denoisers_of
+from .parts import denoisers_of
+from .places import ranks_of, refuse_split
+from .ranks import Ranks
 from .run import Run
 
 _OWN_PUBLIC = ("pipe", "report")

@@ -1,4 +1,4 @@
-"""Replicas of a pipeline, one a follower, and what of a pipeline is denoiser and what encoder.
+"""Replicas of a pipeline, one a follower, and what they were made from.
 
 A replica has denoisers and schedulers of its own; parameters are shared where the device is the
 same and copied where it is not. Its encoders are twins: module objects of their own, for hooks,
@@ -9,47 +9,13 @@ before any hook is placed: a copy of a hooked module would keep the original's c
 from __future__ import annotations
 
 import copy
-import re
 from collections import OrderedDict
 from typing import Any
 
 import torch
 
-# The first of these that some component fits says what the loop calls.
-_DENOISERS = (
-    re.compile(r"(unet|transformer|controlnet|denoiser|dit|unconditional_transformer)"),
-    re.compile(r"(decoder|generator)$"),
-    re.compile(r"prior"),
-)
-_ENCODER = re.compile(
-    r"(encoder|embed|text_model|vae|vocoder|safety|language_model|projection|connector|movq|vq|"
-    r"vision|clip|tokenizer|watermark|upsampl|adapter)"
-)
-
-
-def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The pipeline's components that are modules, by name."""
-    return {k: v for k, v in vars(pipe).items() if isinstance(v, torch.nn.Module)}
-
-
-def denoisers_of(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The modules that its loop calls: by their usual names, else all that are not encoders."""
-    modules = modules_of(pipe)
-    for pattern in _DENOISERS:
-        found = {name: module for name, module in modules.items() if pattern.match(name)}
-        if found:
-            return found
-    return {name: m for name, m in modules.items() if not _ENCODER.search(name)} or modules
-
-
-def encoders_of(pipe: Any) -> dict[str, torch.nn.Module]:
-    """Its other modules: a follower takes their outputs from the leader."""
-    denoisers = denoisers_of(pipe)
-    return {name: module for name, module in modules_of(pipe).items() if name not in denoisers}
-
-
-def is_scheduler(value: Any) -> bool:
-    return hasattr(value, "step") and not isinstance(value, torch.nn.Module)
+from .changes import plain
+from .parts import denoisers_of, encoders_of, is_scheduler
 
 
 def unfit(pipe: Any) -> str | None:
@@ -196,27 +162,6 @@ def _is_still(own: dict[str, Any], content: dict[str, Any]) -> bool:
         return own == content
     except Exception:  # as other tensors do
         return False
-
-
-def plain(value: Any, depth: int = 2) -> Any:
-    """A value as something to compare later: numbers and names by value, the rest by id."""
-    if isinstance(value, (int, float, str, bool, torch.dtype, torch.device, type(None))):
-        return value
-    if isinstance(value, torch.Tensor):
-        version = 0 if value.is_inference() else value._version
-        return id(value), version, value.dtype, value.device, _address(value)
-    if depth and isinstance(value, (list, tuple)):
-        return tuple(plain(item, depth - 1) for item in value)
-    if depth and isinstance(value, dict):
-        return tuple((str(k), plain(v, depth - 1)) for k, v in value.items())
-    return id(value)
-
-
-def _address(tensor: torch.Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # a subclass without storage of its own
-        return 0
 
 
 def fingerprint(pipe: Any) -> int:

@@ -1,4 +1,4 @@
-"""One call of a parallel pipeline, from its arguments to its report.
+"""Runs one call of a parallel pipeline, from its arguments to its report.
 
 The pipe enters here once: its ranks are made ready, the leader sets its hooks, the pipe's own
 `__call__` runs, and whatever happens in it the hooks go, the followers leave, and the report is
@@ -104,8 +104,8 @@ class Run:
         report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
         report.seconds = time.perf_counter() - self._began
         report.fallback = leader.reason or self._why_nobody(report)
-        report.tolerance = self._options.decides
-        report.limit = self._options.limit(ranks)
+        report.tolerance = self._options.verified_at
+        report.limit = self._options.idle_reason(ranks)
         self.report = report
 
     def _is_lane_idle(self) -> bool:

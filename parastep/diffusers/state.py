@@ -23,8 +23,9 @@ import torch
 from ..messages import describe
 from ..reach import package_of
 from .hooks import attributes_of, is_compiled_in_place
+from .parts import denoisers_of, modules_of
 from .reach import STRUCTURE, Path, Reach, code_of, foreign_code, is_foreign
-from .replicas import denoisers_of, made_by_hooks, modules_of
+from .replicas import made_by_hooks
 from .watch import names_used
 
 _DATA = (int, str, float, type(None), tuple, list, dict, torch.Tensor, torch.nn.Module)

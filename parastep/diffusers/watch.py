@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from .changes import Changes, plain
 from .hooks import Hooks
-from .looking import Looking
-from .replicas import denoisers_of, plain
+from .parts import denoisers_of
 
 _OWN_COURSE = ("_interrupt", "_current_timestep")  # where the loop is, not what it computes
 _ADAPTER = re.compile("adapter|lora|peft|scaling")  # names that its parts go by
@@ -34,7 +34,7 @@ class Watch:
         self._pipe, self._hooks, self._changed = pipe, hooks, changed
         self._names = names_used(type(pipe)) - set(_OWN_COURSE)
         self._inputs: dict[str, weakref.ref[torch.Tensor]] = {}
-        self._parts: Looking | None = None  # of what the loop steps with
+        self._parts: Changes | None = None  # of what the loop steps with
         self._ended = False  # a change has been told
 
     def note_inputs(self, args: Any, kwargs: dict[str, Any]) -> None:
@@ -62,7 +62,7 @@ class Watch:
                 return callback(*args, **kwargs)
         if self._parts is None:
             scheduler = {"scheduler": self._pipe.scheduler}
-            self._parts = Looking(denoisers_of(self._pipe) | scheduler)
+            self._parts = Changes(denoisers_of(self._pipe) | scheduler)
         given = next((a for a in (*args, *kwargs.values()) if type(a) is dict), {})
         latents = given.get("latents", args[-1] if args else None)
         tensors = {k: v for k, v in given.items() if k != "latents"}

@@ -51,7 +51,7 @@ def in_follower() -> bool:
     ranks = (os.environ.get(name) for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
     if any(rank not in (None, "0") for rank in ranks):
         return True
-    return sys.argv[0] == "-c" and any(name.endswith(".workers") for name in sys.argv[2:3])
+    return sys.argv[0] == "-c" and any(name.endswith(".worker") for name in sys.argv[2:3])
 
 
 def order(folder: Path, fault: str, call: int) -> None:

@@ -23,7 +23,7 @@ from ...processes.peer import Peer
 from ...threads import HostContext
 from ...tracing.draws import cloned_global_generator
 from ..call import Call, Remote
-from ..replicas import is_scheduler
+from ..parts import is_scheduler
 from .packing import pack
 
 _log = logging.getLogger(__name__)

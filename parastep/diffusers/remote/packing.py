@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from ... import _core
-from ..replicas import denoisers_of, encoders_of, replicate, twin_of
+from ..parts import denoisers_of, encoders_of
+from ..replicas import replicate, twin_of
 
 _CALLS = ("forward", "encode", "get_text_features", "get_image_features")
 

@@ -21,6 +21,7 @@ from ...messages import describe
 from ...processes import pairs
 from ...processes.frames import Frame, Kind, Stream
 from ...processes.peer import Peer
+from ...quiet import thread_name
 from ...threads import finish_work
 from ..call import Call
 from ..follower import Follower
@@ -133,7 +134,7 @@ class Server:
         self._calls, self._other, self._on_gone = calls, other, gone
         self._current: RemoteCall | None = None
         self._pair: _core.Pair | None = None
-        self.peer = Peer(stream, f"parastep-{rank}", self._handle, self._gone)
+        self.peer = Peer(stream, thread_name(rank), self._handle, self._gone)
 
     def _handle(self, frame: Frame) -> None:
         if frame.kind == Kind.CALL:

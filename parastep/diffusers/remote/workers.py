@@ -2,7 +2,7 @@
 
 `parallelize(..., mode="processes")` keeps a `Workers`: one process for each follower, started with
 the first call and kept for the next ones. The model goes over once, as memory that all workers map.
-The lower half of this file is what runs in a worker.
+`worker` is what runs in one.
 """
 
 from __future__ import annotations
@@ -10,14 +10,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import logging
 import os
-import queue
-import signal
-import socket
 import sys
 import time
-import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -25,15 +20,13 @@ from typing import Any
 import torch
 
 from ... import _core
-from ...messages import describe
-from ...processes.frames import Frame, Kind, read_frame, write_frame
+from ...processes.frames import Frame, Kind, write_frame
 from ...processes.spawning import Spawned
-from ...processes.streams import SocketStream
 from ..call import Call
 from ..replicas import fingerprint
 from .link import Link, RemoteFollowers
-from .packing import pipeline_from_memory, pipeline_to_memory
-from .serving import RemoteCall, Server
+from .packing import pipeline_to_memory
+from .worker import main
 
 _LOADING = 600.0  # seconds for a worker to start and to load the model
 
@@ -120,7 +113,7 @@ class _Worker:
     """A process, and the connection to it."""
 
     def __init__(self, rank: int, device: torch.device) -> None:
-        self._process = Spawned(__spec__.name)
+        self._process = Spawned(main.__module__)
         stream = self._process.stream
         hello = {"path": sys.path, "rank": rank, "device": str(device)}
         with contextlib.suppress(OSError):  # it died at once: the link is going to say so
@@ -152,54 +145,3 @@ class _Worker:
         """Its pipe ends and it is killed."""
         self._process.end()
         self.link.peer.close()
-
-
-# ---- in a worker ---------------------------------------------------------------------------------
-
-
-class _Serving:
-    """A worker's life: loads pipelines, follows calls, ends with its pipe."""
-
-    def __init__(self, stream: SocketStream, rank: int, device: torch.device) -> None:
-        self._stream, self._device = stream, device
-        self._replica: Any = None
-        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # calls, and models to be loaded
-        self._follower = Server(stream, rank, device, self._jobs, self._other, self._gone)
-
-    def _gone(self, why: str) -> None:
-        os._exit(0)  # the leader is, and whoever computes or hangs here does it for nobody
-
-    def _other(self, frame: Frame) -> None:
-        if frame.kind == Kind.MODEL and self._stream.descriptors:
-            self._jobs.put(self._stream.descriptors.popleft())
-
-    def run(self) -> None:
-        while True:
-            job = self._jobs.get()
-            if isinstance(job, RemoteCall):
-                self._follower.serve(job, self._replica)
-            else:
-                self._load(job)
-
-    def _load(self, memory: int) -> None:
-        self._replica, why = None, ""
-        try:
-            self._replica = pipeline_from_memory(memory, self._device)
-        except BaseException as error:  # a class that cannot be imported here, no memory, ...
-            why = describe(error)
-        finally:
-            os.close(memory)
-        self._follower.peer.send(Kind.LOADED, 0, why.encode())
-
-
-def main(descriptor: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader's user means the leader
-    stream = SocketStream(socket.socket(fileno=descriptor))
-    hello = json.loads(read_frame(stream).body)
-    sys.path[:] = hello["path"]
-    logging.disable(logging.CRITICAL)  # the leader says it, once
-    warnings.simplefilter("ignore")
-    device = torch.device(hello["device"])
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # whatever says no more than "cuda" means this one
-    _Serving(stream, hello["rank"], device).run()

@@ -39,7 +39,7 @@ from hosting import (  # noqa: E402
 )
 
 import parastep  # noqa: E402
-from parastep.diffusers.ranks import by_workers  # noqa: E402
+from parastep.diffusers.places import by_workers  # noqa: E402
 
 pytestmark = pytest.mark.timeout(280)  # a worker imports torch and diffusers, which takes seconds
 

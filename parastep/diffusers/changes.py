@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .replicas import plain
-
 # What torch keeps in each module beside what its forward reads.
 _IGNORED = ("state_dict", "backward", "non_persistent", "with_kwargs", "always_called")
 _DEPTH = 2  # containers and plain objects within a part: a processor, and a list in that
@@ -33,7 +31,7 @@ class Seen(NamedTuple):
     addresses: list[int]
 
 
-class Looking:
+class Changes:
     """`roots`: modules, or other objects, by name."""
 
     def __init__(self, roots: dict[str, Any]) -> None:
@@ -127,3 +125,24 @@ def _joined(name: str, key: Any) -> str:
     """As one would write it in Python; where torch keeps a module's parts is not part of it."""
     internal = key in ("_parameters", "_buffers", "_modules") or not isinstance(key, str)
     return name if internal else f"{name}.{key}"
+
+
+def plain(value: Any, depth: int = 2) -> Any:
+    """A value as something to compare later: numbers and names by value, the rest by id."""
+    if isinstance(value, (int, float, str, bool, torch.dtype, torch.device, type(None))):
+        return value
+    if isinstance(value, torch.Tensor):
+        version = 0 if value.is_inference() else value._version
+        return id(value), version, value.dtype, value.device, _address(value)
+    if depth and isinstance(value, (list, tuple)):
+        return tuple(plain(item, depth - 1) for item in value)
+    if depth and isinstance(value, dict):
+        return tuple((str(k), plain(v, depth - 1)) for k, v in value.items())
+    return id(value)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a subclass without storage of its own
+        return 0

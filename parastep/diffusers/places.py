@@ -1,0 +1,114 @@
+"""Where ranks are to be, by what the user wrote: devices, mode, group and slots, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import _core
+from ..messages import describe
+from .parts import denoisers_of
+from .ranks import Ranks, ranks_at
+from .remote.groups import Group, group_of
+from .replicas import split_over_processes
+
+
+def ranks_of(
+    pipe: Any,
+    devices: Sequence[str | torch.device] | None,
+    mode: str,
+    group: Any,
+    slots: str,
+) -> Ranks:
+    """Ranks by `parallelize`'s arguments; raises what that raises."""
+    if mode not in ("auto", "threads", "processes"):
+        raise _core.InvalidError(f"mode: {mode!r}: must be 'auto', 'threads' or 'processes'")
+    if group is not None and (devices is not None or mode == "threads"):
+        raise _core.InvalidError("group: its processes are the ranks: leave out devices and mode")
+    if slots not in ("auto", "batch"):
+        raise _core.InvalidError(f"slots: {slots!r}: must be 'auto' or 'batch'")
+    if slots == "batch" and (group is not None or devices is None or mode == "processes"):
+        raise _core.InvalidError(
+            "slots='batch': give devices, one device as often as a batch has steps, as "
+            "['cuda:0'] * 4, without group and mode"
+        )
+    home = _home_of(pipe)
+    if devices is None and mode != "threads":
+        found = group_of(group, home)
+        if found is not None:
+            return _of_group(pipe, found, home)
+    places = _devices_of(home, devices)
+    batch = slots == "batch"
+    if batch and len(set(places)) > 1:
+        named = ", ".join(dict.fromkeys(map(str, places)))
+        raise _core.UnsupportedError(
+            f"slots='batch': {named}: a batch is of one device, repeated; without slots each rank "
+            "evaluates a step of its own"
+        )
+    return ranks_at(places, by_workers(mode, places), batch, mode == "auto")
+
+
+def _of_group(pipe: Any, group: Group, home: torch.device) -> Ranks:
+    try:
+        refuse_split(pipe)
+    except _core.Error:
+        group.close()
+        raise
+    return Ranks([home] * group.size, group)
+
+
+def refuse_split(pipe: Any) -> None:
+    """A group whose processes share each forward of a denoiser cannot have them as ranks as well:
+    they would wait for each other.
+    """
+    name = split_over_processes(pipe)
+    if name is not None:
+        raise _core.UnsupportedError(
+            f"{name} is split over processes (enable_parallelism) that are to be ranks of a group "
+            "here: they would wait for each other; leave out one of the two"
+        )
+
+
+def by_workers(mode: str, places: list[torch.device]) -> bool:
+    """Whether followers are processes; "auto" has them where each rank has a device of its own."""
+    if mode != "auto":
+        return mode == "processes"
+    return places[0].type == "cuda" and 1 < len(places) == len(set(places))
+
+
+def _devices_of(
+    home: torch.device, devices: Sequence[str | torch.device] | None
+) -> list[torch.device]:
+    if devices is None:
+        kind = getattr(torch, home.type, None)
+        count = kind.device_count() if kind is not None and hasattr(kind, "device_count") else 1
+        own = home.index or 0
+        order = [own, *(k for k in range(count) if k != own)]
+        devices = [torch.device(home.type, k) if count > 1 else home for k in order]
+    if isinstance(devices, (str, torch.device)) or not 0 < len(devices) <= 256:
+        raise _core.InvalidError(f"devices: {devices!r}: a list is needed, as ['cuda:0', 'cuda:1']")
+    try:
+        found = [torch.device(device) for device in devices]
+    except (RuntimeError, TypeError) as error:
+        raise _core.DeviceError(f"devices: {devices!r}: {describe(error)}") from error
+    if found[0].type != home.type or (found[0].index or 0) != (home.index or 0):
+        raise _core.DeviceError(f"devices: the first is {found[0]}, but the pipe is on {home}")
+    if any(device.type not in ("cpu", "cuda") for device in found):
+        raise _core.UnsupportedError("devices: only CPU and CUDA devices so far")
+    if any(device.type != home.type for device in found):
+        raise _core.DeviceError(f"devices: {devices!r}: all CPU, or all CUDA devices, are needed")
+    return [device if device.type == "cpu" else _numbered(device) for device in found]
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """With its index: that of the current one where none was given."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.device("cuda", index)
+
+
+def _home_of(pipe: Any) -> torch.device:
+    """Where its denoisers' weights are; a module of the user's own need not tell its device."""
+    modules = denoisers_of(pipe).values()
+    return next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
