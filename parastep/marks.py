@@ -6,6 +6,8 @@ iterators. Used by what looks for state in a denoiser (`reach`, and each host's 
 
 from __future__ import annotations
 
+import functools
+import io
 import operator
 import random
 import types
@@ -47,6 +49,10 @@ def mark_of(value: Any, samples: int = 64) -> Any:
         return id(value), hash(value.getstate())
     if isinstance(value, bytearray):
         return id(value), bytes(value)
+    if isinstance(value, io.BytesIO) and not value.closed:
+        return id(value), value.tell(), value.getvalue()
+    if isinstance(value, functools._lru_cache_wrapper):
+        return id(value), value.cache_info()
     if isinstance(value, types.GeneratorType):
         return id(value), value.gi_frame and value.gi_frame.f_lasti
     if isinstance(value, Iterator) and type(value).__module__ in ("itertools", "builtins"):

@@ -18,7 +18,7 @@ import torch
 
 from .. import _core
 from ..messages import describe
-from ..tracing.draws import Draws
+from ..tracing.draws import RANDOM, Draws
 from .arguments import inputs_in, named_arguments
 from .call import Call
 from .hooks import Hooks, is_compiled_in_place
@@ -248,15 +248,12 @@ class _Private(Draws):
     """
 
     def __init__(self, random: torch.Generator) -> None:
-        super().__init__(lambda device: random, self._seen)
+        super().__init__(lambda device: random, lambda drawn: drawn)
         self._forbidden = False
 
-    def _seen(self, drawn: torch.Tensor) -> torch.Tensor:
-        if self._forbidden:
-            raise RuntimeError("its denoiser draws random numbers")
-        return drawn
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._forbidden and func in RANDOM:
+            raise RuntimeError("its denoiser draws random numbers")
         if self._forbidden and "dropout" in getattr(func, "__name__", ""):
             if _draws(func, args, kwargs or {}):
                 raise RuntimeError("its denoiser draws random numbers (dropout in training mode)")

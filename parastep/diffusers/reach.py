@@ -28,7 +28,10 @@ _LIBRARIES = frozenset(
     "torch diffusers transformers peft accelerate huggingface_hub parastep".split()
 )
 _TRUSTED = _LIBRARIES | set(sys.stdlib_module_names)
-_DEPTH, _ITEMS, _VALUES = 12, 256, 50_000  # how deep, how much of a container, how much in all
+_DEPTH, _ITEMS, _VALUES = 32, 4096, 50_000  # how deep, how much of a container, how much in all
+_SAMPLES = 4096  # elements of a tensor or an array
+# Of the standard library, whose objects else are an identity: locks, loggers, files.
+_ENTERED = {"_thread", "collections", "contextlib", "functools", "queue", "types", "weakref"}
 STRUCTURE = frozenset(vars(torch.nn.Module()))  # what every module has: weights, parts, hooks
 _PLAIN = (int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, range)
 _CONTAINERS = (list, tuple, collections.deque, set, frozenset)
@@ -119,7 +122,7 @@ _names_used = functools.lru_cache(maxsize=1024)(names_used)
 
 def _leaf(value: Any) -> Any:
     """What tells one state of a thing from another, where nothing in it is walked."""
-    known = mark_of(value)
+    known = mark_of(value, _SAMPLES)
     if known is not None:
         return id(value), known
     if isinstance(value, (dict, *_CONTAINERS)):
@@ -183,7 +186,8 @@ class Reach:
         if isinstance(value, type):
             return self._of_class(value)
         if isinstance(value, types.GeneratorType):
-            return list(value.gi_frame.f_locals.items()) if value.gi_frame else []
+            frame = value.gi_frame
+            return [*frame.f_locals.items(), ("", value.gi_yieldfrom)] if frame else []
         if isinstance(value, weakref.ref):
             return [("", value())]
         if isinstance(value, contextvars.ContextVar):
@@ -234,7 +238,9 @@ class Reach:
             own = {k: v for k, v in own.items() if k not in hidden} | buffers
         elif module:
             own = {k: v for k, v in own.items() if self._whole or k != "_parameters"}
-        elif not is_foreign(cls) and not isinstance(value, types.SimpleNamespace):
+        elif package_of(cls) in _ENTERED:
+            return list(own.items())
+        elif not is_foreign(cls):
             if package_of(cls) not in _LIBRARIES:
                 return []
             used = _names_used(cls)

@@ -22,6 +22,7 @@ import torch
 
 from ..messages import describe
 from ..reach import package_of
+from .changes import Changes, Seen
 from .hooks import attributes_of, is_compiled_in_place
 from .parts import denoisers_of, modules_of
 from .reach import STRUCTURE, Path, Reach, code_of, foreign_code, is_foreign
@@ -29,6 +30,7 @@ from .replicas import made_by_hooks
 from .watch import names_used
 
 _DATA = (int, str, float, type(None), tuple, list, dict, torch.Tensor, torch.nn.Module)
+_MADE_OF = ("_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _ABSENT = object()
 Values = dict[Path, Any]
 
@@ -79,7 +81,9 @@ class State:
             self._found = None
             return True
         self._look, settled = look, _are_same(look.found, self._found)
-        if not settled:
+        if settled:
+            look.altered()
+        else:
             look.begin()
         look.last = look.values()
         return settled
@@ -89,7 +93,7 @@ class State:
         look = self._look
         if look is None:
             return None
-        reason = look.changed() or look.end()
+        reason = look.changed() or look.end() or look.altered()
         self._found = look.found
         if reason is not None:
             self._reason, self._last = reason, look.last if look.reached else None
@@ -122,6 +126,8 @@ class _Look:
         self._during: list[Values] = []
         self._begun = False
         self._unread: str | None = None  # why it cannot be looked at
+        self._structure: Changes | None = None  # of the denoisers
+        self._seen: Seen | None = None  # of that, at the first such look
 
     def values(self) -> Values:
         """The shorter look: what foreign code reaches."""
@@ -218,6 +224,17 @@ class _Look:
         self.remove()
         return self._kept_words(*changed)
 
+    def altered(self) -> str | None:
+        """Weights, parts and hooks that are others than at the last such look: foreign code may
+        begin with that in mid-run.
+        """
+        if self._structure is None or self._seen is None:
+            self._structure = Changes(dict(_structure_of(self._denoisers)))
+            self._seen = self._structure.look()
+            return None
+        name = self._structure.changed(self._seen)
+        return None if name is None else f"{name} was changed while the denoiser ran"
+
     # ---- words -----------------------------------------------------------------------------------
 
     def _difference(self, before: Values, after: Values) -> tuple[Path, Any, Any] | None:
@@ -277,20 +294,28 @@ def _place_of(thing: Any) -> str:
 
 def foreign_in(pipe: Any) -> list[Foreign]:
     """All that hangs in a pipeline's denoisers, and its guider, and is no code of the host's."""
-    found, classes = [], set()
+    found, owners = [], {torch.nn.functional: None}
     for name, module in denoisers_of(pipe).items():
         for part in module.modules():
             cls = type(part)
             if is_foreign(cls):
                 found.append(Foreign(name, f"a part, {cls.__name__},", part))
             found += (Foreign(name, kind, thing, part) for kind, thing in _hung_in(part))
-            for base in (b for b in cls.__mro__ if b not in classes):
-                classes.add(base)
-                found += (Foreign(name, kind, thing) for kind, thing in _patched(base))
+            classes = (*cls.__mro__, *type(vars(part).get("processor")).__mro__)
+            owners |= dict.fromkeys(c for c in classes if not is_foreign(c))
+    for owner in owners:
+        found += (Foreign("the denoiser", kind, thing) for kind, thing in _patched(owner))
     guider = getattr(pipe, "guider", None)
     if guider is not None and is_foreign(type(guider)):
         found.append(Foreign("the pipeline", "a guider", guider))
     return found
+
+
+def _structure_of(denoisers: dict[str, torch.nn.Module]) -> Iterator[tuple[str, Any]]:
+    for name, module in denoisers.items():
+        for path, part in module.named_modules():
+            own = {key: vars(part)[key] for key in _MADE_OF}
+            yield f"{name}.{path}".rstrip("."), types.SimpleNamespace(**own)
 
 
 def _hung_in(part: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -312,9 +337,9 @@ def _is_own_method(part: torch.nn.Module, name: str, thing: Any) -> bool:
     return getattr(thing, "__func__", thing) is getattr(type(part), name, None)
 
 
-def _patched(cls: type) -> Iterator[tuple[str, Any]]:
-    """Methods of one of the host's classes that somebody replaced."""
-    for name, member in vars(cls).items() if not is_foreign(cls) else ():
+def _patched(owner: Any) -> Iterator[tuple[str, Any]]:
+    """Functions of one of the host's classes, or modules, that somebody replaced."""
+    for name, member in vars(owner).items():
         if isinstance(member, types.FunctionType) and foreign_code(member) is not None:
             yield f"a patched {name}", member
 

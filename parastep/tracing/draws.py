@@ -18,7 +18,7 @@ _LIKE = {
     torch.rand_like: torch.rand,
     torch.randint_like: torch.randint,
 }
-_RANDOM = {
+RANDOM = {
     *_NORMAL,
     *_LIKE,
     torch.rand,
@@ -52,7 +52,7 @@ class Draws(TorchFunctionMode):
         self._seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _RANDOM:
+        if func not in RANDOM:
             return func(*args, **(kwargs or {}))
         kwargs = dict(kwargs or {})
         if func in _LIKE:  # these take no generator in older versions of torch

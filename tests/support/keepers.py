@@ -6,6 +6,7 @@ of its own so that worker processes can import the classes.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import types
@@ -195,6 +196,47 @@ def class_is_patched(pipe: Any) -> None:
     pipe.unet.__class__ = twin
 
 
+def counts_in_a_user_dict(pipe: Any) -> None:
+    kept: Any = collections.UserDict(n=0)
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        kept["n"] += 1
+        return scaled(output, early(kept["n"]))
+
+    pipe.unet.register_forward_hook(hook)
+
+
+def counts_far_into_a_list(pipe: Any) -> None:
+    kept = [0] * 1000
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        kept[500] += 1
+        return scaled(output, early(kept[500]))
+
+    pipe.unet.register_forward_hook(hook)
+
+
+def counts_in_a_generator_within_another(pipe: Any) -> None:
+    def outer() -> Any:
+        yield from (early(n) for n in itertools.count(1))
+
+    n = outer()
+    pipe.unet.register_forward_hook(lambda m, args, output: scaled(output, next(n)))
+
+
+def class_of_processors_is_patched(pipe: Any) -> None:
+    """By somebody who counts in the class; again one of this pipe's own."""
+    own = AttnProcessor2_0
+    twin: Any = type(own.__name__, (own,), {"__module__": own.__module__, "count": 0})
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        twin.count += 1
+        return own.__call__(self, *args, **kwargs) * (1.0 if twin.count % 20 < 10 else 0.5)
+
+    twin.__call__ = call
+    pipe.unet.set_attn_processor(twin())
+
+
 KEEPERS = {
     skips_where_little_changed: "count of forward in keepers.py",
     counts_in_a_hook: "a hook that counts its calls (n of hook in keepers.py)",
@@ -208,6 +250,10 @@ KEEPERS = {
     weights_cast_around_each_layer: "changes its weights while it runs (",
     weights_swapped_for_the_call: "changes while it runs (weight of conv_out)",
     class_is_patched: "a patched forward that counts its calls",
+    counts_in_a_user_dict: "of hook in keepers.py",
+    counts_far_into_a_list: "of hook in keepers.py",
+    counts_in_a_generator_within_another: "of <lambda> in keepers.py",
+    class_of_processors_is_patched: "a patched __call__ that",
 }
 
 
@@ -225,6 +271,21 @@ def begins_late(pipe: Any) -> None:
 
     unet.kept = None
     unet.forward = types.MethodType(forward, unet)
+
+
+def swaps_a_part_late(pipe: Any) -> None:
+    """In a hook that keeps nothing itself."""
+
+    def hook(module: Any, args: Any) -> None:
+        if args[1] < 500 and not isinstance(module.conv_out, Wrapped):
+            module.conv_out = Wrapped(module.conv_out)
+
+    pipe.unet.register_forward_pre_hook(hook)
+
+
+def draws(pipe: Any) -> None:
+    """From torch's global generator, evenly."""
+    pipe.unet.register_forward_hook(lambda m, a, output: scaled(output, 0.9 + 0.1 * torch.rand(())))
 
 
 # ---- that do not ---------------------------------------------------------------------------------

@@ -207,7 +207,8 @@ def test_one_by_one_with_the_reason(
             with caught() as texts:
                 found = tiny.run(together, kwargs(steps=20))
             report = together.report
-            assert reason in report.unbatched and report.fallback is None
+            assert reason in report.unbatched
+            assert ("nobody is left" in (report.fallback or "")) == (tolerance == 0)
             assert texts and all("cannot share a batch" in text for text in texts)
             assert sorted(line.rank for line in report.failures) == [1, 2]
             assert threads() == []
@@ -246,7 +247,8 @@ def test_a_time_that_is_no_tensor(tolerance: float) -> None:
     with batch(pipe, 3, tolerance, max_stride=1) as together, caught() as texts:
         found = together(generator=torch.Generator().manual_seed(3))[0]
     report = together.report
-    assert "argument 2 of unet differs" in report.unbatched and len(texts) == 2
+    assert "argument 2 of unet differs" in report.unbatched and len(texts) == 3
+    assert "nobody is left" in report.fallback
     assert [line.rank for line in report.failures] == [1, 2]
     assert distance(found, wanted) <= tolerance and report.steps == 20
     if tolerance == 0:
@@ -360,7 +362,8 @@ def test_a_denoiser_that_raises_in_a_batch() -> None:
     unet.forward = faulty
     with caught() as texts:
         result, report, _ = call("sd", 8, together)
-    assert torch.equal(result, own("sd", 8).result) and len(texts) == 3
+    assert torch.equal(result, own("sd", 8).result) and len(texts) == 4
+    assert "nobody is left" in report.fallback
     assert "a batch raises RuntimeError: out of memory" in report.unbatched
     assert all("share a batch" in line.text for line in report.failures)
     check_next_call(together)

@@ -83,6 +83,26 @@ def test_state_that_begins_in_mid_run(tolerance: Any) -> None:
             assert all(torch.equal(*pair) for pair in zip(results(together, [1, 2]), wanted[1:]))
 
 
+def test_a_part_that_is_swapped_in_mid_run() -> None:
+    """By a hook that nothing tells of before: seen where the leader does it."""
+    wanted = results(with_hung(keepers.swaps_a_part_late), [0])
+    with parallel(with_hung(keepers.swaps_a_part_late), 3) as together, caught() as texts:
+        assert torch.equal(results(together, [0])[0], wanted[0])
+        assert "unet.conv_out was changed while the denoiser ran" in together.report.fallback
+    assert len(texts) == 1
+
+
+def test_random_draws_of_any_kind() -> None:
+    """The global generator is the leader's alone: no follower draws from it."""
+    found = []
+    for pipe in (with_hung(keepers.draws), parallel(with_hung(keepers.draws), 3)):
+        with torch.random.fork_rng(devices=[]), caught() as texts:
+            torch.manual_seed(5)
+            found.append((results(pipe, [0])[0], torch.get_rng_state()))
+    assert all(map(torch.equal, *found))
+    assert any("draws random numbers" in text for text in texts)
+
+
 @pytest.mark.parametrize("hang", keepers.PURE)
 def test_foreign_code_that_keeps_nothing(hang: Hang, looks: list[Any]) -> None:
     """Parallel, the first call too, in which alone it is looked at."""
