@@ -14,6 +14,7 @@ from .check import check
 from .planning.plan import plan
 from .planning.quantities import LINKS
 from .report import Report
+from .tolerance import read
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def _add_plan(commands: Any) -> None:
     command.add_argument("--forward", help="time of one forward, guidance included, as 600ms")
     command.add_argument("--ranks", default="2,4,8", help="as 8,16,32")
     command.add_argument("--link", default="pcie", help=f"{', '.join(LINKS)}, or as 3GB/s")
-    command.add_argument("--tolerance", type=float, default=0.02)
+    command.add_argument("--tolerance", type=read, default="balanced", help="a number, or a word")
     command.add_argument("--profile", nargs="+", help="JSON of report.to_dict() of runs")
     command.add_argument("--paper", type=int, metavar="W", help="the published rule, warm-up W")
     command.add_argument("--speeds", help="of each rank relative to the first, as 1,1,0.5")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, SupportsFloat, TypeAlias
+from typing import Any, Literal, SupportsFloat, TypeAlias, cast
 
 from . import _core
 
@@ -14,6 +14,14 @@ REHEARSE: Any = "rehearse"
 
 # Points of the curve that tests/bench/fidelity.py measures.
 NAMES: dict[str, float] = {"exact": 0.0, "high": 0.005, "balanced": 0.02, "fast": 0.05}
+
+
+def read(text: str) -> Tolerance:
+    """What was written on a command line: a number, or a name that is yet to be looked up."""
+    try:
+        return float(text)
+    except ValueError:
+        return cast(Tolerance, text)
 
 
 def number_of(tolerance: Tolerance) -> float:

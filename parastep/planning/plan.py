@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import _core
 from ..report import Report
+from ..tolerance import Tolerance, number_of
 from .quantities import LINKS, bytes_in, link_in, seconds_in, shown_bytes
 from .rounds import Pace, Profile, Warmup, default_profile
 
@@ -102,7 +103,7 @@ def plan(
     ranks: int | Sequence[int] = (2, 4, 8),
     link: str | float = "pcie",
     latency: float | str | None = None,
-    tolerance: float = 0.02,
+    tolerance: Tolerance = "balanced",
     profile: Report | Sequence[Report] | Profile | Pace | None = None,
     policy: str = "verified",
     warmup: int = 5,
@@ -143,7 +144,8 @@ def plan(
         known = profile
     if latents is None or forward is None:
         raise _core.InvalidError("latents and forward are needed, or a report as profile")
-    _check(steps, tolerance, policy, warmup)
+    tolerance = number_of(tolerance)
+    _check(steps, policy, warmup)
     rule = Warmup(warmup) if policy == "paper" else known or default_profile()
     rate, first = link_in(link)
     run = _Run(
@@ -250,11 +252,9 @@ def _speeds_in(speeds: Sequence[float]) -> list[float]:
     return [v / found[0] for v in found]
 
 
-def _check(steps: Any, tolerance: float, policy: str, warmup: int) -> None:
+def _check(steps: Any, policy: str, warmup: int) -> None:
     if not isinstance(steps, int) or steps < 1:
         raise _core.InvalidError(f"steps: {steps!r}: at least 1 is needed")
-    if not tolerance >= 0:
-        raise _core.InvalidError(f"tolerance: {tolerance}: must be 0 (exact) or above")
     if policy not in ("verified", "paper"):
         raise _core.InvalidError(f"policy: {policy!r}: must be 'verified' or 'paper'")
     if warmup < 1:

@@ -17,6 +17,7 @@ import diffusers
 import torch
 
 import parastep
+from parastep.tolerance import read
 
 
 def local_rank() -> int:
@@ -38,7 +39,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a name on the hub, or a folder")
     parser.add_argument("--prompt", default="a lighthouse at dusk")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--tolerance", type=float, default=0.02, help="0: the sequential bits")
+    about_tolerance = "a number, or a word: exact, high, balanced, fast"
+    parser.add_argument("--tolerance", type=read, default="balanced", help=about_tolerance)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for one GPU a rank")
     parser.add_argument("--out", default="picture.png")
     args = parser.parse_args()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import parastep
+from parastep.tolerance import read
 
 
 def options(about: str, *, steps: int, warmup: int, out: str, **extra: str) -> argparse.Namespace:
@@ -19,7 +20,8 @@ def options(about: str, *, steps: int, warmup: int, out: str, **extra: str) -> a
     parser.add_argument("--tiny", action="store_true", help="a dry run with tiny random weights")
     parser.add_argument("--devices", help="cuda:0,cuda:1,... (all of the pipe's kind; --tiny: CPU)")
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--tolerance", type=float, default=0.02, help="0: the untouched bits")
+    about_tolerance = "a number, or a word: exact, high, balanced, fast"
+    parser.add_argument("--tolerance", type=read, default="balanced", help=about_tolerance)
     parser.add_argument("--paper", action="store_true", help=f"the published rule, W = {warmup}")
     parser.add_argument("--compare", action="store_true", help="run sequentially too, and compare")
     parser.add_argument("--seed", type=int, default=0)
