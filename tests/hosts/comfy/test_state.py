@@ -501,7 +501,7 @@ def test_what_keeps_nothing_is_parallel_from_the_first_run_on(how):
 
 def test_only_the_first_run_looks(monkeypatch):
     """Later ones evaluate nothing alone; a stock model is never looked at."""
-    from parastep.comfy import look
+    from parastep.comfy import state as look
     from parastep.comfy.node import patch
 
     looked, first = [], look.Look.first
