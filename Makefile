@@ -351,12 +351,14 @@ build/tidy/%.ok: %.c $(HEADERS) .clang-tidy compile_flags.txt | $(VENV_STAMP)
 lint-py: $(VENV_STAMP)
 	@status=0; \
 	$(VENV)/bin/ruff check . || status=1; \
+	$(VENV)/bin/ruff format --quiet --check . || status=1; \
 	$(VENV)/bin/mypy || status=1; \
 	exit $$status
 
 format: $(VENV_STAMP) ## Format the C files, and let ruff fix what it can
 	$(VENV)/bin/clang-format -i $(C_FILES) $(HEADERS) $(CUDA_FILES)
 	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 # ---- sanitizers ----------------------------------------------------------------------------------
 

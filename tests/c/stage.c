@@ -128,7 +128,7 @@ void *stage_copy(const void *from, size_t bytes)
 
 void *stage_latent(const stage *on, uint64_t seed)
 {
-  void *x = malloc(stage_x_bytes(on));
+  void *x = calloc(1, stage_x_bytes(on));
   CHECK(x != NULL);
   for (size_t i = 0; i < stage_elements(on); ++i) {
     stage_store(x, on->layout.x, i, 3.0 * stage_random(&seed) + 2.0 * stage_random(&seed));

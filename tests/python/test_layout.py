@@ -116,8 +116,17 @@ def test_no_room_of_c_uses_one_above_it() -> None:
 LEVELS = [
     ["_core", "_version"],
     ["report", "marks"],
-    ["messages", "options", "quiet", "reach", "sampling", "speculation", "stacking", "threads",
-     "tolerance"],  # fmt: skip
+    [
+        "messages",
+        "options",
+        "quiet",
+        "reach",
+        "sampling",
+        "speculation",
+        "stacking",
+        "threads",
+        "tolerance",
+    ],  # fmt: skip
     ["tracing", "processes", "planning"],
     ["comfy", "diffusers"],
     ["calibration", "check", "cli", "demo", "__init__", "__main__"],

@@ -17,7 +17,6 @@ except ImportError:
     torch = None
 
 
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_like_numpy(dtype):
     values = ramp(4, 6, dtype=dtype)[:, ::-2]

@@ -31,7 +31,6 @@ except ImportError:
     torch = None
 
 
-
 def test_attributes():
     tensor = _core._roundtrip(ramp(2, 3, dtype=np.float64))
     assert tensor.shape == (2, 3) and tensor.ndim == 2

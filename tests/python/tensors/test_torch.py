@@ -23,7 +23,6 @@ except ImportError:
     torch = None
 
 
-
 @needs_torch
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])
