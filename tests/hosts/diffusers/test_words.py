@@ -1,4 +1,4 @@
-"""What users do with a parallel pipeline beside calling it: it works, or the words say what to do."""
+"""What users do with a parallel pipeline besides calling it: copy it, pickle it, pass it on."""
 
 from __future__ import annotations
 
