@@ -29,7 +29,7 @@ from .ranks import Ranks
 from .run import Run
 
 _OWN_PUBLIC = ("pipe", "report")
-_OWN = (*_OWN_PUBLIC, "_ranks", "_options", "_lock", "_process", "_caller", "_closed")
+_OWN = (*_OWN_PUBLIC, "_ranks", "_options", "_lock", "_process", "_closed")
 
 
 def parallelize(
@@ -102,7 +102,6 @@ class ParallelPipeline:
         self.report: Report | None = None
         self._ranks, self._options = ranks, options
         self._lock, self._process = threading.Lock(), os.getpid()
-        self._caller: int | None = None  # the thread that is in a call
         self._closed = False
 
     @property
@@ -167,10 +166,11 @@ class ParallelPipeline:
         if os.getpid() != self._process:  # a forked child, in which no thread is in a call
             self._lock, self._process = threading.Lock(), os.getpid()
         if not self._lock.acquire(blocking=False):
-            if self._caller == threading.get_ident():  # within a callback of its own call
-                return self.pipe(*args, **kwargs)
-            raise _core.StateError("another thread is in a call of this pipeline; one at a time")
-        group, self._caller = self._ranks.group, threading.get_ident()
+            raise _core.StateError(
+                "this pipeline is in a call already, in another thread or with this as its callback: "
+                "one at a time, since both would step one scheduler; parallelize another pipeline"
+            )
+        group = self._ranks.group
         try:
             if group is None:
                 return self._call(args, kwargs)
@@ -180,7 +180,6 @@ class ParallelPipeline:
             result, self.report = group.follow(self.pipe)
             return result
         finally:
-            self._caller = None
             self._lock.release()
 
     def _claimed(self) -> contextlib.AbstractContextManager[str | None]:

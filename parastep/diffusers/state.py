@@ -314,7 +314,7 @@ def foreign_in(pipe: Any) -> list[Foreign]:
 def _structure_of(denoisers: dict[str, torch.nn.Module]) -> Iterator[tuple[str, Any]]:
     for name, module in denoisers.items():
         for path, part in module.named_modules():
-            own = {key: vars(part)[key] for key in _MADE_OF}
+            own = {key: held for key, held in vars(part).items() if key in _MADE_OF}
             yield f"{name}.{path}".rstrip("."), types.SimpleNamespace(**own)
 
 

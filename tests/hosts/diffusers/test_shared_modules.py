@@ -134,20 +134,6 @@ def test_a_pipeline_within_a_callback(alone: list[Any], in_parallel: bool) -> No
     assert not in_parallel or "in use" in second.report.fallback
 
 
-def test_a_pipeline_within_its_own_callback(alone: list[Any]) -> None:
-    """It is called untouched there, as the pipeline itself would be."""
-    others, together = [], parallel(sharing(), 3)
-
-    def callback(pipe: Any, step: int, time: Any, given: Any) -> Any:
-        if step == STEPS - 1:  # both step one scheduler
-            others.append(result_of(together, 1))
-        return given
-
-    with caught():
-        assert torch.equal(result_of(together, callback_on_step_end=callback), alone[0])
-    assert torch.equal(others[0], alone[1]) and together.report.evaluations[1] > 0
-
-
 def test_a_call_that_raises_gives_its_modules_back(alone: list[Any]) -> None:
     def callback(pipe: Any, step: int, time: Any, given: Any) -> Any:
         raise KeyError("of the user's")
