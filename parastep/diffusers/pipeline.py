@@ -167,8 +167,8 @@ class ParallelPipeline:
             self._lock, self._process = threading.Lock(), os.getpid()
         if not self._lock.acquire(blocking=False):
             raise _core.StateError(
-                "this pipeline is in a call already, in another thread or in its own callback: one at "
-                "a time, since both would step one scheduler; parallelize another pipeline"
+                "this pipeline is in a call already, in another thread or in its own callback: one "
+                "at a time, since both would step one scheduler; parallelize another pipeline"
             )
         group = self._ranks.group
         try:

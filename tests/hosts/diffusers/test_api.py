@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 
 import tiny  # noqa: E402
-from hosting import attributes, devices, host, no_warnings, own, parallel  # noqa: E402
+from hosting import attributes, devices, host, no_warnings, own, parallel, threads  # noqa: E402
 
 import parastep  # noqa: E402
 
@@ -305,7 +305,7 @@ def test_warning_points_at_the_users_line() -> None:
 
 def test_nothing_of_the_thread_leaks() -> None:
     together = parallel(host("sd"), 3)
-    before, running = (torch.get_num_threads(), torch.is_grad_enabled()), set(threading.enumerate())
+    before = (torch.get_num_threads(), torch.is_grad_enabled())
     tiny.run(together, tiny.CASES["sd"].kwargs(steps=3))
     assert (torch.get_num_threads(), torch.is_grad_enabled()) == before
-    assert set(threading.enumerate()) <= running
+    assert threads() == []
