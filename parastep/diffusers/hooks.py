@@ -35,18 +35,20 @@ class _Placed:
 
 
 _lock = threading.Lock()
-_placed: list[_Placed] = []  # by all calls in progress, later ones above earlier ones
+# By all calls in progress, for each attribute of an instance, later ones above earlier ones.
+_placed: dict[tuple[int, str], list[_Placed]] = {}
 
 
 def attributes_of(obj: Any) -> dict[str, Any]:
     """An instance's own attributes as they are without hooks of ours."""
     own = dict(vars(obj))
     with _lock:
-        for placed in reversed(_placed):
-            if placed.obj is obj and placed.had:
-                own[placed.name] = placed.old
-            elif placed.obj is obj:
-                del own[placed.name]
+        for name in vars(obj):
+            stack = _placed.get((id(obj), name))
+            if stack and stack[0].had:
+                own[name] = stack[0].old
+            elif stack:
+                del own[name]
     return own
 
 
@@ -79,7 +81,7 @@ class Hooks:
         with _lock:
             placed = _Placed(obj, name, value, name in own, own.get(name))
             self._placed.append(placed)
-            _placed.append(placed)
+            _placed.setdefault((id(obj), name), []).append(placed)
             own[name] = value
 
     def wrap(self, obj: Any, name: str, hook: Callable[..., Any]) -> None:
@@ -178,11 +180,16 @@ def _without_instance(hook: Callable[..., Any], _: Any, *args: Any, **kwargs: An
 
 def _take_out(gone: _Placed) -> None:
     """From an attribute, or from beneath the one that another call has placed over it."""
-    _placed.remove(gone)
-    for above in _placed:
-        if above.obj is gone.obj and above.name == gone.name and above.old is gone.value:
-            above.had, above.old = gone.had, gone.old
-            return
+    key = id(gone.obj), gone.name
+    stack = _placed[key]
+    at = stack.index(gone)
+    above = stack[at + 1] if at + 1 < len(stack) else None
+    del stack[at]
+    if not stack:
+        del _placed[key]
+    if above is not None and above.old is gone.value:
+        above.had, above.old = gone.had, gone.old
+        return
     own = vars(gone.obj)
     if own.get(gone.name) is gone.value:
         if gone.had:
@@ -195,8 +202,9 @@ def _begin_without() -> None:
     """A forked child has the instances with the hooks of calls that are the parent's."""
     global _lock
     _lock = threading.Lock()
-    while _placed:
-        _take_out(_placed[-1])
+    for stack in list(_placed.values()):
+        while stack:
+            _take_out(stack[-1])
 
 
 os.register_at_fork(after_in_child=_begin_without)
