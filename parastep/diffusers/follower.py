@@ -25,7 +25,6 @@ from .hooks import Hooks, is_compiled_in_place
 from .leaving import GoBack, Leave
 from .listening import Listening
 from .parts import denoisers_of
-from .replicas import AsItWas
 from .skipping import Outputs, Skipping
 from .tensors import is_rounded, map_tensors
 
@@ -70,7 +69,7 @@ class Follower:
 
     def _enter(self, arguments: Any, random: torch.Generator) -> bool:
         """Runs the pipeline's call; True where it is to be entered again."""
-        before, hooks, (args, kwargs) = AsItWas(self.replica), Hooks(), arguments
+        hooks, (args, kwargs) = Hooks(), arguments
         self._private = _Private(random)
         try:
             self._place(hooks)
@@ -81,7 +80,7 @@ class Follower:
             return True
         finally:
             hooks.restore()
-            before.restore()
+            self.replica.as_made.restore()
         return self._ran_out()
 
     def _ran_out(self) -> bool:
