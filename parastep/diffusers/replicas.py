@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .changes import plain
+from .hooks import attributes_of
 from .parts import denoisers_of, encoders_of, is_scheduler
 
 
@@ -176,10 +177,16 @@ def fingerprint(pipe: Any) -> int:
     for name, value in vars(pipe).items():
         if not name.startswith("_") and not is_scheduler(value):
             seen.append((name, id(value), type(value)))
+    return hash((*seen, denoisers_print(pipe)))
+
+
+def denoisers_print(pipe: Any) -> int:
+    """The denoisers' share in it, the same with and without hooks of ours."""
+    seen: list[Any] = []
     for module in denoisers_of(pipe).values():
         for part in module.modules():
             ignored = {"_modules", "_diffusers_hook", *made_by_hooks(part)}
-            for key, value in vars(part).items():
+            for key, value in attributes_of(part).items():
                 if key == "processor":  # attention processors hold scales and sometimes weights
                     own = getattr(value, "__dict__", None)
                     seen.append((id(value), type(value), plain(own)))
