@@ -342,7 +342,7 @@ def no_output(output: Any) -> Any:
 
 
 def too_late(output: Any) -> Any:
-    time.sleep(1.5)
+    time.sleep(4.0)
     return output
 
 
@@ -351,7 +351,7 @@ FAULTS = {
     not_finite: "holds NaN or Inf",
     another_form: "does not fit",
     no_output: "does not fit",
-    too_late: "no output within 0.7 s",
+    too_late: "no output within 1.5 s",
 }
 
 
@@ -384,14 +384,14 @@ def left() -> list[str]:
     return threads()
 
 
-@pytest.mark.parametrize("number", range(STEPS))
+@pytest.mark.parametrize("number", [0, 2, 4])
 @pytest.mark.parametrize("fault", list(FAULTS))
 @pytest.mark.parametrize(("name", "count"), [("sd", 1), ("wan", 1), ("wan", 2)])
 def test_a_lost_helper_costs_speed(name: str, count: int, fault: Any, number: int) -> None:
     """The leader's, or the only follower's: its rank goes on with the head alone."""
     case, wanted = tiny.CASES[name], own(name, STEPS).result
     tolerance = 0 if name == "wan" and count == 1 else "rehearse" if name == "wan" else math.inf
-    options: dict[str, Any] = {"max_stride": 1, "deadline": 0.7 if fault is too_late else None}
+    options: dict[str, Any] = {"max_stride": 1, "deadline": 3.0 if fault is too_late else None}
     with pairs(host(name), count, tolerance, **options) as together:
         for _ in range(2):
             tiny.run(together, case.kwargs(steps=STEPS))
