@@ -6,7 +6,8 @@ A rank's hooks call `Team.call` in place of a denoiser. Two ways to share a step
   one a device, and the outputs are joined. Whether and how a forward can be cut is tried at step 0,
   beside the whole one. Equal to rounding, so never at tolerance 0.
 - Calls are foretold: where guidance makes several calls a step, the later ones' arguments are
-  guessed from the first one's and the iteration before, and evaluated by helpers meanwhile. When
+  guessed from the first one's and the iteration before, which at step 0 is one of the call before
+  with as many words and pixels, and evaluated by helpers meanwhile. When
   the host makes the call, its real arguments are compared bit for bit: the same ones take the
   helper's output, which is what the head itself would give; others are evaluated as ever.
 
@@ -59,6 +60,7 @@ class Cuts:
         self.reasons: dict[Any, str] = {}  # why it cannot
         self.exact: set[int] = set()  # places of helpers that have given the head's own bits
         self.close: set[int] = set()  # and those that came within rounding
+        self.calls: dict[Key, Inputs] = {}  # the newest of an iteration that were foretold rightly
 
 
 class Lost(NamedTuple):
@@ -372,15 +374,21 @@ class Team:
 
     def _foretell(self, name: str, inputs: Inputs) -> None:
         """Starts the later calls of this iteration, with what they will be given if they differ
-        from the first one as they did in the iteration before.
+        from the first one as they did in the iteration before; where there is none, as in another
+        pass or call with arguments of the same kinds.
         """
-        first = self._before.get((name, 0))
-        later = [key for key in self._before if key[0] == name and key[1] > 0]
+        before = self._before
+        if (name, 0) not in before:
+            before = self._cuts.calls
+            if (name, 0) in before and inputs.unlike(before[name, 0]) is not None:
+                return
+        first = before.get((name, 0))
+        later = [key for key in before if key[0] == name and key[1] > 0]
         later = [key for key in later if self._misses[key] < _MISSES]
         if first is None or not self._verified:
             return
         for number, key in enumerate(later):
-            last, values = self._before[key], []
+            last, values = before[key], []
             for leaf, value in last.values.items():
                 follows = leaf in first.values and is_same(value, first.values[leaf])
                 values.append(inputs.values.get(leaf, value) if follows else value)
@@ -403,6 +411,7 @@ class Team:
         if not served.finite:
             return self._instead_of(helper, self._whole(key, run, inputs))
         self._misses[key] = 0
+        self._cuts.calls = {**self._cuts.calls, **self._now}
         self._shared["calls"] += 1
         return served.output
 

@@ -59,6 +59,10 @@ class WaitingWan(ByItem, diffusers.WanTransformer3DModel):
     """Of WanPipeline, which calls it twice a step."""
 
 
+class WaitingQwen(ByItem, diffusers.QwenImageTransformer2DModel):
+    """Of QwenImagePipeline, which calls it twice a step."""
+
+
 def launch(count: int) -> None:
     number = torch.ones(())
     for _ in range(count):
