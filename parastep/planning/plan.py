@@ -40,8 +40,8 @@ class Plan:
     """What a run would take: seconds, bytes; `slots` are the evaluations of each rank and round,
     `split` the devices of each rank, which share its forwards out.
 
-    `memory` is that of each device. `breakeven` is the link's bytes a second at which nothing is gained, 0 where any link will do
-    and inf where none does.
+    `memory` is that of each device. `breakeven` is the link's bytes a second at which nothing is
+    gained, 0 where any link will do and inf where none does.
     """
 
     ranks: int
