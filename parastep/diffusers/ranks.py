@@ -77,6 +77,7 @@ class Ranks:
     def close(self) -> None:
         """Lets the replicas go, and ends the workers; twice is fine."""
         self._replicas.clear()
+        self._cuts = Cuts()
         if self._remote is not None:
             self._remote.close()
 

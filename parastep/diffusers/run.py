@@ -112,8 +112,9 @@ class Run:
         report.seconds = time.perf_counter() - self._began
         report.fallback = leader.reason or self._why_nobody(report)
         report.tolerance = self._options.verified_at
-        report.limit = self._options.idle_reason(ranks)
         self._write_teams(report)
+        team = report.teams[0] if report.teams else None
+        report.limit = self._options.idle_reason(ranks, team)
         self.report = report
 
     def _write_teams(self, report: Report) -> None:

@@ -6,7 +6,8 @@ A rank's hooks call `Team.call` in place of a denoiser. Two ways to share a step
   one a device, and the outputs are joined. Whether and how a forward can be cut is tried at step 0,
   beside the whole one. Equal to rounding, so never at tolerance 0.
 - Calls are foretold: where guidance makes several calls a step, the later ones' arguments are
-  guessed from the first one's and the iteration before, and evaluated by helpers meanwhile. When
+  guessed from the first one's and the iteration before, which at step 0 is one of the call before
+  with as many words and pixels, and evaluated by helpers meanwhile. When
   the host makes the call, its real arguments are compared bit for bit: the same ones take the
   helper's output, which is what the head itself would give; others are evaluated as ever.
 
@@ -58,8 +59,10 @@ class Cuts:
     def __init__(self) -> None:
         self.rules: dict[Any, str | None] = {}  # by which a call of a denoiser is cut, if it can be
         self.reasons: dict[Any, str] = {}  # why it cannot
+        self.forms: dict[Any, Any] = {}  # of heads' outputs, by the call and its latents' shape
         self.exact: set[int] = set()  # places of helpers that have given the head's own bits
         self.close: set[int] = set()  # and those that came within rounding
+        self.calls: dict[Key, Inputs] = {}  # the newest of an iteration that were foretold rightly
 
 
 class Lost(NamedTuple):
@@ -121,7 +124,6 @@ class Team:
         self._now: dict[Key, Inputs] = {}
         self._foretold: dict[Key, tuple[Inputs, list[int], Helper, Future[Served]]] = {}
         self._links: dict[Key, Links] = {}
-        self._forms: dict[Key, Any] = {}  # of the head's own outputs
         self._misses: Counter[Key] = Counter()
         self._trials: list[_Trial] = []
 
@@ -263,7 +265,7 @@ class Team:
         trials, versions = self._begin_trials(key, inputs), inputs.versions
         output = run(*inputs.args, **inputs.kwargs)
         self._unsplit += not any(other == key[0] for other, _ in self._foretold)
-        self._forms[key] = form_of(output)
+        self._cuts.forms[key, inputs.shape] = form_of(output)
         if trials and inputs.versions != versions:
             self.dissolve(f"{key[0]} writes to its own inputs")
         elif trials:
@@ -377,15 +379,21 @@ class Team:
 
     def _foretell(self, name: str, inputs: Inputs) -> None:
         """Starts the later calls of this iteration, with what they will be given if they differ
-        from the first one as they did in the iteration before.
+        from the first one as they did in the iteration before; where there is none, as in another
+        pass or call with arguments of the same kinds.
         """
-        first = self._before.get((name, 0))
-        later = [key for key in self._before if key[0] == name and key[1] > 0]
+        before = self._before
+        if (name, 0) not in before:
+            before = self._cuts.calls
+            if (name, 0) in before and inputs.unlike(before[name, 0]) is not None:
+                return
+        first = before.get((name, 0))
+        later = [key for key in before if key[0] == name and key[1] > 0]
         later = [key for key in later if self._misses[key] < _MISSES]
         if first is None or not self._verified:
             return
         for number, key in enumerate(later):
-            last = self._before[key]
+            last = before[key]
             links = self._links.setdefault(key, _links_between(first, last))
             guess = _followed(last, inputs, links)
             if any(v.is_inference() for v in guess.values.values() if isinstance(v, torch.Tensor)):
@@ -404,12 +412,13 @@ class Team:
             served = self._served(helper, answer)
         except _Unserved:
             return self._whole(key, run, inputs)
-        if form_of(served.output) != self._forms.get(key):
+        if form_of(served.output) != self._cuts.forms.get((key, inputs.shape)):
             self._lose(helper, f"its output does not fit: {form_of(served.output)}")
             return self._whole(key, run, inputs)
         if not served.finite:
             return self._instead_of(helper, self._whole(key, run, inputs))
         self._misses[key] = 0
+        self._cuts.calls = {**self._cuts.calls, **self._now}
         self._shared["calls"] += 1
         return served.output
 
