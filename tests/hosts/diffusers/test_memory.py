@@ -1,4 +1,4 @@
-"""Devices without room for a replica are left out before the run, with a warning, until there is."""
+"""Devices without room for a replica are left out before the run, with a warning."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ def test_a_team_without_room_for_its_helper(free: dict[str, int]) -> None:
     """The rank is its head alone; a head without room leaves the rank to its helper."""
     free |= {"cpu:1": 0, "cpu:2": 0, "cpu:3": 1 << 40}
     teams = [("cpu", "cpu:1"), ("cpu:2", "cpu:3")]
-    with parastep.parallelize(host("sd"), teams, mode="threads") as together, caught() as texts:
-        tiny.run(together, CASE.kwargs(steps=STEPS))
+    with parastep.parallelize(host("sd"), teams, mode="threads") as together:
+        with caught() as texts:
+            tiny.run(together, CASE.kwargs(steps=STEPS))
         assert len(texts) == 2 and together.report.teams == []
         assert [str(device) for device in together.devices] == ["cpu", "cpu:3"]
     with parastep.parallelize(host("wan"), [("cpu", "cpu:1")], tolerance=0) as together:
