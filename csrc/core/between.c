@@ -117,18 +117,18 @@ static ps_status measure_difference(const ps_leader *leader, double *squared)
 /* Outputs are rough: from step to step they scatter about a smooth curve.  The difference of two
  * interpolations shows as much of that as its weights let through; the output interpolated misses
  * its own share and all of what the step itself would have had. */
-static ps__gap gap_of(const double *weight, const double *less, int count, double squared)
+static double gap_of(const double *weight, const double *less, int count, double squared)
 {
   double shown = 0.0, missed = 1.0;
   for (int k = 0; k < count; ++k) {
     shown += (weight[k] - less[k]) * (weight[k] - less[k]);
     missed += weight[k] * weight[k];
   }
-  return (ps__gap){.rough = sqrt(squared / shown), .share = sqrt(missed)};
+  return sqrt(squared / shown * missed);
 }
 
 /* m at step by the polynomial through the support, and by the one of a degree less. */
-static ps_status combine(ps_leader *leader, const known *support, int count, int step, ps__gap *gap)
+static ps_status combine(ps_leader *leader, const known *support, int count, int step, double *gap)
 {
   ps_term term[POINTS] = {{NULL, PS_NONE}};
   double weight[2 * POINTS] = {0}, *less = weight + count, squared = 0.0;
@@ -147,7 +147,18 @@ static ps_status combine(ps_leader *leader, const known *support, int count, int
   return status;
 }
 
-ps_status ps__interpolate(ps_leader *leader, int step, ps__gap *gap)
+int ps__support(const ps_leader *leader, int step, const void **m, double *weight)
+{
+  known support[POINTS];
+  int count = take_support(leader, step, support);
+  weigh(support, count, -1, step, weight);
+  for (int k = 0; k < count; ++k) {
+    m[k] = support[k].m;
+  }
+  return count;
+}
+
+ps_status ps__interpolate(ps_leader *leader, int step, double *gap)
 {
   known support[POINTS];
   int count = take_support(leader, step, support);
@@ -155,7 +166,7 @@ ps_status ps__interpolate(ps_leader *leader, int step, ps__gap *gap)
   return status == PS_OK ? combine(leader, support, count, step, gap) : status;
 }
 
-ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, ps__gap *gap)
+ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, double *gap)
 {
   known support[POINTS];
   int count = 0;
