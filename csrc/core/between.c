@@ -147,17 +147,6 @@ static ps_status combine(ps_leader *leader, const known *support, int count, int
   return status;
 }
 
-int ps__support(const ps_leader *leader, int step, const void **m, double *weight)
-{
-  known support[POINTS];
-  int count = take_support(leader, step, support);
-  weigh(support, count, -1, step, weight);
-  for (int k = 0; k < count; ++k) {
-    m[k] = support[k].m;
-  }
-  return count;
-}
-
 ps_status ps__interpolate(ps_leader *leader, int step, double *gap)
 {
   known support[POINTS];
@@ -180,4 +169,21 @@ ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, double *g
   }
   *oldest = support[0].step;
   return combine(leader, support, count, *step, gap);
+}
+
+ps_status ps__foresee(ps_leader *leader, const void *x, int step, void *point)
+{
+  ps__foresee_from(leader, x);
+  for (int j = leader->step; j < step; ++j) {
+    known support[POINTS];
+    const void *outputs[POINTS];
+    double weight[POINTS];
+    int count = take_support(leader, j, support);
+    weigh(support, count, -1, j, weight);
+    for (int k = 0; k < count; ++k) {
+      outputs[k] = support[k].m;
+    }
+    ps__foresee_answer(leader, j, outputs, weight, count);
+  }
+  return ps__foresee_point(leader, step, point);
 }

@@ -20,12 +20,13 @@ typedef struct known {
 typedef struct ps__guesser {
   int capacity;     /* columns the basis may have, those that foresight adds to it included */
   int columns;      /* basis vectors in use */
+  int guesses;      /* those of them that guesses read; foresight's come after them */
   ps_term *basis;   /* (capacity) */
   void **kept;      /* (columns of guesses) room for the basis of guesses between nodes, or NULL */
   int oldest, last; /* steps the roll-out spans: x[oldest .. last], m[oldest .. last] */
   double *x;        /* (span, capacity) x_j in the basis; true ones are unit rows */
   double *m;        /* (span, capacity) m_j likewise */
-  double *host_x;   /* (span, capacity) where the host will be, see ps__foresee */
+  double *host_x;   /* (span, capacity) where the host will be, see ps__foresee_from */
   double *host_m;   /* (span, capacity) and what it will be answered */
   double *own;      /* (capacity) the published rule's reused output */
   known *known;     /* (PS__ANCHORS + window) ascending */
@@ -450,21 +451,6 @@ static void take_host(const ps_leader *leader, ps__guesser *guesser, int oldest,
   }
 }
 
-/* m_j as between.c will answer it, rebased from the guess of x_j to where the host will be. */
-static void answer_row(const ps_leader *leader, ps__guesser *guesser, int guesses, int j)
-{
-  const void *output[PS__DEGREE + 1];
-  double weight[PS__DEGREE + 1], slope = leader->program->g[j];
-  double *row = host_row(guesser, guesser->host_m, j);
-  int count = ps__support(leader, j, output, weight);
-  clear_row(guesser, row);
-  for (int k = 0; k < count; ++k) {
-    row[column_of(guesser, guesses, output[k], leader->layout.m)] += weight[k];
-  }
-  add_row(guesser, row, slope, host_row(guesser, guesser->host_x, j));
-  add_row(guesser, row, -slope, x_row(guesser, j));
-}
-
 static void host_step(const ps_leader *leader, ps__guesser *guesser, int oldest, int j)
 {
   const ps_program *program = leader->program;
@@ -477,21 +463,41 @@ static void host_step(const ps_leader *leader, ps__guesser *guesser, int oldest,
   }
 }
 
-ps_status ps__foresee(ps_leader *leader, const void *x, int step, void *point)
+static int oldest_of(const ps_leader *leader)
+{
+  int oldest = leader->step - leader->depth + 1;
+  return oldest > leader->guesser->oldest ? oldest : leader->guesser->oldest;
+}
+
+void ps__foresee_from(ps_leader *leader, const void *x)
 {
   ps__guesser *guesser = leader->guesser;
-  int guesses = guesser->columns, oldest = leader->step - leader->depth + 1;
-  oldest = oldest > guesser->oldest ? oldest : guesser->oldest;
-  take_host(leader, guesser, oldest, x);
-  for (int j = leader->step; j < step; ++j) {
-    answer_row(leader, guesser, guesses, j);
-    host_step(leader, guesser, oldest, j);
+  guesser->guesses = guesser->columns;
+  take_host(leader, guesser, oldest_of(leader), x);
+}
+
+void ps__foresee_answer(ps_leader *leader, int j, const void *const *outputs, const double *weight,
+                        int count)
+{
+  ps__guesser *guesser = leader->guesser;
+  double *row = host_row(guesser, guesser->host_m, j), slope = leader->program->g[j];
+  clear_row(guesser, row);
+  for (int k = 0; k < count; ++k) {
+    row[column_of(guesser, guesser->guesses, outputs[k], leader->layout.m)] += weight[k];
   }
+  add_row(guesser, row, slope, host_row(guesser, guesser->host_x, j));
+  add_row(guesser, row, -slope, x_row(guesser, j));
+  host_step(leader, guesser, oldest_of(leader), j);
+}
+
+ps_status ps__foresee_point(ps_leader *leader, int step, void *point)
+{
+  ps__guesser *guesser = leader->guesser;
   guesser->out[0] = point;
   memcpy(guesser->weight, host_row(guesser, guesser->host_x, step),
          (size_t)guesser->capacity * sizeof(double));
   int terms = pack_terms(guesser, 1);
-  guesser->columns = guesses;
+  guesser->columns = guesser->guesses;
   return leader->backend->lincomb(leader->backend, leader->layout.items * leader->layout.size, 1,
                                   terms, guesser->weight, guesser->term, guesser->out,
                                   leader->layout.x);

@@ -174,9 +174,12 @@ size_t ps__guesser_carve(ps_leader *leader, ps__arena *arena);
 ps_status ps__guess(ps_leader *leader, const ps__node *nodes, int count);
 /* The guess of a step between the nodes of the round at hand, (items, size) of layout.x. */
 ps_status ps__guess_between(ps_leader *leader, int step, void *point);
-/* Where a host that is at x will be at a step ahead, the steps until there answered between nodes;
- * (items, size) of layout.x. */
-ps_status ps__foresee(ps_leader *leader, const void *x, int step, void *point);
+/* Foresight: where a host that is at x will be.  From x on, with every step's answer told in turn,
+ * outputs and weights rebased to where the host will be, up to the one before the point wanted. */
+void ps__foresee_from(ps_leader *leader, const void *x);
+void ps__foresee_answer(ps_leader *leader, int step, const void *const *outputs,
+                        const double *weight, int count);
+ps_status ps__foresee_point(ps_leader *leader, int step, void *point);
 
 /* between.c: answers between nodes. */
 bool ps__is_between(const ps_leader *leader, int step);
@@ -186,9 +189,9 @@ ps_status ps__interpolate(ps_leader *leader, int step, double *gap);
 /* The same for the newest anchor but one, *step, from the anchors around it, the first of them at
  * *oldest; leader has DEGREE + 2. */
 ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, double *gap);
-/* What m of a step between nodes is made of: outputs and weights, DEGREE + 1 at most; returns how
- * many. */
-int ps__support(const ps_leader *leader, int step, const void **m, double *weight);
+/* Where a host that is at x will be at a step ahead, the steps until there answered between nodes;
+ * (items, size) of layout.x. */
+ps_status ps__foresee(ps_leader *leader, const void *x, int step, void *point);
 
 /* links.c: the leader's side of the wire. */
 

@@ -14,11 +14,11 @@
 
 /* Chosen on trained models of three modalities; docs/quality.md has the figures and what they were
  * held against.  Signal and noise are parts of the latent's own scale, signal^2 + noise^2 = 1. */
-static const double SCALE = 0.19;  /* error of the last latent a round may add, at tolerance 1 */
-static const double CARE = 0.05;   /* an error at a step has grown by 1 / (CARE + signal) */
-static const double SLOPE = 5.0;   /* of the clean sample, that counts for a drift: */
-static const double SPREAD = 0.03; /* SLOPE / (SPREAD + signal^2) */
-static const double KEEP = 5.0;    /* tolerances that what leads a round may come to */
+static const double SCALE = 0.19;   /* error of the last latent a round may add, at tolerance 1 */
+static const double CARE = 0.03;    /* an error at a step has grown by 1 / (CARE + signal) */
+static const double SLOPE = 5.0;    /* of the clean sample, that counts for a drift: */
+static const double SPREAD = 0.015; /* SLOPE / (SPREAD + signal^2) */
+static const double KEEP = 5.0;     /* tolerances that what leads a round may come to */
 static const double LED = 0.25;  /* of the drift up to a round's first node, for the next stride */
 static const double GAP = 0.6;   /* of a gap, as roughness would make it */
 static const double ALIKE = 0.5; /* how far gaps between the same two nodes point the same way */
