@@ -43,6 +43,19 @@ class Helper(Protocol):
         """Nothing more is asked for; whether its replica may be used again."""
 
 
+def evaluated(
+    module: torch.nn.Module, args: Any, kwargs: Any, watched: bool, random: torch.Generator
+) -> Served:
+    """What a helper's denoiser gives, where it is."""
+    if watched and not (is_compiled_in_place(module) or hasattr(module, "_orig_mod")):
+        with OwnDraws(random) as draws, draws.forbidden():
+            output = module(*args, **kwargs)
+    else:
+        output = module(*args, **kwargs)
+    tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
+    return Served(output, all(bool(torch.isfinite(tensor).all()) for tensor in tensors))
+
+
 class _Job(NamedTuple):
     name: str
     inputs: Inputs
@@ -94,18 +107,12 @@ class LocalHelper:
                     job.answer.set_exception(error)
 
     def _evaluate(self, job: _Job, random: torch.Generator) -> Served:
-        module = self._modules[job.name]
         inputs = self._bring(job)
-        if job.watched and not (is_compiled_in_place(module) or hasattr(module, "_orig_mod")):
-            with OwnDraws(random) as draws, draws.forbidden():
-                output = module(*inputs.args, **inputs.kwargs)
-        else:
-            output = module(*inputs.args, **inputs.kwargs)
-        tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
-        finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-        output = map_tensors(lambda tensor: tensor.to(self._home), output)
+        module = self._modules[job.name]
+        served = evaluated(module, inputs.args, inputs.kwargs, job.watched, random)
+        output = map_tensors(lambda tensor: tensor.to(self._home), served.output)
         finish_work(self.device, self._home)
-        return Served(output, finite)
+        return served._replace(output=output)
 
     def _bring(self, job: _Job) -> Inputs:
         """The inputs on this device; what came before, conditioning most of all, is there."""

@@ -17,7 +17,7 @@ from ..messages import describe
 from ..options import Options
 from .batching import Meeting
 from .call import Call, Followers, Given
-from .helpers import LocalHelper
+from .helpers import Helper, LocalHelper
 from .local import LocalFollowers
 from .remote.groups import Group
 from .remote.workers import Workers
@@ -56,6 +56,7 @@ class Ranks:
         self._replicas: dict[int, Any] = {}  # by place
         self._made_from: int | None = None
         self._cuts = Cuts()
+        self._makes: dict[int, int] = {}  # which worker has shown its bits, by place
         self._unguided: set[Guidance] = set()  # settings with which there was nothing to share
         self.state = State()
 
@@ -109,7 +110,7 @@ class Ranks:
         if reason is not None:
             return Call(1), [], reason
         try:
-            self._refresh_remote(pipe)
+            self._refresh_remote(pipe, options)
             self._refresh(pipe, options)
         except Exception as error:  # a component that cannot be copied
             reason = f"replicas of the pipeline cannot be made: {describe(error)}"
@@ -123,17 +124,19 @@ class Ranks:
             call.meeting = Meeting(call.ranks, leads=not options.exact)
         self._make_teams(call, options)
         try:
-            return call, self._followers(call, pipe, given), None
+            return call, self._followers(call, pipe, given, options), None
         except Exception as error:
             reason = f"the arguments cannot be sent to other processes: {describe(error)}"
+        self.gather(call)
         if self._goes_on_in_threads(reason):
             return self.call(pipe, given, options, guidance)
         return Call(1), [], reason
 
-    def _followers(self, call: Call, pipe: Any, given: Given) -> list[Followers]:
+    def _followers(self, call: Call, pipe: Any, given: Given, options: Options) -> list[Followers]:
         found: list[Followers] = []
         if self._remote is not None and call.ranks > 1:
-            found.append(self._remote.followers(call, pipe, given))
+            shares = self.shares[: call.ranks]
+            found.append(self._remote.followers(call, pipe, given, shares, options))
         heads = {rank: share[0] for rank, share in enumerate(self.shares[: call.ranks])}
         here = {r: self._replicas[p] for r, p in heads.items() if p in self._replicas}
         if here:
@@ -143,8 +146,9 @@ class Ranks:
     def _drop(self, place: int) -> None:
         """A replica that may not be used again."""
         self._replicas.pop(place, None)
-        self._cuts.exact.discard(place)
-        self._cuts.close.discard(place)
+        self._cuts.drop(place)
+        if place > 0 and isinstance(self._remote, Workers):
+            self._remote.release(place)
 
     def gather(self, call: Call) -> None:
         """The call is over: its helpers leave."""
@@ -152,11 +156,11 @@ class Ranks:
             if not helper.close(_PATIENCE):
                 self._drop(helper.place)
 
-    def _refresh_remote(self, pipe: Any) -> None:
+    def _refresh_remote(self, pipe: Any, options: Options) -> None:
         """The replicas in other processes."""
         try:
             if self._remote is not None:
-                self._remote.refresh(pipe)
+                self._remote.refresh(pipe, sorted(self._places(options) - {0}))
         except Exception as error:
             if not self._goes_on_in_threads(describe(error)):
                 raise
@@ -184,10 +188,15 @@ class Ranks:
         for replica in self._replicas.values():
             refresh(replica, pipe)
 
-    def _places_here(self, options: Options) -> set[int]:
+    def _places(self, options: Options) -> set[int]:
+        """Those that the call works on."""
         shares = self.shares[: 1 if options.untouched else None]
-        found = {place for share in shares for place in share[self._remote is not None :]}
-        return found | {0} if options.strides else found - {0}
+        return {place for share in shares for place in share}
+
+    def _places_here(self, options: Options) -> set[int]:
+        """And has a replica on in this process: on the leader's own for a lane."""
+        found = self._places(options) - {0} if self._remote is None else set()
+        return found | {0} if options.strides else found
 
     # ---- teams -----------------------------------------------------------------------------------
 
@@ -203,12 +212,13 @@ class Ranks:
             self._unguided.add(guidance)
 
     def _make_teams(self, call: Call, options: Options) -> None:
-        """The leader and its lane take turns on the same helpers."""
+        """The leader and its lane take turns on the same helpers. Ranks in other processes make
+        teams of their own.
+        """
         for rank, share in enumerate(self.shares[: call.ranks]):
-            home = self.places[share[0]]
-            helpers = [LocalHelper(self._replicas[p], self.places[p], home, p) for p in share[1:]]
-            if not helpers:
+            if len(share) == 1 or (rank > 0 and self._remote is not None):
                 continue
+            helpers = [self._helper(place, self.places[share[0]]) for place in share[1:]]
             call.helpers += helpers
             devices = [self.places[place] for place in share]
             team = functools.partial(
@@ -219,6 +229,15 @@ class Ranks:
             if rank > 0 or call.lane:
                 leaves = functools.partial(call.has_others, rank) if rank > 0 else _never
                 call.teams[rank] = team(over=lambda: call.over, leaves=leaves)
+
+    def _helper(self, place: int, home: torch.device) -> Helper:
+        if not isinstance(self._remote, Workers):
+            return LocalHelper(self._replicas[place], self.places[place], home, place)
+        made = self._remote.made(place)
+        if self._makes.get(place) != made:
+            self._cuts.drop(place)
+        self._makes[place] = made
+        return self._remote.helper(place)
 
 
 def _never() -> bool:

@@ -33,6 +33,7 @@ from .helpers import Helper, Served
 from .leaving import Leave
 from .tensors import map_tensors
 
+ALTERED = "the pipeline alters its denoisers within its call"
 _WORDS = {"batch": "batch (to rounding)", "calls": "calls (bit for bit)"}
 _CALLS = 8  # of one denoiser in an iteration: more of them are no branches of guidance
 _MISSES = 2  # of a call, before it is foretold no more
@@ -59,6 +60,11 @@ class Cuts:
         self.reasons: dict[Any, str] = {}  # why it cannot
         self.exact: set[int] = set()  # places of helpers that have given the head's own bits
         self.close: set[int] = set()  # and those that came within rounding
+
+    def drop(self, place: int) -> None:
+        """Whoever serves from there now has shown nothing yet."""
+        self.exact.discard(place)
+        self.close.discard(place)
 
 
 class Lost(NamedTuple):
@@ -183,6 +189,10 @@ class Team:
             missed=sum(team._missed for team in teams),
             whole=sum(team._unsplit for team in teams),
         )
+
+    @property
+    def lost_places(self) -> list[int]:
+        return [helper.place for helper in self._all if helper.lost is not None]
 
     @property
     def kinds(self) -> set[str]:
