@@ -64,9 +64,13 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
+def head_of(frame: Frame) -> bytes:
+    """What comes before its body."""
+    return _HEAD.pack(_MAGIC, frame.kind, 0, frame.call, len(frame.body))
+
+
 def write_frame(stream: Stream, frame: Frame, descriptor: int | None = None) -> None:
-    head = _HEAD.pack(_MAGIC, frame.kind, 0, frame.call, len(frame.body))
-    stream.put(head, descriptor)
+    stream.put(head_of(frame), descriptor)
     body = memoryview(frame.body)
     for begin in range(0, len(body), _PIECE):
         stream.put(body[begin : begin + _PIECE])
@@ -77,7 +81,7 @@ def read_frame(stream: Stream) -> Frame:
     magic, kind, reserved, call, count = _HEAD.unpack(stream.get(_HEAD.size))
     if magic != _MAGIC or reserved != 0 or count > _LONGEST or kind not in _KINDS:
         raise _core.ProtocolError("what arrived is not a frame of parastep, or of another version")
-    body = bytearray()
+    body = stream.get(min(count, _PIECE)) if count else bytearray()
     while len(body) < count:
         body += stream.get(min(count - len(body), _PIECE))
     return Frame(Kind(kind), call, body)

@@ -29,15 +29,10 @@ class _Sent(NamedTuple):
     bundle: int  # the last one that held it
 
 
-class _Placed(NamedTuple):
-    """Where a tensor's memory lies in the bundle, and how to make a tensor of it."""
-
-    number: int  # under which it is remembered; -1: it is not
-    begin: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]  # in the order of memory
-    order: tuple[int, ...] | None  # of the dimensions in memory, where it is not theirs
-    away: bool  # it is on a device of the sender's
+# Where a tensor's memory lies in the bundle, and how to make a tensor of it: the number under which
+# it is remembered, or -1; the first byte; dtype by name; shape, in the order of memory; the order of
+# the dimensions there, where it is not theirs; whether it is on a device of the sender's.
+_Placed = tuple[int, int, str, tuple[int, ...], tuple[int, ...] | None, bool]
 
 
 class Sender:
@@ -101,7 +96,7 @@ class _Pickler(pickle.Pickler):
         data = flat.view(torch.uint8).cpu().numpy().data
         self.memory += [data, bytes(-data.nbytes % _ALIGNED)]
         self._size += data.nbytes + -data.nbytes % _ALIGNED
-        return _Placed(number, begin, tensor.dtype, tuple(tensor.shape), order, away)
+        return number, begin, str(tensor.dtype)[6:], tuple(tensor.shape), order, away
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -135,36 +130,35 @@ class Receiver:
         unpickler = _Unpickler(io.BytesIO(memoryview(data)[_LENGTH.size : end]))
         unpickler.persistent_load = self._load  # type: ignore[method-assign]
         self._data, self._begin = data, end + -end % _ALIGNED
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False):
             forgotten, value = unpickler.load()
         for number in forgotten:
             self._known.pop(number, None)
         return value
 
-    def _load(self, told: Any) -> torch.Tensor:
-        if not isinstance(told, _Placed):
+    def _load(self, told: _Placed | int) -> torch.Tensor:
+        if isinstance(told, int):
             tensor, version = self._known[told]
             if tensor._version != version:
                 raise RuntimeError("it writes to its own inputs")
             return tensor
-        tensor = self._tensor(told)
-        if told.number >= 0:
-            self._known[told.number] = tensor, tensor._version
+        number, begin, dtype, shape, order, away = told
+        tensor = self._tensor(begin, getattr(torch, dtype), shape)
+        if away and self._device.type != "cpu":
+            tensor = tensor.to(self._device)
+        if order is not None:
+            tensor = tensor.permute([order.index(d) for d in range(len(order))])
+        if number >= 0:
+            self._known[number] = tensor, tensor._version
         return tensor
 
-    def _tensor(self, told: _Placed) -> torch.Tensor:
-        count = math.prod(told.shape)
-        found = torch.empty(told.shape, dtype=told.dtype, device="cpu")
-        if count:
-            begin = self._begin + told.begin
-            there = torch.frombuffer(self._data, dtype=told.dtype, count=count, offset=begin)
-            found.copy_(there.view(told.shape))
-        if told.away and self._device.type != "cpu":
-            found = found.to(self._device)
-        if told.order is None:
-            return found
-        back = [told.order.index(d) for d in range(len(told.order))]
-        return found.permute(back)
+    def _tensor(self, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        count = math.prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        data = memoryview(self._data)  # the bundle's memory has another alignment than torch's
+        there = torch.frombuffer(data, dtype=dtype, count=count, offset=self._begin + begin)
+        return there.view(shape).clone()
 
 
 class _Unpickler(pickle.Unpickler):

@@ -64,7 +64,7 @@ class RemoteHelper:
         self.device, self.place = device, place
         self.lost: str | None = None
         self._ending, self._left = ending, left
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # sending may find out that the helper is gone
         self._answers: dict[int, Future[Served]] = {}
         self._count = 0
         self._gone: str | None = None
@@ -88,7 +88,7 @@ class RemoteHelper:
             self._begun = True
             self._count += 1
             self._answers[self._count] = answer
-            self._peer.send(Kind.FORWARD, self._count, body)
+            self._peer.send_now(Kind.FORWARD, self._count, body)
         return answer
 
     def close(self, patience: float) -> bool:
