@@ -371,7 +371,7 @@ class Team:
         return self._instead_of(broken, run(*inputs.args, **inputs.kwargs))
 
     def _cut(self, inputs: Inputs, count: int, rule: str) -> list[Inputs]:
-        """What was made in shares in this iteration (a ControlNet's residuals) goes to who has it."""
+        """What was made in shares in this iteration, a ControlNet's residuals, stays with those."""
         shares = inputs.cut(count, rule)
         for k, share in enumerate(shares if self._made else ()):
             if share.values.keys() == inputs.values.keys():
@@ -391,14 +391,17 @@ class Team:
             except Exception as error:  # of another kind, or another form
                 self._lose(helper, f"its output does not fit: {describe(error)}")
                 raise _Unserved from error
-        if (
-            all(share.kept is not None for share in served)
-            and not torch.is_inference_mode_enabled()
-        ):
-            columns = zip(tensors_in(own), *(tensors_in(share.kept) for share in served))
-            for whole, shares in zip(tensors_in(output), columns):
-                self._made[id(whole)] = _Made(whole, whole._version, shares)
+        if not lists:
+            self._remember(output, own, [share.kept for share in served])
         return output
+
+    def _remember(self, output: Any, own: Any, kept: Sequence[Any]) -> None:
+        if any(made is None for made in kept):
+            return
+        columns = zip(tensors_in(own), *map(tensors_in, kept))
+        for whole, shares in zip(tensors_in(output), columns):
+            if not whole.is_inference():  # nothing would tell that the host wrote to it
+                self._made[id(whole)] = _Made(whole, whole._version, shares)
 
     def _instead_of(self, helper: Helper, whole: Any) -> Any:
         """Where a helper gave NaN or Inf: the untouched model may do so too."""
