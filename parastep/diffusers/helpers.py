@@ -23,10 +23,13 @@ from .tensors import map_tensors
 
 
 class Served(NamedTuple):
-    """What a forward gave, finished, on the asker's device; `finite`: it holds no NaN or Inf."""
+    """What a forward gave, finished, on the asker's device; `finite`: it holds no NaN or Inf;
+    `kept`: the same where it was made, which a later forward of the helper's may be given back.
+    """
 
     output: Any
     finite: bool
+    kept: Any = None
 
 
 class Helper(Protocol):
@@ -53,7 +56,7 @@ def evaluated(
     else:
         output = module(*args, **kwargs)
     tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
-    return Served(output, all(bool(torch.isfinite(tensor).all()) for tensor in tensors))
+    return Served(output, all(bool(torch.isfinite(t).all()) for t in tensors), output)
 
 
 class _Job(NamedTuple):
@@ -110,9 +113,9 @@ class LocalHelper:
         inputs = self._bring(job)
         module = self._modules[job.name]
         served = evaluated(module, inputs.args, inputs.kwargs, job.watched, random)
-        output = map_tensors(lambda tensor: tensor.to(self._home), served.output)
+        there = map_tensors(lambda tensor: tensor.to(self._home), served.output)
         finish_work(self.device, self._home)
-        return served._replace(output=output)
+        return served._replace(output=there)
 
     def _bring(self, job: _Job) -> Inputs:
         """The inputs on this device; what came before, conditioning most of all, is there."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..options import Options
 from ..quiet import quiet_followers
-from ..report import Failure, Report
+from ..report import HELPER_LOST, Failure, Report
 from .arguments import guidance_of
 from .call import Followers, Given
 from .hooks import Hooks
@@ -111,8 +111,9 @@ class Run:
         report.seconds = time.perf_counter() - self._began
         report.fallback = leader.reason or self._why_nobody(report)
         report.tolerance = self._options.verified_at
-        report.limit = self._options.idle_reason(ranks)
         self._write_teams(report)
+        team = report.teams[0] if report.teams else None
+        report.limit = self._options.idle_reason(ranks, team)
         self.report = report
 
     def _write_teams(self, report: Report) -> None:
@@ -124,7 +125,7 @@ class Run:
             report.teams.append(teams[0].record(teams[1:]))
             for lost in (line for team in teams for line in team.losses):
                 text = f"its helper on {lost.device} was lost: {lost.why}"
-                report.failures.append(Failure(rank, lost.step, "HELPER_LOST", text))
+                report.failures.append(Failure(rank, lost.step, HELPER_LOST, text))
         if call.team is not None and report.fallback is None:
             self._ranks.learn(self._guidance, bool(call.team.kinds or call.team.losses))
 

@@ -6,7 +6,8 @@ A rank's hooks call `Team.call` in place of a denoiser. Two ways to share a step
   one a device, and the outputs are joined. Whether and how a forward can be cut is tried at step 0,
   beside the whole one. Equal to rounding, so never at tolerance 0.
 - Calls are foretold: where guidance makes several calls a step, the later ones' arguments are
-  guessed from the first one's and the iteration before, and evaluated by helpers meanwhile. When
+  guessed from the first one's and the iteration before, which at step 0 is one of the call before
+  with as many words and pixels, and evaluated by helpers meanwhile. When
   the host makes the call, its real arguments are compared bit for bit: the same ones take the
   helper's output, which is what the head itself would give; others are evaluated as ever.
 
@@ -28,7 +29,7 @@ import torch
 from .. import _core
 from ..messages import describe
 from ..report import TeamRecord
-from .forwards import RULES, Apart, Inputs, check_output, is_same, joined, tensors_in
+from .forwards import RULES, Apart, Inputs, check_output, form_of, is_same, joined, tensors_in
 from .helpers import Helper, Served
 from .leaving import Leave
 from .tensors import map_tensors
@@ -39,6 +40,7 @@ _CALLS = 8  # of one denoiser in an iteration: more of them are no branches of g
 _MISSES = 2  # of a call, before it is foretold no more
 _SLICE = 0.05  # seconds between looks at whether the run is over
 
+Links = dict[str, slice]  # of a call's leaves to those of the first one: all items, or some
 Key = tuple[str, int]  # a denoiser, and which of its calls in an iteration
 
 
@@ -58,8 +60,10 @@ class Cuts:
     def __init__(self) -> None:
         self.rules: dict[Any, str | None] = {}  # by which a call of a denoiser is cut, if it can be
         self.reasons: dict[Any, str] = {}  # why it cannot
+        self.forms: dict[Any, Any] = {}  # of heads' outputs, by the call and its latents' shape
         self.exact: set[int] = set()  # places of helpers that have given the head's own bits
         self.close: set[int] = set()  # and those that came within rounding
+        self.calls: dict[Key, Inputs] = {}  # the newest of an iteration that were foretold rightly
 
     def drop(self, place: int) -> None:
         """Whoever serves from there now has shown nothing yet."""
@@ -86,13 +90,22 @@ class _Trial(NamedTuple):
     lists: bool
 
 
+class _Made(NamedTuple):
+    """An output that was joined, and its shares where they were made, the head's first."""
+
+    whole: torch.Tensor
+    version: int
+    shares: Sequence[torch.Tensor]
+
+
 class Team:
     """Of one rank, in one call of the pipeline.
 
     Args:
         devices: the head's and its helpers'.
         exact: the head's own bits alone may reach the host: nothing is cut.
-        deadline: seconds that a helper may take; None: 60, or ten times the head's longest forward.
+        deadline: seconds that the rank may take; None: 60, or ten times the head's longest forward.
+            A helper may take half of them, so that a follower is not late with it.
         over: whether the run has ended meanwhile.
         leaves: whether the rank had better leave when a helper is lost.
         raises: a lost helper is a LostError.
@@ -124,8 +137,10 @@ class Team:
         self._before: dict[Key, Inputs] = {}  # the calls of the last iteration
         self._now: dict[Key, Inputs] = {}
         self._foretold: dict[Key, tuple[Inputs, list[int], Helper, Future[Served]]] = {}
+        self._links: dict[Key, Links] = {}
         self._misses: Counter[Key] = Counter()
         self._trials: list[_Trial] = []
+        self._made: dict[int, _Made] = {}  # in this iteration, by the whole's id
 
     # ---- for the rank ----------------------------------------------------------------------------
 
@@ -145,6 +160,7 @@ class Team:
         self._missed += len(self._foretold)  # calls that were not made
         self._ordinals.clear()
         self._foretold.clear()
+        self._made.clear()
         self._before, self._now = self._now or self._before, {}
         trials, self._trials = self._trials, []
         for trial in trials:
@@ -232,7 +248,7 @@ class Team:
 
     def _wait(self, helper: Helper, answer: Future[Served]) -> None:
         """Until there is an output or an error; a helper without one in time is lost."""
-        patience = left = self._deadline or max(60.0, 10 * self._longest)
+        patience = left = (self._deadline or max(60.0, 10 * self._longest)) / 2
         while True:
             try:
                 answer.exception(min(_SLICE, left))
@@ -249,7 +265,7 @@ class Team:
         self._wait(helper, answer)
         error = answer.exception()
         if error is not None:
-            self._lose(helper, describe(error))
+            self._lose(helper, str(error) if isinstance(error, _core.Error) else describe(error))
             raise _Unserved from error
         return answer.result()
 
@@ -269,6 +285,7 @@ class Team:
         trials, versions = self._begin_trials(key, inputs), inputs.versions
         output = run(*inputs.args, **inputs.kwargs)
         self._unsplit += not any(other == key[0] for other, _ in self._foretold)
+        self._cuts.forms[key, inputs.shape] = form_of(output)
         if trials and inputs.versions != versions:
             self.dissolve(f"{key[0]} writes to its own inputs")
         elif trials:
@@ -315,6 +332,9 @@ class Team:
                 self._wait(here[place], answer)
             except _Unserved:
                 return
+            if isinstance(answer.exception(), _core.Error):  # its process is gone: no verdict
+                self._lose(here[place], str(answer.exception()))
+                return
         try:
             outputs = [answer.result().output for answer in trial.answers]
             output = joined(outputs, trial.lists) if trial.cut is not None else outputs[0]
@@ -347,7 +367,7 @@ class Team:
         the head evaluates the whole.
         """
         count = min(inputs.items, 1 + len(self._helpers))
-        first, *others = inputs.cut(count, rule)
+        first, *others = self._cut(inputs, count, rule)
         pairs = [(h, h.start(key[0], share)) for h, share in zip(self._helpers, others)]
         own = run(*first.args, **first.kwargs)
         try:
@@ -363,14 +383,38 @@ class Team:
         broken = next(helper for (helper, _), share in zip(pairs, served) if not share.finite)
         return self._instead_of(broken, run(*inputs.args, **inputs.kwargs))
 
+    def _cut(self, inputs: Inputs, count: int, rule: str) -> list[Inputs]:
+        """What was made in shares in this iteration, a ControlNet's residuals, stays with those."""
+        shares = inputs.cut(count, rule)
+        for k, share in enumerate(shares if self._made else ()):
+            if share.values.keys() == inputs.values.keys():
+                pairs = zip(inputs.values.values(), share.values.values())
+                shares[k] = share.with_values([self._made_by(k, *pair) for pair in pairs])
+        return shares
+
+    def _made_by(self, k: int, whole: Any, share: Any) -> Any:
+        made = self._made.get(id(whole))
+        return share if made is None or whole._version != made.version else made.shares[k]
+
     def _joined(self, own: Any, pairs: Any, served: list[Served], lists: bool) -> Any:
+        output = own
         for (helper, _), share in zip(pairs, served):
             try:
-                own = joined([own, share.output], lists)
+                output = joined([output, share.output], lists)
             except Exception as error:  # of another kind, or another form
                 self._lose(helper, f"its output does not fit: {describe(error)}")
                 raise _Unserved from error
-        return own
+        if not lists:
+            self._remember(output, own, [share.kept for share in served])
+        return output
+
+    def _remember(self, output: Any, own: Any, kept: Sequence[Any]) -> None:
+        if any(made is None for made in kept):
+            return
+        columns = zip(tensors_in(own), *map(tensors_in, kept))
+        for whole, shares in zip(tensors_in(output), columns):
+            if not whole.is_inference():  # nothing would tell that the host wrote to it
+                self._made[id(whole)] = _Made(whole, whole._version, shares)
 
     def _instead_of(self, helper: Helper, whole: Any) -> Any:
         """Where a helper gave NaN or Inf: the untouched model may do so too."""
@@ -382,19 +426,23 @@ class Team:
 
     def _foretell(self, name: str, inputs: Inputs) -> None:
         """Starts the later calls of this iteration, with what they will be given if they differ
-        from the first one as they did in the iteration before.
+        from the first one as they did in the iteration before; where there is none, as in another
+        pass or call with arguments of the same kinds.
         """
-        first = self._before.get((name, 0))
-        later = [key for key in self._before if key[0] == name and key[1] > 0]
+        before = self._before
+        if (name, 0) not in before:
+            before = self._cuts.calls
+            if (name, 0) in before and inputs.unlike(before[name, 0]) is not None:
+                return
+        first = before.get((name, 0))
+        later = [key for key in before if key[0] == name and key[1] > 0]
         later = [key for key in later if self._misses[key] < _MISSES]
         if first is None or not self._verified:
             return
         for number, key in enumerate(later):
-            last, values = self._before[key], []
-            for leaf, value in last.values.items():
-                follows = leaf in first.values and is_same(value, first.values[leaf])
-                values.append(inputs.values.get(leaf, value) if follows else value)
-            guess = last.with_values(values)
+            last = before[key]
+            links = self._links.setdefault(key, _links_between(first, last))
+            guess = _followed(last, inputs, links)
             if any(v.is_inference() for v in guess.values.values() if isinstance(v, torch.Tensor)):
                 guess = guess.own_copy()  # nothing would tell that somebody wrote to them
             helper = self._helpers[number % len(self._helpers)]
@@ -405,16 +453,49 @@ class Team:
         if guess.versions != versions or not guess.is_same(inputs):
             self._missed += 1
             self._misses[key] += 1
+            self._links.pop(key, None)
             return self._whole(key, run, inputs)
         try:
             served = self._served(helper, answer)
         except _Unserved:
             return self._whole(key, run, inputs)
+        if form_of(served.output) != self._cuts.forms.get((key, inputs.shape)):
+            self._lose(helper, f"its output does not fit: {form_of(served.output)}")
+            return self._whole(key, run, inputs)
         if not served.finite:
             return self._instead_of(helper, self._whole(key, run, inputs))
         self._misses[key] = 0
+        self._cuts.calls = {**self._cuts.calls, **self._now}
         self._shared["calls"] += 1
         return served.output
+
+
+def _links_between(first: Inputs, last: Inputs) -> Links:
+    """Where a later call of an iteration was given what the first one was, or some items of it."""
+    found = {leaf: _link(first.values.get(leaf), value) for leaf, value in last.values.items()}
+    return {leaf: link for leaf, link in found.items() if link is not None}
+
+
+def _link(theirs: Any, ours: Any) -> slice | None:
+    if is_same(ours, theirs):
+        return slice(None)
+    if not isinstance(ours, torch.Tensor) or not isinstance(theirs, torch.Tensor):
+        return None
+    if ours.dim() == 0 or ours.dim() != theirs.dim() or not len(ours) < len(theirs):
+        return None
+    shares = (slice(k, k + len(ours)) for k in range(0, len(theirs), len(ours)))
+    return next((share for share in shares if is_same(ours, theirs[share])), None)
+
+
+def _followed(last: Inputs, first: Inputs, links: Links) -> Inputs:
+    """The later call of this iteration, by the first one; what follows nothing is as it was."""
+    values = []
+    for leaf, value in last.values.items():
+        link, now = links.get(leaf), first.values.get(leaf)
+        if link is not None and now is not None:
+            value = now[link] if link != slice(None) else now
+        values.append(value)
+    return last.with_values(values)
 
 
 class _Shape:

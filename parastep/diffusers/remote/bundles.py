@@ -11,6 +11,7 @@ import io
 import math
 import pickle
 import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,14 +25,15 @@ _MEMORY = 4  # bundles after which a tensor that none of them held is forgotten
 class _Sent(NamedTuple):
     """A tensor that the other end has; its memory belongs to nobody else while we hold it."""
 
-    number: int
+    number: Any
     tensor: torch.Tensor
     bundle: int  # the last one that held it
 
 
 # Where a tensor's memory lies in the bundle, and how to make a tensor of it: the number under which
-# it is remembered, or -1; the first byte; dtype by name; shape, in the order of memory; the order of
-# the dimensions there, where it is not theirs; whether it is on a device of the sender's.
+# it is remembered, or -1; the first byte; dtype by name; shape, in the order of memory; the order
+# of the dimensions there, where it is not theirs; whether it is on a device of the sender's. What
+# the other end has is named by its number alone, or (bundle, number) where it was made there.
 _Placed = tuple[int, int, str, tuple[int, ...], tuple[int, ...] | None, bool]
 
 
@@ -44,6 +46,13 @@ class Sender:
         self._remembers = remembers
         self._sent: dict[Any, _Sent] = {}
         self._bundles = self._numbers = 0
+
+    def learn(self, tensors: Sequence[torch.Tensor], bundle: int) -> None:
+        """That the receiver has these, which came from there, as it has learnt itself."""
+        for k, tensor in enumerate(tensors):
+            key = _identity(tensor)
+            if key is not None:
+                self._sent[key] = _Sent((bundle, k), tensor, self._bundles)
 
     def pack(self, value: Any) -> bytes:
         """Raises what pickle raises where something cannot be sent; the next bundle is fine."""
@@ -121,7 +130,16 @@ class Receiver:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._known: dict[int, tuple[torch.Tensor, int]] = {}  # and the version they came with
+        self._known: dict[Any, tuple[torch.Tensor, int]] = {}  # and the version they came with
+
+    def learn(self, tensors: Sequence[torch.Tensor], bundle: int) -> bool:
+        """What was made of this bundle may come back; whether anything would tell that somebody
+        wrote to it.
+        """
+        told = not any(tensor.is_inference() for tensor in tensors)
+        for k, tensor in enumerate(tensors if told else ()):
+            self._known[bundle, k] = tensor, tensor._version
+        return told
 
     def unpack(self, data: bytearray) -> Any:
         """Tensors have memory of their own."""
@@ -136,8 +154,8 @@ class Receiver:
             self._known.pop(number, None)
         return value
 
-    def _load(self, told: _Placed | int) -> torch.Tensor:
-        if isinstance(told, int):
+    def _load(self, told: Any) -> torch.Tensor:
+        if not isinstance(told, tuple) or len(told) == 2:
             tensor, version = self._known[told]
             if tensor._version != version:
                 raise RuntimeError("it writes to its own inputs")

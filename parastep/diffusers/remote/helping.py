@@ -21,7 +21,7 @@ from ...processes.frames import Frame, Kind, read_frame, write_frame
 from ...processes.peer import Peer
 from ...processes.streams import SocketStream
 from ...threads import HostContext
-from ..forwards import Inputs
+from ..forwards import Inputs, tensors_in
 from ..helpers import Served, evaluated
 from ..parts import denoisers_of
 from .bundles import Receiver, Sender
@@ -102,14 +102,18 @@ class RemoteHelper:
         if frame.kind != Kind.OUTPUT or answer is None:
             raise _core.ProtocolError("it sent what it was not asked for")
         try:
-            why, output, finite = self._receiver.unpack(frame.body)
-        except BaseException as error:
-            answer.set_exception(_core.ProtocolError(f"its output cannot be read: {error}"))
-            raise
-        if why is None:
-            answer.set_result(Served(output, finite))
-        else:
+            why, output, finite, kept = self._receiver.unpack(frame.body)
+        except Exception as error:
+            words = f"its output cannot be read: {describe(error)}"
+            answer.set_exception(_core.ProtocolError(words))
+            return
+        if why is not None:
             answer.set_exception(Told(why))
+            return
+        if kept:
+            with self._lock:
+                self._sender.learn(tensors_in(output), frame.call)
+        answer.set_result(Served(output, finite, output if kept else None))
 
     def _lose(self, why: str) -> None:
         if self._ending is not None:
@@ -141,9 +145,10 @@ def serve(stream: SocketStream, replica: Any, device: torch.device) -> None:
                         entered = True
                     module, inputs = modules[forward.name], (forward.args, forward.kwargs)
                     served = evaluated(module, *inputs, forward.watched, random)
-                    answer = None, served.output, served.finite
+                    kept = receiver.learn(tensors_in(served.output), frame.call)
+                    answer = None, served.output, served.finite, kept
                 except BaseException as error:
-                    answer = describe(error), None, False
+                    answer = describe(error), None, False, False
                 write_frame(stream, Frame(Kind.OUTPUT, frame.call, _packed(sender, answer)))
             write_frame(stream, Frame(Kind.BYE, 0, b""))
     except (OSError, EOFError, _core.ProtocolError):  # the head is gone: there is nobody to tell
@@ -156,4 +161,4 @@ def _packed(sender: Sender, answer: Any) -> bytes:
     try:
         return sender.pack(answer)
     except Exception as error:
-        return sender.pack((f"its output cannot be sent: {describe(error)}", None, False))
+        return sender.pack((f"its output cannot be sent: {describe(error)}", None, False, False))
