@@ -141,7 +141,7 @@ class Receiver:
             self._known[bundle, k] = tensor, tensor._version
         return told
 
-    def unpack(self, data: bytearray) -> Any:
+    def unpack(self, data: bytes | bytearray) -> Any:
         """Tensors have memory of their own."""
         (length,) = _LENGTH.unpack_from(data)
         end = _LENGTH.size + length

@@ -55,14 +55,15 @@ class RemoteTeam:
 class Serving:
     """A worker that serves another one with forwards, during one call."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, kill: Callable[[], None]) -> None:
+        self.number, self._kill = number, kill
 
     def handle(self, frame: Frame) -> None:
         """It has nothing to say but that it has left."""
 
     def fail(self, why: str) -> None:
-        """The one it serves knows it from the socket between them."""
+        """Nobody hears from it any more: the one it serves is to know at once, by its socket."""
+        self._kill()
 
 
 class RemoteRank(Remote):
@@ -164,7 +165,7 @@ class RemoteRank(Remote):
 
 class Link:
     """The connection to a follower's process, for all calls to come. `device`: its own, `ending`
-    tells how it has ended, where it is a process of ours.
+    tells how it has ended, `kill` ends it, where it is a process of ours.
     """
 
     def __init__(
@@ -174,8 +175,9 @@ class Link:
         same_clock: bool,
         ending: Callable[[], str] | None = None,
         device: torch.device | None = None,
+        kill: Callable[[], None] = lambda: None,
     ) -> None:
-        self.same_clock, self.device = same_clock, device
+        self.same_clock, self.device, self._kill = same_clock, device, kill
         self._ending = ending
         self.changed = threading.Condition()
         self.current: RemoteRank | Serving | None = None  # the call that it is in, or has not left
@@ -197,7 +199,7 @@ class Link:
         ours, theirs = socket.socketpair()
         with theirs:
             if self.alive and self.current is None:
-                self.current = Serving(number)
+                self.current = Serving(number, self._kill)
                 self.peer.send(Kind.SERVE, number, descriptor=theirs.detach())
         return ours.detach()
 

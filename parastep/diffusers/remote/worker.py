@@ -38,7 +38,8 @@ class _Life:
     def __init__(self, stream: SocketStream, rank: int, device: torch.device) -> None:
         self._stream, self._device = stream, device
         self._replica: Any = None
-        self._cuts, self._makes = Cuts(), {}  # what was found out, with helpers that were made so
+        self._cuts = Cuts()  # what was found out, with helpers that were made so
+        self._makes: dict[int, int] = {}
         # Calls, those to be served, and models to be loaded.
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._helpers: dict[int, list[RemoteHelper]] = {}  # by call

@@ -204,7 +204,7 @@ class _Worker:
             write_frame(stream, Frame(Kind.HELLO, 0, json.dumps(hello).encode()))
         name = f"parastep-worker-{place}"
         self.device = device
-        self.link = Link(stream, name, True, self._process.ending, device)
+        self.link = Link(stream, name, True, self._process.ending, device, self._process.kill)
         self.has_model = False
 
     def alive(self) -> bool:
