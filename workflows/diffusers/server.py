@@ -5,9 +5,9 @@
     curl -d '{"digit": 3, "seed": 1}' -H 'content-type: application/json' -o 3.png \\
       localhost:8000/images
 
-The model is the demo's; `Painter.paint` is where yours goes. A parallel pipeline gives all devices to
-each request, so that it is done sooner where two at once would only share them: requests wait in a
-line, as long as --line says, and more are told to come again (503). One thread alone calls the
+The model is the demo's; `Painter.paint` is where yours goes. A parallel pipeline gives all devices
+to each request, so that it is done sooner where two at once would only share them: requests wait in
+a line, as long as --line says, and more are told to come again (503). One thread alone calls the
 pipeline. Without a line of one's own, `busy="wait"` has threads that call it wait for their turn.
 """
 
