@@ -212,7 +212,7 @@ HOSTS_NEW ?= diffusers transformers huggingface_hub accelerate peft safetensors 
 HOSTS_OLD ?= diffusers==0.35.2 transformers==4.57.1 huggingface_hub==0.36.0 accelerate==1.11.0 \
   peft==0.17.1
 
-# Makes build/hosts/$(1) with the packages $(2), and runs the tests in it.
+# Makes build/hosts/$(1) with the packages $(2), and runs the tests $(3) in it.
 define run_hosts
 	@rm -rf build/hosts/$(1)
 	@$(PY) -m venv build/hosts/$(1)
@@ -223,21 +223,26 @@ define run_hosts
 	@build/hosts/$(1)/bin/python -c 'import diffusers, transformers; \
 	  print("== diffusers", diffusers.__version__, "transformers", transformers.__version__)'
 	@HF_HUB_OFFLINE=1 MPLBACKEND=Agg PYTHONPATH=$(CURDIR) build/hosts/$(1)/bin/python -m pytest \
-	  -p no:cacheprovider --timeout=300 --timeout-method=thread $(SHARED_OUT) $(PYTEST_ARGS) \
-	  tests/hosts
+	  -p no:cacheprovider --timeout=300 --timeout-method=thread $(SHARED_OUT) $(PYTEST_ARGS) $(3)
 endef
 
-.PHONY: hosts hosts-new hosts-old newest
+.PHONY: hosts hosts-new hosts-old newest test-quantised
 hosts: ## Run the diffusers tests with the newest diffusers, and with one a year older
 	@status=0; \
 	for which in hosts-new hosts-old; do $(MAKE) --no-print-directory $$which || status=1; done; \
 	exit $$status
 
 hosts-new: $(EDITABLE_STAMP)
-	$(call run_hosts,new,$(HOSTS_NEW))
+	$(call run_hosts,new,$(HOSTS_NEW),tests/hosts)
 
 hosts-old: $(EDITABLE_STAMP)
-	$(call run_hosts,old,$(HOSTS_OLD))
+	$(call run_hosts,old,$(HOSTS_OLD),tests/hosts)
+
+# Apart from .venv, since hosts import these, and differ by it, wherever they are there.
+QUANTISED ?= torchao==0.18.0 bitsandbytes==0.50.2 optimum-quanto==0.2.7 gguf==0.19.0
+
+test-quantised: $(EDITABLE_STAMP) ## Run the tests of quantised weights with all that quantise on a CPU
+	$(call run_hosts,quantised,$(QUANTISED) ninja,tests/hosts/diffusers/test_memory.py)
 
 # Nothing is held to tests/constraints.txt here, but for torch, which is that of .venv.
 newest: ## Run hosts' tests with the newest diffusers, transformers and ComfyUI (COMFYUI_PATH) into out/newest.txt

@@ -17,6 +17,7 @@ from ..options import Options
 from .batching import Meeting
 from .call import Call, Followers, Given
 from .local import LocalFollowers
+from .offload import take_turns
 from .remote.groups import Group
 from .remote.workers import Workers
 from .replicas import fingerprint, refresh, replicate, unfit
@@ -74,6 +75,9 @@ class Ranks:
         if self.leader_alone(options):
             return Call(1), [], None
         reason = reason or unfit(pipe)
+        lane = options.strides and not take_turns(pipe)
+        if reason is None and len(self.devices) == 1 and not lane:
+            reason = "its denoisers take turns on the one device, by CPU offload"
         if reason is None:
             reason = self.state.known(pipe)
             if reason is not None:
@@ -82,13 +86,13 @@ class Ranks:
             return Call(1), [], reason
         try:
             self._refresh_remote(pipe)
-            self._refresh(pipe, options.strides)
+            self._refresh(pipe, lane)
         except Exception as error:  # a component that cannot be copied
             reason = f"replicas of the pipeline cannot be made: {describe(error)}"
             if isinstance(self._remote, Workers) and "mode='threads'" not in reason:
                 reason += "; mode='threads' needs no other processes"
             return Call(1), [], reason
-        call = Call(len(self.devices), self.devices, lane=options.strides)
+        call = Call(len(self.devices), self.devices, lane=lane)
         if self._batch:
             call.meeting = Meeting(call.ranks, leads=not options.exact)
         try:
@@ -134,7 +138,7 @@ class Ranks:
         for rank, device in enumerate(self.devices):
             here = lane if rank == 0 else self._remote is None
             if here and rank not in self._replicas:
-                self._replicas[rank] = replicate(pipe, device)
+                self._replicas[rank] = replicate(pipe, device, lane=rank == 0)
         for replica in self._replicas.values():
             refresh(replica, pipe)
 
