@@ -22,7 +22,7 @@ from ..report import Report
 from ..tolerance import Tolerance
 from .claims import called, check_busy, claimed
 from .parts import denoisers_of
-from .places import ranks_of, refuse_split
+from .places import Place, ranks_of, refuse_split
 from .ranks import Ranks
 from .run import Run
 
@@ -32,8 +32,9 @@ _OWN = (*_OWN_PUBLIC, "_ranks", "_options", "_busy", "_closed")
 
 def parallelize(
     pipe: Any,
-    devices: Sequence[str | torch.device] | None = None,
+    devices: Sequence[Place | tuple[Place, ...]] | None = None,
     *,
+    split: str | int | None = None,
     tolerance: Tolerance = "balanced",
     policy: str = "verified",
     max_stride: int | None = None,
@@ -52,7 +53,12 @@ def parallelize(
         pipe: any diffusers pipeline with a scheduler; it stays usable by itself. One that is
             parallel already gives another one around the same pipeline.
         devices: torch devices, the first the leader's, where the pipe is; repeats allowed
-            (`["cpu"] * 4`). None: the pipe's own device and all others of its kind.
+            (`["cpu"] * 4`). None: the pipe's own device and all others of its kind. A tuple is one
+            rank of several devices, `[("cuda:0", "cuda:1"), ("cuda:2", "cuda:3")]`: a head that
+            runs the loop and helpers that are given a share of each forward (`diffusers.teams`).
+        split: how devices in a row make ranks. A number: as many for each rank. "auto": two where
+            the call is guided, so that there is something to share, else one, each call anew.
+            "none": one. None: "auto" where `devices` is None, else "none".
         tolerance, policy, max_stride, warmup, order, deadline, on_failure: as in
             `parastep.options.Options`; tolerance 0, or "exact", is the pipeline untouched.
         mode: "threads", "processes" (workers that are spawned by us, with the first call) or
@@ -79,8 +85,8 @@ def parallelize(
         pipe = pipe.pipe
     _check_pipeline(pipe)
     options = Options(tolerance, policy, max_stride, warmup, order, deadline, on_failure)
-    busy = check_busy(busy)
-    return ParallelPipeline(pipe, ranks_of(pipe, devices, mode, group, slots), options, busy)
+    ranks = ranks_of(pipe, devices, split, mode, group, slots)
+    return ParallelPipeline(pipe, ranks, options, check_busy(busy))
 
 
 def _check_pipeline(pipe: Any) -> None:
@@ -124,7 +130,7 @@ class ParallelPipeline:
 
     @property
     def devices(self) -> list[torch.device]:
-        """One for each rank, the leader's first."""
+        """One for each rank, the leader's first: where its loop runs."""
         return self._ranks.devices
 
     def __getattr__(self, name: str) -> Any:
@@ -150,8 +156,10 @@ class ParallelPipeline:
         return self
 
     def __repr__(self) -> str:
-        name = type(self.pipe).__name__
-        return f"<parastep.ParallelPipeline: {name} on {len(self.devices)} ranks>"
+        name, shares = type(self.pipe).__name__, self._ranks.shares
+        sizes = sorted({len(share) for share in shares})
+        of = "" if sizes == [1] else f" of {'-'.join(map(str, sizes))} devices"
+        return f"<parastep.ParallelPipeline: {name} on {len(shares)} ranks{of}>"
 
     def __enter__(self) -> ParallelPipeline:
         return self

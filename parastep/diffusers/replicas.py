@@ -16,6 +16,7 @@ import torch
 
 from ..marks import elements_of
 from .changes import plain
+from .hooks import attributes_of
 from .offload import (
     forget_hooks,
     forward_of,
@@ -27,6 +28,8 @@ from .offload import (
 )
 from .parts import denoisers_of, encoders_of, is_scheduler
 from .quantised import is_written, move_scales, own_copy
+
+Memo = dict[int, Any]  # of a deep copy
 
 
 def unfit(pipe: Any) -> str | None:
@@ -53,7 +56,9 @@ def split_over_processes(pipe: Any) -> str | None:
     return None
 
 
-def _share(module: torch.nn.Module, device: torch.device, memo: dict[int, Any], lane: bool) -> None:
+def _share(
+    module: torch.nn.Module, device: torch.device, own_weights: bool, lane: bool, memo: Memo
+) -> None:
     """Parameters of a denoiser's copy: the same ones on the same device, else moved ones. Buffers
     are its own, for modules that write to them, and so is what a part computes anew in each
     forward and keeps as an attribute, which a deep copy would refuse.
@@ -63,11 +68,11 @@ def _share(module: torch.nn.Module, device: torch.device, memo: dict[int, Any], 
     """
     offloaded = is_offloaded(module)
     for weight in module.parameters():
-        here = lane and device.type != "cpu" if offloaded else weight.device == device
+        shared = lane and device.type != "cpu" if offloaded else weight.device == device
         if is_written(weight):
             memo[id(weight)] = own_copy(weight, device)
         else:
-            memo[id(weight)] = weight if here else _moved(weight, device)
+            memo[id(weight)] = weight if shared and not own_weights else _moved(weight, device)
     computed = (v for part in module.modules() for v in vars(part).values() if _is_computed(v))
     for tensor in (*module.buffers(), *computed):
         memo[id(tensor)] = _moved(tensor, device)
@@ -104,16 +109,19 @@ def twin_of(module: Any, memo: dict[int, Any], old: Any = None) -> Any:
     return memo[id(module)]
 
 
-def replicate(pipe: Any, device: torch.device, lane: bool = False) -> Any:
-    """A pipeline of the same class with its own modules and schedulers, for a follower; for a lane
-    with the weights of the leader's, whose device is this one.
+def replicate(
+    pipe: Any, device: torch.device, own_weights: bool = False, lane: bool = False
+) -> Any:
+    """A pipeline of the same class with its own modules and schedulers, for a follower; `as_made`
+    brings its denoisers back to what they are now. With its own weights on the pipe's device too,
+    for code that may write to them. A `lane` is on the leader's device.
     """
-    memo: dict[int, Any] = {}
+    memo: Memo = {}
     forget_hooks(pipe, memo)
     for module in encoders_of(pipe).values():
         twin_of(module, memo)
     for module in denoisers_of(pipe).values():
-        _share(module, device, memo, lane)
+        _share(module, device, own_weights, lane, memo)
     replica = copy.deepcopy(pipe, memo)
     unhook_denoisers(replica)
     for module in denoisers_of(replica).values():
@@ -124,7 +132,8 @@ def replicate(pipe: Any, device: torch.device, lane: bool = False) -> Any:
     # takes long besides.
     names = ("_execution_device", "device")
     told = [name for name in names if isinstance(getattr(cls, name, None), property)]
-    here = dict.fromkeys(told, property(lambda self: device))
+    here: dict[str, Any] = dict.fromkeys(told, property(lambda self: device))
+    here["as_made"] = AsMade(replica)
     replica.__class__ = type(cls.__name__, (cls,), here)
     return replica
 
@@ -160,8 +169,8 @@ def _become(own: Any, scheduler: Any) -> None:
     vars(own).update(state)
 
 
-class AsItWas:
-    """The denoisers of a pipeline as they are now: their parts' attributes, hooks and parameters.
+class AsMade:
+    """The denoisers of a replica as they are now: their parts' attributes, hooks and parameters.
 
     A pipeline that alters its modules for the time of a call (PAG puts its own processors in) puts
     them back at its end, which a follower never reaches.
@@ -169,24 +178,21 @@ class AsItWas:
 
     def __init__(self, pipe: Any) -> None:
         parts = (part for module in denoisers_of(pipe).values() for part in module.modules())
-        self._kept: list[tuple[Any, dict[str, Any]]] = []
+        self._own: list[dict[str, Any]] = []
         for own in map(vars, parts):
-            inner = (v for v in own.values() if type(v) in (dict, OrderedDict))
-            self._kept += [(own, dict(own)), *((held, dict(held)) for held in inner)]
+            self._own += [own, *(v for v in own.values() if type(v) in (dict, OrderedDict))]
+        self._content = list(map(dict, self._own))
 
     def restore(self) -> None:
-        for own, content in self._kept:
-            if not _is_still(own, content):
-                own.clear()
-                own.update(content)
-
-
-def _is_still(own: dict[str, Any], content: dict[str, Any]) -> bool:
-    """Dicts compare by identity first, which is all that it takes where nothing has changed."""
-    try:
-        return own == content
-    except Exception:  # as other tensors do
-        return False
+        """Dicts compare by identity first, which is all that it takes where nothing has changed."""
+        try:
+            if self._own == self._content:
+                return
+        except Exception:  # other tensors compare to no truth
+            pass
+        for own, content in zip(self._own, self._content):
+            own.clear()
+            own.update(content)
 
 
 def fingerprint(pipe: Any) -> int:
@@ -197,12 +203,18 @@ def fingerprint(pipe: Any) -> int:
     for name, value in vars(pipe).items():
         if not name.startswith("_") and not is_scheduler(value):
             seen.append((name, id(value), type(value)))
+    return hash((*seen, denoisers_print(pipe)))
+
+
+def denoisers_print(pipe: Any) -> int:
+    """The denoisers' share in it, the same with and without hooks of ours."""
+    seen: list[Any] = []
     for module in denoisers_of(pipe).values():
         away = is_offloaded(module)
         for part in module.modules():
             ignored = {"_modules", "_diffusers_hook", *made_by_hooks(part), *set_by_hooks(part)}
             seen.append(id(forward_of(part)))
-            for key, value in vars(part).items():
+            for key, value in attributes_of(part).items():
                 if key == "processor":  # attention processors hold scales and sometimes weights
                     own = getattr(value, "__dict__", None)
                     seen.append((id(value), type(value), plain(own)))

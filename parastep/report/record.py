@@ -30,6 +30,21 @@ class Failure(NamedTuple):
     text: str
 
 
+class TeamRecord(NamedTuple):
+    """What the devices of one rank did together: those, the head's first; how forwards were shared
+    out ("calls (bit for bit)", "batch (to rounding)"), or None and the reason why they were not;
+    forwards that were shared, calls that were foretold wrongly, forwards that the head made whole,
+    a trial's at step 0 among them.
+    """
+
+    devices: list[str]
+    split: str | None
+    unsplit: str | None
+    shared: int
+    missed: int
+    whole: int
+
+
 @dataclass(repr=False)
 class Record:
     """A finished run.
@@ -42,7 +57,8 @@ class Record:
     between nodes; `tolerance` the one that decided, None under the published rule, which has none;
     `fallback` why speculation ended, or None; `transports` what took the latents to each rank of a
     pipeline ("threads", "host" or "nccl"; "" for the leader); `limit` what kept the run from being
-    faster, where the options did, or None.
+    faster, where the options did, or None; `teams`, of each rank that has several devices or could
+    have, what these did together.
     """
 
     steps: int = 0
@@ -65,6 +81,7 @@ class Record:
     unbatched: str | None = None
     transports: list[str] = field(default_factory=list)
     limit: str | None = None
+    teams: list[TeamRecord] = field(default_factory=list)
 
     @classmethod
     def from_core(cls: type[Own], found: dict[str, Any], tolerance: float | None = None) -> Own:
@@ -123,6 +140,7 @@ class Record:
             plain["tolerance"] = "inf"
         plain["timeline"] = [record._asdict() for record in self.timeline]
         plain["failures"] = [line._asdict() for line in self.failures]
+        plain["teams"] = [team._asdict() for team in self.teams]
         return plain
 
     @classmethod
@@ -135,6 +153,7 @@ class Record:
                 found["tolerance"] = float(found["tolerance"])
             found["timeline"] = [Evaluation(**record) for record in found["timeline"]]
             found["failures"] = [Failure(**line) for line in found["failures"]]
+            found["teams"] = [TeamRecord(**team) for team in found.get("teams", [])]
             return cls(**found)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the dict of a report: {error!r}") from error
