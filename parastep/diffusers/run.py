@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
+from ..messages import HELPER_LOST
 from ..options import Options
 from ..quiet import quiet_followers
 from ..report import Failure, Report
@@ -124,7 +125,7 @@ class Run:
             report.teams.append(teams[0].record(teams[1:]))
             for lost in (line for team in teams for line in team.losses):
                 text = f"its helper on {lost.device} was lost: {lost.why}"
-                report.failures.append(Failure(rank, lost.step, "HELPER_LOST", text))
+                report.failures.append(Failure(rank, lost.step, HELPER_LOST, text))
         if call.team is not None and report.fallback is None:
             self._ranks.learn(self._guidance, bool(call.team.kinds or call.team.losses))
 

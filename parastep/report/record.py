@@ -7,6 +7,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+from ..messages import HELPER_LOST
+
 Own = TypeVar("Own", bound="Record")
 
 
@@ -169,8 +171,11 @@ class Record:
             text += f", {_count(self.forwards, 'forward')}"
         if self.interpolated:
             text += f", {self.interpolated} interpolated"
-        if self.failures:
-            text += f", {_count(len(self.failures), 'rank')} left out"
+        helpers = sum(line.status == HELPER_LOST for line in self.failures)
+        if len(self.failures) > helpers:
+            text += f", {_count(len(self.failures) - helpers, 'rank')} left out"
+        if helpers:
+            text += f", {_count(helpers, 'helper')} lost"
         if self.limit:
             text += f"; {self.limit}"
         if self.fallback:
