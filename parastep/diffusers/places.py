@@ -9,6 +9,7 @@ import torch
 
 from .. import _core
 from ..messages import describe
+from .offload import home_of
 from .parts import denoisers_of
 from .ranks import Ranks, Shares, ranks_at, shares_of
 from .remote.groups import Group, group_of
@@ -148,6 +149,6 @@ def _numbered(device: torch.device) -> torch.device:
 
 
 def _home_of(pipe: Any) -> torch.device:
-    """Where its denoisers' weights are; a module of the user's own need not tell its device."""
-    modules = denoisers_of(pipe).values()
-    return next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
+    """Where its denoisers run; a module of the user's own need not tell its device."""
+    homes = map(home_of, denoisers_of(pipe).values())
+    return next((home for home in homes if home is not None), torch.device("cpu"))
