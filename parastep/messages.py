@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+HELPER_LOST = "HELPER_LOST"  # a failure's status: the rank itself is still there
+
 
 class FollowerWarning(RuntimeWarning):
     """A follower was left out; the result is right, the run was slower than it could be."""
@@ -15,9 +17,12 @@ class SerialWarning(RuntimeWarning):
 
 
 def warn_of(report: Any, stacklevel: int = 3) -> None:
-    """Of a `Report`: one warning for each follower left out and one for speculation that ended."""
+    """Of a `Report`: one warning for each follower or helper lost, and one for speculation that
+    ended.
+    """
     for line in report.failures:
-        text = f"rank {line.rank} was left out at step {line.step} ({line.status}): {line.text}"
+        became = "goes on without a helper" if line.status == HELPER_LOST else "was left out"
+        text = f"rank {line.rank} {became} at step {line.step} ({line.status}): {line.text}"
         warnings.warn(text, FollowerWarning, stacklevel=stacklevel)
     if report.fallback is not None:
         warnings.warn(f"running serially: {report.fallback}", SerialWarning, stacklevel=stacklevel)

@@ -242,6 +242,17 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return found
 
 
+def form_of(output: Any) -> Any:
+    """Its containers, shapes and dtypes, to be compared."""
+    if isinstance(output, torch.Tensor):
+        return output.shape, output.dtype
+    if isinstance(output, dict):
+        return type(output), tuple((key, form_of(value)) for key, value in output.items())
+    if isinstance(output, (list, tuple)):
+        return type(output), tuple(map(form_of, output))
+    return type(output)
+
+
 def check_output(found: Any, wanted: Any) -> None:
     """Raises Apart where the output of a batch, or of shares, is not that alone, up to rounding."""
     pairs = list(zip(tensors_in(found), tensors_in(wanted), strict=True))

@@ -29,7 +29,7 @@ import torch
 from .. import _core
 from ..messages import describe
 from ..report import TeamRecord
-from .forwards import RULES, Apart, Inputs, check_output, is_same, joined, tensors_in
+from .forwards import RULES, Apart, Inputs, check_output, form_of, is_same, joined, tensors_in
 from .helpers import Helper, Served
 from .leaving import Leave
 from .tensors import map_tensors
@@ -39,6 +39,7 @@ _CALLS = 8  # of one denoiser in an iteration: more of them are no branches of g
 _MISSES = 2  # of a call, before it is foretold no more
 _SLICE = 0.05  # seconds between looks at whether the run is over
 
+Links = dict[str, slice]  # of a call's leaves to those of the first one: all items, or some
 Key = tuple[str, int]  # a denoiser, and which of its calls in an iteration
 
 
@@ -58,6 +59,7 @@ class Cuts:
     def __init__(self) -> None:
         self.rules: dict[Any, str | None] = {}  # by which a call of a denoiser is cut, if it can be
         self.reasons: dict[Any, str] = {}  # why it cannot
+        self.forms: dict[Any, Any] = {}  # of heads' outputs, by the call and its latents' shape
         self.exact: set[int] = set()  # places of helpers that have given the head's own bits
         self.close: set[int] = set()  # and those that came within rounding
         self.calls: dict[Key, Inputs] = {}  # the newest of an iteration that were foretold rightly
@@ -88,7 +90,8 @@ class Team:
     Args:
         devices: the head's and its helpers'.
         exact: the head's own bits alone may reach the host: nothing is cut.
-        deadline: seconds that a helper may take; None: 60, or ten times the head's longest forward.
+        deadline: seconds that the rank may take; None: 60, or ten times the head's longest forward.
+            A helper may take half of them, so that a follower is not late with it.
         over: whether the run has ended meanwhile.
         leaves: whether the rank had better leave when a helper is lost.
         raises: a lost helper is a LostError.
@@ -120,6 +123,7 @@ class Team:
         self._before: dict[Key, Inputs] = {}  # the calls of the last iteration
         self._now: dict[Key, Inputs] = {}
         self._foretold: dict[Key, tuple[Inputs, list[int], Helper, Future[Served]]] = {}
+        self._links: dict[Key, Links] = {}
         self._misses: Counter[Key] = Counter()
         self._trials: list[_Trial] = []
 
@@ -224,7 +228,7 @@ class Team:
 
     def _wait(self, helper: Helper, answer: Future[Served]) -> None:
         """Until there is an output or an error; a helper without one in time is lost."""
-        patience = left = self._deadline or max(60.0, 10 * self._longest)
+        patience = left = (self._deadline or max(60.0, 10 * self._longest)) / 2
         while True:
             try:
                 answer.exception(min(_SLICE, left))
@@ -261,6 +265,7 @@ class Team:
         trials, versions = self._begin_trials(key, inputs), inputs.versions
         output = run(*inputs.args, **inputs.kwargs)
         self._unsplit += not any(other == key[0] for other, _ in self._foretold)
+        self._cuts.forms[key, inputs.shape] = form_of(output)
         if trials and inputs.versions != versions:
             self.dissolve(f"{key[0]} writes to its own inputs")
         elif trials:
@@ -388,11 +393,9 @@ class Team:
         if first is None or not self._verified:
             return
         for number, key in enumerate(later):
-            last, values = before[key], []
-            for leaf, value in last.values.items():
-                follows = leaf in first.values and is_same(value, first.values[leaf])
-                values.append(inputs.values.get(leaf, value) if follows else value)
-            guess = last.with_values(values)
+            last = before[key]
+            links = self._links.setdefault(key, _links_between(first, last))
+            guess = _followed(last, inputs, links)
             if any(v.is_inference() for v in guess.values.values() if isinstance(v, torch.Tensor)):
                 guess = guess.own_copy()  # nothing would tell that somebody wrote to them
             helper = self._helpers[number % len(self._helpers)]
@@ -403,10 +406,14 @@ class Team:
         if guess.versions != versions or not guess.is_same(inputs):
             self._missed += 1
             self._misses[key] += 1
+            self._links.pop(key, None)
             return self._whole(key, run, inputs)
         try:
             served = self._served(helper, answer)
         except _Unserved:
+            return self._whole(key, run, inputs)
+        if form_of(served.output) != self._cuts.forms.get((key, inputs.shape)):
+            self._lose(helper, f"its output does not fit: {form_of(served.output)}")
             return self._whole(key, run, inputs)
         if not served.finite:
             return self._instead_of(helper, self._whole(key, run, inputs))
@@ -414,6 +421,34 @@ class Team:
         self._cuts.calls = {**self._cuts.calls, **self._now}
         self._shared["calls"] += 1
         return served.output
+
+
+def _links_between(first: Inputs, last: Inputs) -> Links:
+    """Where a later call of an iteration was given what the first one was, or some items of it."""
+    found = {leaf: _link(first.values.get(leaf), value) for leaf, value in last.values.items()}
+    return {leaf: link for leaf, link in found.items() if link is not None}
+
+
+def _link(theirs: Any, ours: Any) -> slice | None:
+    if is_same(ours, theirs):
+        return slice(None)
+    if not isinstance(ours, torch.Tensor) or not isinstance(theirs, torch.Tensor):
+        return None
+    if ours.dim() == 0 or ours.dim() != theirs.dim() or not len(ours) < len(theirs):
+        return None
+    shares = (slice(k, k + len(ours)) for k in range(0, len(theirs), len(ours)))
+    return next((share for share in shares if is_same(ours, theirs[share])), None)
+
+
+def _followed(last: Inputs, first: Inputs, links: Links) -> Inputs:
+    """The later call of this iteration, by the first one; what follows nothing is as it was."""
+    values = []
+    for leaf, value in last.values.items():
+        link, now = links.get(leaf), first.values.get(leaf)
+        if link is not None and now is not None:
+            value = now[link] if link != slice(None) else now
+        values.append(value)
+    return last.with_values(values)
 
 
 class _Shape:

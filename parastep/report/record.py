@@ -7,8 +7,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+from ..messages import HELPER_LOST
+
 Own = TypeVar("Own", bound="Record")
-HELPER_LOST = "HELPER_LOST"  # as a failure's status
 
 
 class Evaluation(NamedTuple):
