@@ -15,10 +15,9 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
-from ..messages import HELPER_LOST
 from ..options import Options
 from ..quiet import quiet_followers
-from ..report import Failure, Report
+from ..report import HELPER_LOST, Failure, Report
 from .arguments import guidance_of
 from .call import Followers, Given
 from .hooks import Hooks

@@ -7,8 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from ..messages import HELPER_LOST
-
+HELPER_LOST = "HELPER_LOST"  # as a failure's status
 Own = TypeVar("Own", bound="Record")
 
 
@@ -32,6 +31,11 @@ class Failure(NamedTuple):
     step: int
     status: str
     text: str
+
+    @property
+    def became(self) -> str:
+        """What of the rank, in words."""
+        return "goes on without a helper" if self.status == HELPER_LOST else "was left out"
 
 
 class TeamRecord(NamedTuple):

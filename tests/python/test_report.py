@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 import parastep
-from parastep.messages import HELPER_LOST
 from parastep.options import Options
-from parastep.report import Evaluation, Failure, TeamRecord
+from parastep.report import HELPER_LOST, Evaluation, Failure, TeamRecord
 from parastep.report.plot import COLOURS
 
 STEPS = 12
