@@ -38,13 +38,20 @@ def timeline(report: Record, axes: Any) -> None:
         axes.barh(record.rank, width, left=record.begin, height=0.8, **look)
         middle = record.begin + width / 2
         axes.text(middle, record.rank, str(record.step), ha="center", va="center", fontsize=6)
-    axes.set_yticks(range(report.ranks))
+    ranks = range(report.ranks)
+    axes.set_yticks(ranks, [f"{rank}{times(report, rank)}" for rank in ranks])
     axes.set_ylabel("rank")
     axes.set_xlabel("seconds (numbers are steps)")
     axes.invert_yaxis()
     _finish(axes, ["exact", "accepted", "rejected"])
     title = "\n".join([f"{report.steps} steps in {report.rounds} rounds", *report.team_lines])
     axes.set_title(title, loc="left", fontsize=10 if not report.teams else 8)
+
+
+def times(report: Record, rank: int) -> str:
+    """By how many devices a rank's forwards were shared, where they were."""
+    team = report.teams[rank] if rank < len(report.teams) else None
+    return f" ×{len(team.devices)}" if team is not None and team.shared else ""
 
 
 def drifts(report: Record) -> list[tuple[int, float, str]]:

@@ -116,10 +116,14 @@ def test_a_line_for_each_rank_of_several_devices():
 def test_teams_are_told_where_a_report_is_shown():
     page = Checker(teamed()._repr_html_())
     assert all(line in page.text for line in str(teamed()).splitlines())
+    assert "rank 0 ×2rank 1rank 2" in page.text
     pytest.importorskip("matplotlib")
-    titles = [axes.get_title(loc="left") for axes in teamed().plot().axes]
-    assert all(line in titles[0] for line in teamed().team_lines)
-    assert "rank" not in strided().plot().axes[0].get_title(loc="left")
+    timeline = teamed().plot().axes[0]
+    assert all(line in timeline.get_title(loc="left") for line in teamed().team_lines)
+    assert [label.get_text() for label in timeline.get_yticklabels()] == ["0 ×2", "1", "2"]
+    alone = strided().plot().axes[0]
+    assert "rank" not in alone.get_title(loc="left")
+    assert [label.get_text() for label in alone.get_yticklabels()] == ["0", "1", "2"]
 
 
 def test_a_helper_is_no_rank():
