@@ -20,10 +20,17 @@ LABELS = {
     "rejected": "guess, not used",
 }
 
+_LINES = 8  # of what teams did, above the pictures
+
 
 def report(report: Record, figure: Any = None) -> Any:
     """Timeline, drift, steps taken in each round; returns the figure."""
     figure = _own_figure() if figure is None else figure
+    lines = report.team_lines[:_LINES]
+    if lines:
+        more = len(report.teams) - len(lines)
+        lines += [f"and {more} ranks more"] * (more > 0)
+        figure.suptitle("\n".join(lines), x=0.01, horizontalalignment="left", fontsize=8)
     axes = figure.subplots(3, 1, height_ratios=[2, 1.5, 1])
     timeline(report, axes[0])
     drift(report, axes[1])
@@ -44,8 +51,7 @@ def timeline(report: Record, axes: Any) -> None:
     axes.set_xlabel("seconds (numbers are steps)")
     axes.invert_yaxis()
     _finish(axes, ["exact", "accepted", "rejected"])
-    title = "\n".join([f"{report.steps} steps in {report.rounds} rounds", *report.team_lines])
-    axes.set_title(title, loc="left", fontsize=10 if not report.teams else 8)
+    axes.set_title(f"{report.steps} steps in {report.rounds} rounds", loc="left", fontsize=10)
 
 
 def times(report: Record, rank: int) -> str:

@@ -49,7 +49,7 @@ ALONE = TeamRecord(["cuda:2", "cuda:3"], None, "unet cannot be\ncut: <another> s
 
 
 def teamed(**changes):
-    return dataclasses.replace(strided(), teams=[PAIR, ALONE], **changes)
+    return dataclasses.replace(strided(), **{"teams": [PAIR, ALONE]} | changes)
 
 
 class Checker(html.parser.HTMLParser):
@@ -118,12 +118,15 @@ def test_teams_are_told_where_a_report_is_shown():
     assert all(line in page.text for line in str(teamed()).splitlines())
     assert "rank 0 ×2rank 1rank 2" in page.text
     pytest.importorskip("matplotlib")
-    timeline = teamed().plot().axes[0]
-    assert all(line in timeline.get_title(loc="left") for line in teamed().team_lines)
+    figure = teamed().plot()
+    assert figure.get_suptitle().splitlines() == teamed().team_lines
+    timeline = figure.axes[0]
     assert [label.get_text() for label in timeline.get_yticklabels()] == ["0 ×2", "1", "2"]
-    alone = strided().plot().axes[0]
-    assert "rank" not in alone.get_title(loc="left")
-    assert [label.get_text() for label in alone.get_yticklabels()] == ["0", "1", "2"]
+    many = teamed(ranks=20, teams=[PAIR] * 20).plot().get_suptitle().splitlines()
+    assert len(many) == 9 and many[-1] == "and 12 ranks more"
+    alone = strided().plot()
+    assert alone.get_suptitle() == ""
+    assert [label.get_text() for label in alone.axes[0].get_yticklabels()] == ["0", "1", "2"]
 
 
 def test_a_helper_is_no_rank():
