@@ -418,6 +418,7 @@ FAULTS ?= 1000
 chaos: build/c-asan/tests $(EDITABLE_STAMP) ## Inject 1000 faults at random into runs, under ASan
 	build/c-asan/tests --faults $(FAULTS) --limit $(SANITIZED_LIMIT) chaos
 	HF_HUB_OFFLINE=1 $(PY) tests/hosts/diffusers/chaos.py $$(( $(FAULTS) / 20 ))
+	HF_HUB_OFFLINE=1 $(PY) tests/hosts/diffusers/chaos_teams.py $(FAULTS)
 
 # ---- fuzzers -------------------------------------------------------------------------------------
 

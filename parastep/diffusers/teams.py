@@ -84,6 +84,14 @@ class _Trial(NamedTuple):
     lists: bool
 
 
+class _Made(NamedTuple):
+    """An output that was joined, and its shares where they were made, the head's first."""
+
+    whole: torch.Tensor
+    version: int
+    shares: Sequence[torch.Tensor]
+
+
 class Team:
     """Of one rank, in one call of the pipeline.
 
@@ -126,6 +134,7 @@ class Team:
         self._links: dict[Key, Links] = {}
         self._misses: Counter[Key] = Counter()
         self._trials: list[_Trial] = []
+        self._made: dict[int, _Made] = {}  # in this iteration, by the whole's id
 
     # ---- for the rank ----------------------------------------------------------------------------
 
@@ -145,6 +154,7 @@ class Team:
         self._missed += len(self._foretold)  # calls that were not made
         self._ordinals.clear()
         self._foretold.clear()
+        self._made.clear()
         self._before, self._now = self._now or self._before, {}
         trials, self._trials = self._trials, []
         for trial in trials:
@@ -344,7 +354,7 @@ class Team:
         the head evaluates the whole.
         """
         count = min(inputs.items, 1 + len(self._helpers))
-        first, *others = inputs.cut(count, rule)
+        first, *others = self._cut(inputs, count, rule)
         pairs = [(h, h.start(key[0], share)) for h, share in zip(self._helpers, others)]
         own = run(*first.args, **first.kwargs)
         try:
@@ -360,14 +370,38 @@ class Team:
         broken = next(helper for (helper, _), share in zip(pairs, served) if not share.finite)
         return self._instead_of(broken, run(*inputs.args, **inputs.kwargs))
 
+    def _cut(self, inputs: Inputs, count: int, rule: str) -> list[Inputs]:
+        """What was made in shares in this iteration, a ControlNet's residuals, stays with those."""
+        shares = inputs.cut(count, rule)
+        for k, share in enumerate(shares if self._made else ()):
+            if share.values.keys() == inputs.values.keys():
+                pairs = zip(inputs.values.values(), share.values.values())
+                shares[k] = share.with_values([self._made_by(k, *pair) for pair in pairs])
+        return shares
+
+    def _made_by(self, k: int, whole: Any, share: Any) -> Any:
+        made = self._made.get(id(whole))
+        return share if made is None or whole._version != made.version else made.shares[k]
+
     def _joined(self, own: Any, pairs: Any, served: list[Served], lists: bool) -> Any:
+        output = own
         for (helper, _), share in zip(pairs, served):
             try:
-                own = joined([own, share.output], lists)
+                output = joined([output, share.output], lists)
             except Exception as error:  # of another kind, or another form
                 self._lose(helper, f"its output does not fit: {describe(error)}")
                 raise _Unserved from error
-        return own
+        if not lists:
+            self._remember(output, own, [share.kept for share in served])
+        return output
+
+    def _remember(self, output: Any, own: Any, kept: Sequence[Any]) -> None:
+        if any(made is None for made in kept):
+            return
+        columns = zip(tensors_in(own), *map(tensors_in, kept))
+        for whole, shares in zip(tensors_in(output), columns):
+            if not whole.is_inference():  # nothing would tell that the host wrote to it
+                self._made[id(whole)] = _Made(whole, whole._version, shares)
 
     def _instead_of(self, helper: Helper, whole: Any) -> Any:
         """Where a helper gave NaN or Inf: the untouched model may do so too."""
