@@ -32,6 +32,10 @@ class Served(NamedTuple):
     kept: Any = None
 
 
+class CannotBeSent(Exception):
+    """A call that no helper elsewhere can be given; the text says why."""
+
+
 class Helper(Protocol):
     """`place`: which of the pipeline's devices it is on; `lost`: why it serves no more, or None."""
 
@@ -40,7 +44,11 @@ class Helper(Protocol):
     lost: str | None
 
     def start(self, name: str, inputs: Inputs, watched: bool = False) -> Future[Served]:
-        """Has the denoiser of this name called; `watched`: a random draw in it is an error."""
+        """Has the denoiser of this name called; `watched`: a random draw in it is an error.
+
+        The answer's exception is what the denoiser raised, CannotBeSent, or an error of
+        parastep's own where the helper is gone.
+        """
 
     def close(self, patience: float) -> bool:
         """Nothing more is asked for; whether its replica may be used again."""

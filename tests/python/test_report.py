@@ -49,7 +49,7 @@ ALONE = TeamRecord(["cuda:2", "cuda:3"], None, "unet cannot be\ncut: <another> s
 
 
 def teamed(**changes):
-    return dataclasses.replace(strided(), teams=[PAIR, ALONE], **changes)
+    return dataclasses.replace(strided(), **{"teams": [PAIR, ALONE]} | changes)
 
 
 class Checker(html.parser.HTMLParser):
@@ -116,10 +116,17 @@ def test_a_line_for_each_rank_of_several_devices():
 def test_teams_are_told_where_a_report_is_shown():
     page = Checker(teamed()._repr_html_())
     assert all(line in page.text for line in str(teamed()).splitlines())
+    assert "rank 0 ×2rank 1rank 2" in page.text
     pytest.importorskip("matplotlib")
-    titles = [axes.get_title(loc="left") for axes in teamed().plot().axes]
-    assert all(line in titles[0] for line in teamed().team_lines)
-    assert "rank" not in strided().plot().axes[0].get_title(loc="left")
+    figure = teamed().plot()
+    assert figure.get_suptitle().splitlines() == teamed().team_lines
+    timeline = figure.axes[0]
+    assert [label.get_text() for label in timeline.get_yticklabels()] == ["0 ×2", "1", "2"]
+    many = teamed(ranks=20, teams=[PAIR] * 20).plot().get_suptitle().splitlines()
+    assert len(many) == 9 and many[-1] == "and 12 ranks more"
+    alone = strided().plot()
+    assert alone.get_suptitle() == ""
+    assert [label.get_text() for label in alone.axes[0].get_yticklabels()] == ["0", "1", "2"]
 
 
 def test_a_helper_is_no_rank():

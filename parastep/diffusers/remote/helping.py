@@ -22,7 +22,7 @@ from ...processes.peer import Peer
 from ...processes.streams import SocketStream
 from ...threads import HostContext
 from ..forwards import Inputs, tensors_in
-from ..helpers import Served, evaluated
+from ..helpers import CannotBeSent, Served, evaluated
 from ..parts import denoisers_of
 from .bundles import Receiver, Sender
 
@@ -82,8 +82,12 @@ class RemoteHelper:
                 context = None if self._begun else HostContext()
                 told = Forward(name, watched, context, inputs.args, inputs.kwargs)
                 body = self._sender.pack(tuple(told))
-            except Exception as error:  # an argument that no other process can be given, for one
+            except _core.Error as error:
                 answer.set_exception(error)
+                return answer
+            except Exception as error:  # an argument that pickle refuses, or its own code
+                words = f"its arguments cannot be sent to another process: {describe(error)}"
+                answer.set_exception(CannotBeSent(words))
                 return answer
             self._begun = True
             self._count += 1

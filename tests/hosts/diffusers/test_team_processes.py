@@ -79,7 +79,7 @@ def check_leading(together: Any) -> None:
     assert distance(result, own("sd", STEPS).result) < CLOSE
     (team,) = together.report.teams
     assert (team.devices, team.split) == (["cpu", "cpu"], BATCH)
-    assert STEPS - 1 <= team.shared <= STEPS and team.shared + team.whole == STEPS
+    assert STEPS - 2 <= team.shared <= STEPS and team.shared + team.whole == STEPS
 
 
 def check_following(together: Any) -> None:
@@ -137,8 +137,7 @@ def test_a_helper_that_hangs_is_ended(leading: Any, folder: Path) -> None:
 
 def test_a_helper_killed_in_its_trial(leading: Any, folder: Path) -> None:
     """Nothing is learnt of what can be cut from that: the next call shares again."""
-    leading.pipe.unet.conv_out.bias.data += 0  # a version more: the model goes over again
-    with torch.no_grad():
+    with torch.no_grad():  # a version more: the model goes over again
         leading.pipe.unet.conv_out.bias += 0
     faults.order(folder, "kill", 1, "helper")
     with caught():
@@ -152,16 +151,19 @@ def test_a_helper_killed_between_calls(leading: Any) -> None:
     check_leading(leading)
     (pid,) = workers(leading).values()
     os.kill(pid, signal.SIGKILL)
+    while leading._ranks._remote._workers[1].alive():
+        time.sleep(0.01)
     check_leading(leading)
     assert pid not in children() | set(workers(leading).values())
 
 
 def test_what_cannot_be_sent_is_not_shared(leading: Any) -> None:
     check_leading(leading)
-    result = run(leading, "sd", cross_attention_kwargs={"unused": lambda: None})
+    with no_warnings():
+        result = run(leading, "sd", cross_attention_kwargs={"unused": lambda: None})
     assert torch.equal(result, own("sd", STEPS).result)
     (team,) = leading.report.teams
-    assert team.split is None and "pickle" in team.unsplit and team.whole == STEPS
+    assert team.split is None and "cannot be sent" in team.unsplit and team.whole == STEPS
     check_leading(leading)
 
 
