@@ -16,7 +16,7 @@ import torch
 from ..quiet import thread_name
 from ..threads import HostContext, finish_work
 from .draws import OwnDraws
-from .forwards import Inputs, tensors_in
+from .forwards import Inputs, is_finite
 from .hooks import is_compiled_in_place
 from .parts import denoisers_of
 from .tensors import map_tensors
@@ -63,8 +63,7 @@ def evaluated(
             output = module(*args, **kwargs)
     else:
         output = module(*args, **kwargs)
-    tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
-    return Served(output, all(bool(torch.isfinite(t).all()) for t in tensors), output)
+    return Served(output, is_finite(output), output)
 
 
 class _Job(NamedTuple):

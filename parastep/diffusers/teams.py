@@ -29,7 +29,17 @@ import torch
 from .. import _core
 from ..messages import describe
 from ..report import TeamRecord
-from .forwards import RULES, Apart, Inputs, check_output, form_of, is_same, joined, tensors_in
+from .forwards import (
+    RULES,
+    Apart,
+    Inputs,
+    check_output,
+    form_of,
+    is_finite,
+    is_same,
+    joined,
+    tensors_in,
+)
 from .helpers import CannotBeSent, Helper, Served
 from .leaving import Leave
 from .tensors import map_tensors
@@ -426,7 +436,7 @@ class Team:
 
     def _instead_of(self, helper: Helper, whole: Any) -> Any:
         """Where a helper gave NaN or Inf: the untouched model may do so too."""
-        if _is_finite(whole):
+        if is_finite(whole):
             self._lose(helper, "its output holds NaN or Inf, the head's own does not")
         return whole
 
@@ -539,8 +549,3 @@ class _Shape:
 
 def _have_same_bits(ours: Any, theirs: Any) -> bool:
     return all(map(torch.equal, tensors_in(ours), tensors_in(theirs)))
-
-
-def _is_finite(output: Any) -> bool:
-    tensors = (tensor for tensor in tensors_in(output) if tensor.is_floating_point())
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

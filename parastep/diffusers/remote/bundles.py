@@ -148,7 +148,10 @@ class Receiver:
         unpickler = _Unpickler(io.BytesIO(memoryview(data)[_LENGTH.size : end]))
         unpickler.persistent_load = self._load  # type: ignore[method-assign]
         self._data, self._begin = data, end + -end % _ALIGNED
-        with torch.inference_mode(False):
+        if torch.is_inference_mode_enabled():  # what it makes would have no version
+            with torch.inference_mode(False):
+                forgotten, value = unpickler.load()
+        else:
             forgotten, value = unpickler.load()
         for number in forgotten:
             self._known.pop(number, None)

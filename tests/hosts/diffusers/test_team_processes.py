@@ -23,6 +23,7 @@ import tiny  # noqa: E402
 from hosting import caught, children, distance, host, no_warnings, own, set_options  # noqa: E402
 
 import parastep  # noqa: E402
+from parastep.diffusers.forwards import is_finite  # noqa: E402
 from parastep.diffusers.remote.bundles import Receiver, Sender  # noqa: E402
 
 pytestmark = pytest.mark.timeout(280)  # a worker imports torch and diffusers, which takes seconds
@@ -312,3 +313,15 @@ def test_what_cannot_be_sent_leaves_no_trace() -> None:
     with pytest.raises(Exception, match="pickle"):
         sender.pack((words, lambda: None))
     assert torch.equal(over(sender, receiver, words)[0], words)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_nan_and_inf_are_found_wherever_they_are(dtype: torch.dtype) -> None:
+    edge = torch.finfo(dtype).max
+    fine = torch.tensor([[0.0, edge], [-edge, 1.0]], dtype=dtype)
+    assert is_finite((fine, torch.tensor(3), torch.zeros(0)))
+    for at in range(4):
+        for value in (float("nan"), float("inf"), -float("inf")):
+            broken = fine.clone()
+            broken.view(-1)[at] = value
+            assert not is_finite([fine, {"x": broken}])
