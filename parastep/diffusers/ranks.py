@@ -16,6 +16,7 @@ from ..messages import describe
 from ..options import Options
 from .batching import Meeting
 from .call import Call, Followers, Given
+from .compiling import unfit_for_threads
 from .local import LocalFollowers
 from .remote.groups import Group
 from .remote.workers import Workers
@@ -80,15 +81,19 @@ class Ranks:
                 self._replicas.clear()  # nobody will need them, and they hold memory
         if reason is not None:
             return Call(1), [], reason
+        in_threads = unfit_for_threads(pipe)
+        lane = options.strides and in_threads is None
         try:
             self._refresh_remote(pipe)
-            self._refresh(pipe, options.strides)
+            if self._remote is None and in_threads is not None:
+                return Call(1), [], in_threads
+            self._refresh(pipe, lane)
         except Exception as error:  # a component that cannot be copied
             reason = f"replicas of the pipeline cannot be made: {describe(error)}"
             if isinstance(self._remote, Workers) and "mode='threads'" not in reason:
                 reason += "; mode='threads' needs no other processes"
             return Call(1), [], reason
-        call = Call(len(self.devices), self.devices, lane=options.strides)
+        call = Call(len(self.devices), self.devices, lane=lane)
         if self._batch:
             call.meeting = Meeting(call.ranks, leads=not options.exact)
         try:

@@ -9,13 +9,18 @@ before any hook is placed: a copy of a hooked module would keep the original's c
 from __future__ import annotations
 
 import copy
+import types
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from .changes import plain
+from .compiling import compile_parts, compiled_parts
 from .parts import denoisers_of, encoders_of, is_scheduler
+
+_OF_MODULES = ("_parameters", "_buffers", "_modules")
 
 
 def unfit(pipe: Any) -> str | None:
@@ -45,21 +50,50 @@ def split_over_processes(pipe: Any) -> str | None:
 
 def _share(module: torch.nn.Module, device: torch.device, memo: dict[int, Any]) -> None:
     """Parameters of a denoiser's copy: the same ones on the same device, else moved ones. Buffers
-    are its own, for modules that write to them, and so is what a part computes anew in each
-    forward and keeps as an attribute, which a deep copy would refuse.
+    are its own, for modules that write to them.
     """
     for weight in module.parameters():
         memo[id(weight)] = weight if weight.device == device else _moved(weight, device)
-    computed = (v for part in module.modules() for v in vars(part).values() if _is_computed(v))
-    for tensor in (*module.buffers(), *computed):
+    for tensor in module.buffers():
         memo[id(tensor)] = _moved(tensor, device)
 
 
-def _is_computed(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not value.is_leaf
+def going_along(pipe: Any) -> list[torch.Tensor]:
+    """Tensors that parts of denoisers keep as plain attributes, or in containers and objects among
+    them (what quantised weights are scaled by): those that are where the weights are, which a deep
+    copy would leave there, and those computed anew in each forward, which it would refuse.
+    """
+    found: dict[int, torch.Tensor] = {}
+    for module in denoisers_of(pipe).values():
+        home = next((weight.device for weight in module.parameters()), None)
+        for part in module.modules():
+            own = (value for name, value in vars(part).items() if name not in _OF_MODULES)
+            for tensor in (tensor for value in own for tensor in _tensors_in(value)):
+                if tensor.device == home or not tensor.is_leaf:
+                    found[id(tensor)] = tensor
+    return list(found.values())
+
+
+def _tensors_in(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth and not isinstance(value, (torch.nn.Module, type, types.ModuleType)):
+        inner = value if isinstance(value, (list, tuple, set)) else getattr(value, "__dict__", {})
+        inner = value if isinstance(value, dict) else inner
+        for item in list(inner.values() if isinstance(inner, dict) else inner):
+            yield from _tensors_in(item, depth - 1)
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy. Weights of a class of their own that torch's operations do not keep (bitsandbytes')
+    are copied whole first: they know by themselves what else they have to move.
+    """
+    if type(tensor.detach()) is not type(tensor) and type(tensor) is not torch.nn.Parameter:
+        moved = copy.deepcopy(tensor).to(device)
+        if type(moved) is not type(tensor) or moved.device.type != device.type:
+            name = type(tensor).__name__
+            raise RuntimeError(f"weights of class {name} do not move to {device} as they are")
+        return moved
     copied = tensor.detach().to(device, copy=True)
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(copied, requires_grad=tensor.requires_grad)
@@ -85,14 +119,20 @@ def twin_of(module: Any, memo: dict[int, Any], old: Any = None) -> Any:
     return memo[id(module)]
 
 
-def replicate(pipe: Any, device: torch.device) -> Any:
-    """A pipeline of the same class with its own modules and schedulers, for a follower."""
+def replicate(pipe: Any, device: torch.device, along: Sequence[torch.Tensor] | None = None) -> Any:
+    """A pipeline of the same class with its own modules and schedulers, for a follower. `along`: as
+    `going_along` has it, where the pipe itself can no longer tell.
+    """
     memo: dict[int, Any] = {}
     for module in encoders_of(pipe).values():
         twin_of(module, memo)
     for module in denoisers_of(pipe).values():
         _share(module, device, memo)
+    for tensor in going_along(pipe) if along is None else along:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _moved(tensor, device)
     replica = copy.deepcopy(pipe, memo)
+    compile_parts(replica, compiled_parts(pipe))
     _without_bars(replica)
     cls = type(pipe)
     # Its encoders stay where the leader's are, so it cannot tell its own device from them, which
