@@ -54,7 +54,7 @@ def compiled_parts(pipe: Any) -> Compiled:
 
 
 def compile_parts(replica: Any, compiled: Compiled) -> None:
-    """Compiles the same parts of a copy of that pipe in the same way, when they are first called."""
+    """Compiles the same parts of a copy of that pipe alike, when they are first called."""
     for name, path, part in _parts_of(replica):
         if (name, path) in compiled:
             part.compile(**compiled[name, path])

@@ -18,10 +18,7 @@ from hosting import no_warnings, parallel  # noqa: E402
 from parastep.diffusers.remote.packing import pipeline_to_memory  # noqa: E402
 from parastep.diffusers.replicas import going_along, replicate  # noqa: E402
 
-META = torch.device("meta")  # where one can tell a replica's tensors from the leader's
-    "meta"
-)  # where a replica's tensors can be told from the leader's, on any machine
-
+META = torch.device("meta")  # a replica's tensors can be told from the leader's there
 CALLS = 3
 
 
