@@ -227,5 +227,35 @@ def test_a_failing_driver_is_an_error_and_the_next_run_is_fine(fake: Any, functi
     assert failed or function == "cuLaunchKernel"  # a build without kernels launches none
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["f4", "f2", "f8"])
+def test_scattered_tensors_are_copied_by_their_library(fake: Any, kind: Any, dtype: str) -> None:
+    """As on the host: x, outputs of all ranks, noise; what is to be written must be contiguous."""
+    program, noise, x = drawing(STEPS, 0.1), noise_of(STEPS, (2, 3, 50)), latents(dtype)
+    noise = [z.astype(dtype) for z in noise]
+    settings: Any = {"ranks": 3, "max_stride": 1}
+    expected, _ = parastep.sample(program, smooth, x, noise=noise, **settings)
+
+    def denoiser(x: Any, step: int, rank: int) -> Any:
+        return kind.scattered(smooth(x.numpy(), step, rank), x.device)
+
+    there = [kind.scattered(z) for z in noise]
+    result, report = parastep.sample(program, denoiser, kind.scattered(x), noise=there, **settings)
+    np.testing.assert_array_equal(result.numpy(), expected)
+    assert report.failures == []
+    leader = _core.Leader(euler(), kind.of(x))
+    with pytest.raises(_core.InvalidError, match="written in place"):
+        leader.ask(0, kind.of(x), kind.scattered(x))
+
+
+def test_scattered_tensors_that_nobody_copies(fake: Any) -> None:
+    class Helpless(Plain):
+        def __array_namespace__(self) -> Any:
+            return object()
+
+    with pytest.raises(_core.InvalidError, match=r"x is not contiguous in the memory of cuda:0"):
+        _core.copy(Helpless.scattered(latents()))
+
+
 def test_what_was_found_is_told(fake: Any) -> None:
     assert parastep.build_info()["backends"]["cuda"].startswith("2 devices")
