@@ -16,7 +16,7 @@ from .options import Options
 from .quiet import thread_name
 from .report import Report
 from .stacking import Stacking
-from .threads import HostContext
+from .threads import HostContext, Task
 from .tolerance import Tolerance
 
 Denoiser = Callable[[Any, Any, int], Any]
@@ -195,7 +195,7 @@ def sample(
         leader = leader if stacking.unbatched is None else create(ranks=ranks)
     steps = _steps_shown(len(program), progress)
     context = HostContext()
-    lanes: dict[int, threading.Thread] = {}
+    lanes: dict[int, threading.Thread | Task] = {}
     try:
         for rank in range(1, ranks):
             follower = leader.follower(rank)

@@ -27,7 +27,7 @@ from ..report import Report
 from ..sampling import serve
 from ..speculation import Speculation
 from ..stacking import Stacking
-from ..threads import HostContext
+from ..threads import HostContext, Task
 from ..tracing.kdiffusion import (
     Traced,
     added_functions,
@@ -100,10 +100,10 @@ class Sampling(Speculation):
         self.calls = 0  # of the model, by the sampler
         self.evaluated = 0  # times that it ran
         self._interrupted: BaseException | None = None  # in a follower's thread
-        self._threads: dict[int, threading.Thread] = {}
+        self._threads: dict[int, threading.Thread | Task] = {}
         self._arguments: dict[str, Any] = {}
         self._values: list[float] = []  # (N,) noise levels of the calls
-        self._sigmas = torch.empty(0)  # (N, B) the same, on the device of the latents
+        self._sigmas: dict[torch.device, torch.Tensor] = {}  # (N, B) the same, on each device
         self._noise: list[torch.Tensor] | None = None
         self._noise_given = 0
         self._guidance: Guidance | None = None  # of a sampler that uses the unguided output as well
@@ -190,7 +190,8 @@ class Sampling(Speculation):
             return
         self._arguments = dict(extra_args)
         self._values = rows.levels.tolist()
-        self._sigmas = rows.levels.to(x.device)[:, None].repeat(1, len(x))
+        sigmas = rows.levels[:, None].repeat(1, len(x))
+        self._sigmas = {device: sigmas.to(device) for device in dict.fromkeys(devices)}
         context = HostContext()
         for rank, lane in enumerate(self._lanes, 1):
             follow = Stacking(partial(self._follow, lane))
@@ -198,7 +199,9 @@ class Sampling(Speculation):
             # The leader keeps its own number of threads, which its bits may depend on.
             intraop = 1 if devices[rank].type == "cpu" else None
             try:
-                self._threads[rank] = context.start(body, thread_name(rank), intraop, devices[rank])
+                self._threads[rank] = context.start(
+                    body, thread_name(rank), intraop, devices[rank], home=x.device
+                )
             except RuntimeError as error:  # no more threads
                 self.core.leave_out(rank, describe(error))
 
@@ -264,7 +267,7 @@ class Sampling(Speculation):
         return torch.cat([d, to_d(x, sigma, unguided.seen.to(x.device))])
 
     def _sigma(self, step: int, x: torch.Tensor) -> torch.Tensor:
-        return self._sigmas[step].to(x.device, copy=True)
+        return self._sigmas[x.device][step].clone()
 
     # ---- the model that the sampler calls --------------------------------------------------------
 

@@ -169,7 +169,7 @@ class Server:
                 random.set_state(state)
             intraop = 1 if self.device.type == "cpu" else None
             finish_work(self.device)  # replica and arguments, for a stream of its own
-            with context.entered(intraop, self.device):
+            with context.entered(thread_name(self.rank), intraop, self.device):
                 loop.run(lambda: own_copy(arguments), random)
         except BaseException as error:  # it could not begin, or could not even say why it failed
             call.fail(self.rank, describe(error))

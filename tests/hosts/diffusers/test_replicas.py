@@ -13,11 +13,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 
 import tiny  # noqa: E402
+from fake_streams import Streams  # noqa: E402
 from hosting import no_warnings, parallel  # noqa: E402
 
+from parastep.diffusers import local  # noqa: E402
+from parastep.diffusers.call import Call  # noqa: E402
 from parastep.diffusers.remote.packing import pipeline_to_memory  # noqa: E402
 from parastep.diffusers.replicas import going_along, replicate  # noqa: E402
 
+HOME, THERE = torch.device("cuda", 0), torch.device("cuda", 1)
 META = torch.device("meta")  # a replica's tensors can be told from the leader's there
 CALLS = 3
 
@@ -136,3 +140,33 @@ def test_what_goes_along_is_told_to_other_processes() -> None:
     with open(memory, "rb") as file:
         _, _, along = torch.load(f"/proc/self/fd/{file.fileno()}", weights_only=False)
     assert [tensor.shape for tensor in along] == [(2,)]
+
+
+def test_streams_of_ranks_on_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lane works on the leader's own, for both share memory; others have one for all calls."""
+    streams = Streams(monkeypatch)
+    seen: dict[int, Any] = {}
+
+    class Looks:
+        def __init__(self, replica: Any, rank: int, call: Any, device: torch.device) -> None:
+            self.look = lambda: seen.update({rank: streams.current(device)})
+
+        def run(self, arguments: Any, random: Any) -> None:
+            self.look()
+
+    class OnHost(torch.Generator):
+        def __new__(cls, device: Any = None) -> Any:
+            return super().__new__(cls)
+
+    monkeypatch.setattr(local, "Follower", Looks)
+    monkeypatch.setattr(local, "cloned_global_generator", OnHost)
+    monkeypatch.setattr(torch, "Generator", OnHost)
+    for _ in range(2):
+        before, call = dict(seen), Call(3, [HOME, HOME, THERE], lane=True)
+        followers = local.LocalFollowers(call, dict.fromkeys(range(3)), ((), {}))
+        followers.start()
+        followers.start_lane()
+        followers.gather(set())
+        assert seen[0] is streams.default[HOME]
+        assert seen[1] is not seen[0] and seen[2].device == THERE
+        assert not before or before == seen
