@@ -175,8 +175,8 @@ class Sampling(Speculation):
             if not self._lanes and not program.strides:
                 return
             if rows.e is not None:
-                self._guidance = Guidance(rows.b, rows.e)
-            devices = [x.device, *(getattr(lane, "device", x.device) for lane in self._lanes)]
+                self._guidance = Guidance(rows.b, rows.e, x.device)
+            devices = [x.device, *(self._place_of(lane, x.device) for lane in self._lanes)]
             places = [d.index if d.type == "cuda" else -1 for d in devices]
             self.core = _core.Leader(
                 program,
@@ -204,6 +204,13 @@ class Sampling(Speculation):
                 )
             except RuntimeError as error:  # no more threads
                 self.core.leave_out(rank, describe(error))
+
+    @staticmethod
+    def _place_of(lane: Lane, home: torch.device) -> torch.device:
+        """Where a lane's tensors are; the host may leave out the number of the leader's device."""
+        device: torch.device = getattr(lane, "device", home)
+        unnumbered = device.type == "cuda" and device.index is None
+        return torch.device("cuda", 0) if unnumbered else device
 
     def _close(self) -> None:
         """Followers leave. Where the user cancelled, those at work are made to stop as well: the
