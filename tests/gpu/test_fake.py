@@ -205,6 +205,30 @@ def test_a_device_that_hangs_is_a_follower_lost(fake: Any) -> None:
     assert not thread.is_alive() and len(errors) == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_ends_with_the_devices_work(fake: Any, kind: Any) -> None:
+    """Not with its launch: by it followers are waited for, and the report tells it."""
+    x, released = kind.of(latents()), []
+    leader = _core.Leader(euler(), x)
+    leader.ask(0, x)
+    m = on_device(kind)(x, 0, 0)
+    began = _core.now_ns()
+    fake.fake_hang(0)
+
+    def release() -> None:
+        time.sleep(0.05)
+        released.append(_core.now_ns())
+        fake.fake_hang(-1)
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    leader.submit(m, began)
+    thread.join()
+    leader.finish()
+    [record] = leader.report()["timeline"]
+    assert 1e9 * (record[4] - record[3]) >= released[0] - began - 1e3
+
+
 @pytest.mark.parametrize("function", ["cuMemAllocFromPoolAsync", "cuLaunchKernel", "cuMemcpyAsync"])
 def test_a_failing_driver_is_an_error_and_the_next_run_is_fine(fake: Any, function: str) -> None:
     x = latents()
