@@ -29,6 +29,8 @@ from ..replicas import refresh
 from ..tensors import own_copy
 from .packing import unpack
 
+_MOMENT = 10.0  # seconds
+
 
 class RemoteCall(Call):
     """A call whose leader is in another process, as this follower sees it."""
@@ -39,12 +41,16 @@ class RemoteCall(Call):
         number: int,
         arguments: bytes | bytearray,
         peer: Peer,
-        pair: _core.Pair | None,
+        joining: pairs.Joining | None,
     ) -> None:
         super().__init__(rank + 1)
         self.rank, self.number, self.arguments, self._peer = rank, number, arguments, peer
-        self._pair = pair
+        self._joining = joining
         self._told: _core.Inbox | _core.Pair | None = None  # where the leader is lost
+
+    @property
+    def _pair(self) -> _core.Pair | None:
+        return None if self._joining is None else self._joining.pair
 
     def arrive(self, rank: int) -> None:
         self._peer.send(Kind.ARRIVED, self.number)
@@ -85,7 +91,8 @@ class RemoteCall(Call):
         self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, paired: bool
     ) -> None:
         try:
-            if paired and self._pair is None:
+            # The leader's end is there, and so ours will be in a moment.
+            if paired and (self._joining is None or self._joining.wait(_MOMENT) is None):
                 raise _core.LostError("the connection that the leader uses is not there")
             way = self._pair if self._pair is not None and paired else self._peer.carry
             x = _latent(shape, dtype, device)
@@ -133,19 +140,27 @@ class Server:
         self.rank, self.device = rank, device
         self._calls, self._other, self._on_gone = calls, other, gone
         self._current: RemoteCall | None = None
-        self._pair: _core.Pair | None = None
+        self._joining: pairs.Joining | None = None  # the end of a pair, kept from call to call
         self.peer = Peer(stream, thread_name(rank), self._handle, self._gone)
+
+    def close(self, patience: float) -> None:
+        """No more calls will come."""
+        self._let_go()
+        self.peer.close(patience)
+
+    def _let_go(self) -> None:
+        joining, self._joining = self._joining, None
+        if joining is not None:
+            joining.give_up()
 
     def _handle(self, frame: Frame) -> None:
         if frame.kind == Kind.CALL:
-            self._current = RemoteCall(self.rank, frame.call, frame.body, self.peer, self._pair)
+            self._current = RemoteCall(self.rank, frame.call, frame.body, self.peer, self._joining)
             self._calls.put(self._current)
         elif frame.kind == Kind.PAIR:
-            if self._pair is not None:
-                self._pair.close()  # the leader has let go of it
-                self._pair = None
+            self._let_go()  # the leader has let go of it
             answer = functools.partial(self.peer.send, Kind.PAIRED, 0)
-            self._pair = pairs.accept(frame.body, self.device, answer)
+            self._joining = pairs.accept(frame.body, self.device, answer)
         elif self._current is not None and frame.call == self._current.number:
             self._current.handle(frame, self.device)
             if frame.kind == Kind.END:
