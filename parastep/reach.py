@@ -248,6 +248,7 @@ def is_known(thing: Any) -> bool:
     return package in _KNOWN or (package in sys.stdlib_module_names and package != "__main__")
 
 
+@functools.lru_cache(maxsize=4096)
 def _root(module: str | None) -> str:
     return (module or "").partition(".")[0]
 

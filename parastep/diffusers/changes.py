@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,10 +32,10 @@ class Seen(NamedTuple):
 
 
 class Changes:
-    """`roots`: modules, or other objects, by name."""
+    """`holders`: the dicts, lists and sets to look at, with names."""
 
-    def __init__(self, roots: dict[str, Any]) -> None:
-        found = {id(holder): (name, holder) for name, holder in _holders(roots)}.values()
+    def __init__(self, holders: Iterable[tuple[str, Any]]) -> None:
+        found = {id(holder): (name, holder) for name, holder in holders}.values()
         dicts = [(name, holder) for name, holder in found if isinstance(holder, dict)]
         others = [(name, holder) for name, holder in found if not isinstance(holder, dict)]
         self._names = [name for name, _ in dicts + others]
@@ -86,8 +86,8 @@ class Changes:
         raise IndexError(k)
 
 
-def _holders(roots: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Dicts, lists and sets in which a root's parts keep what they are made of, with names."""
+def holders_in(roots: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Those in which the parts of some modules, or other objects, keep what they are made of."""
     for root, value in roots.items():
         if not isinstance(value, torch.nn.Module):
             yield from _within(root, vars(value), _DEPTH)

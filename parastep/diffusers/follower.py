@@ -26,7 +26,6 @@ from .hooks import Hooks
 from .leaving import GoBack, Leave
 from .listening import Listening
 from .parts import denoisers_of
-from .replicas import AsItWas
 from .skipping import Outputs, Skipping
 from .tensors import is_rounded, map_tensors
 
@@ -71,7 +70,7 @@ class Follower:
 
     def _enter(self, arguments: Any, random: torch.Generator) -> bool:
         """Runs the pipeline's call; True where it is to be entered again."""
-        before, hooks, (args, kwargs) = AsItWas(self.replica), Hooks(), arguments
+        hooks, (args, kwargs) = Hooks(), arguments
         self._private = _Private(random)
         try:
             self._place(hooks)
@@ -82,7 +81,7 @@ class Follower:
             return True
         finally:
             hooks.restore()
-            before.restore()
+            self.replica.as_made.restore()
         return self._ran_out()
 
     def _ran_out(self) -> bool:

@@ -21,7 +21,7 @@ from .local import LocalFollowers
 from .remote.groups import Group
 from .remote.workers import Workers
 from .replicas import fingerprint, refresh, replicate, unfit
-from .state import State
+from .state import State, may_write_weights
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +139,8 @@ class Ranks:
         for rank, device in enumerate(self.devices):
             here = lane if rank == 0 else self._remote is None
             if here and rank not in self._replicas:
-                self._replicas[rank] = replicate(pipe, device)
+                own_weights = may_write_weights(pipe)
+                self._replicas[rank] = replicate(pipe, device, own_weights)
         for replica in self._replicas.values():
             refresh(replica, pipe)
 

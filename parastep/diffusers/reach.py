@@ -12,10 +12,11 @@ import collections
 import contextvars
 import functools
 import itertools
+import operator
 import sys
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ STRUCTURE = frozenset(vars(torch.nn.Module()))  # what every module has: weights
 _PLAIN = (int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, range)
 _CONTAINERS = (list, tuple, collections.deque, set, frozenset)
 _DATA = (int, float, torch.Tensor, dict, *_CONTAINERS)
+_UNASSIGNED = object()
 _OF_CLASSES = ("__dict__", "__weakref__", "__doc__")
 
 Path = tuple[Any, ...]  # (the path of what holds it, its name there)
@@ -65,6 +67,8 @@ def foreign_code(value: Any, depth: int = 6) -> Any:
     if isinstance(value, types.FunctionType):
         if is_foreign(value):
             return value
+        if value.__closure__ is None and not value.__dict__:  # as nearly all are: it wraps nothing
+            return None
         inner = [cell for _, cell in _cells(value)]
         inner = [held for held in inner if callable(held) and not isinstance(held, type)]
         inner.append(getattr(value, "__wrapped__", None))
@@ -97,13 +101,16 @@ def code_of(value: Any) -> Any:
 
 
 def _cells(function: types.FunctionType) -> list[tuple[str, Any]]:
-    found = []
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-        try:
-            found.append((name, cell.cell_contents))
-        except ValueError:  # not assigned yet
-            continue
-    return found
+    named = zip(function.__code__.co_freevars, function.__closure__ or ())
+    found = ((name, _content(cell)) for name, cell in named)
+    return [(name, held) for name, held in found if held is not _UNASSIGNED]
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _UNASSIGNED
 
 
 @functools.lru_cache(maxsize=4096)
@@ -130,6 +137,59 @@ def _leaf(value: Any) -> Any:
     return id(value)
 
 
+class Footprint:
+    """Where a walk has been: as long as all there is what it was, another one finds the same.
+
+    It is taken in passing, and looked at again in a fraction of the walk's time.
+    """
+
+    def __init__(self) -> None:
+        self._whole: list[Any] = []  # containers, all of whose items count
+        self._named: list[tuple[Mapping[str, Any], tuple[str, ...]]] = []  # or those of these names
+        self._cells: list[types.CellType] = []
+        self._marked: list[Any] = []  # what is compared by its mark
+        self._elsewhere = False  # the walk went where there is nothing to hold on to
+        self._before: tuple[list[Any], list[Any]] = [], []
+
+    def add(self, *holders: Any) -> None:
+        self._whole += holders
+
+    def add_named(self, holder: Mapping[str, Any], names: Iterable[str]) -> None:
+        self._named.append((holder, tuple(names)))
+
+    def add_cells(self, cells: Iterable[types.CellType]) -> None:
+        self._cells += cells
+
+    def add_marked(self, value: Any) -> None:
+        self._marked.append(value)
+
+    def add_unknown(self) -> None:
+        self._elsewhere = True
+
+    def close(self) -> None:
+        """The walk is over."""
+        self._before = self._look()
+
+    def is_fresh(self) -> bool:
+        if self._elsewhere:
+            return False
+        (items, marks), (old_items, old_marks) = self._look(), self._before
+        if len(items) != len(old_items) or not all(map(operator.is_, items, old_items)):
+            return False
+        return marks == old_marks
+
+    def _look(self) -> tuple[list[Any], list[Any]]:
+        items: list[Any] = []
+        for holder in self._whole:
+            items += holder
+            if isinstance(holder, Mapping):
+                items += holder.values()
+        for holder, names in self._named:
+            items += map(holder.get, names)
+        items += (_content(cell) for cell in self._cells)
+        return items, [_leaf(value) for value in self._marked]
+
+
 class Reach:
     """`values`: what was found, by its path. `names`: those that the foreign code works with.
 
@@ -139,6 +199,7 @@ class Reach:
         apart: what is not gone into at all, by id.
         packages: those of the code that was hung in.
         whole: the code of classes, and parameters of other modules, too.
+        footprint: takes down where the walk was.
     """
 
     def __init__(
@@ -147,10 +208,12 @@ class Reach:
         apart: Mapping[int, Any],
         packages: set[str],
         whole: bool,
+        footprint: Footprint | None = None,
     ) -> None:
         self.values: dict[Path, Any] = {}
         self.names: set[str] = set()
         self._parts, self._apart, self._packages, self._whole = parts, apart, packages, whole
+        self._footprint = Footprint() if footprint is None else footprint
         self._seen: set[int] = set()
 
     def walk(self, value: Any, path: Path, depth: int = _DEPTH) -> None:
@@ -159,8 +222,12 @@ class Reach:
         elif isinstance(value, float):
             self.values[path] = value if value == value else "nan"
         elif isinstance(value, torch.Tensor):
+            self._footprint.add_marked(value)
             self.values[path] = _leaf(value)
         else:
+            known = mark_of(value, _SAMPLES)
+            if known is not None:
+                self._footprint.add_marked(value)
             self.values[path] = _leaf(value)
             if depth and id(value) not in self._seen and len(self.values) < _VALUES:
                 self._seen.add(id(value))
@@ -178,13 +245,20 @@ class Reach:
         if id(value) in self._apart:
             return []
         if isinstance(value, types.FunctionType):
+            self._footprint.add_cells(value.__closure__ or ())
             return self._of_function(value)
         if isinstance(value, types.MethodType):
             return [("", value.__func__), ("self", value.__self__)]
         if isinstance(value, functools.partial):
+            self._footprint.add(value.keywords)
             return [("", value.func), *enumerate(value.args), *value.keywords.items()]
         if isinstance(value, type):
             return self._of_class(value)
+        if not isinstance(value, (types.GeneratorType, weakref.ref, contextvars.ContextVar)):
+            if isinstance(value, (dict, *_CONTAINERS)):
+                self._footprint.add(value)
+            return _items(value) + self._of_object(value)
+        self._footprint.add_unknown()
         if isinstance(value, types.GeneratorType):
             frame = value.gi_frame
             return [*frame.f_locals.items(), ("", value.gi_yieldfrom)] if frame else []
@@ -192,21 +266,26 @@ class Reach:
             return [("", value())]
         if isinstance(value, contextvars.ContextVar):
             return [("", value.get(None))]
-        return _items(value) + self._of_object(value)
 
     def _of_function(self, function: types.FunctionType) -> list[tuple[Any, Any]]:
         cells = _cells(function)
         if not self._near(function):
+            self._footprint.add(vars(function))
             cells.append(("", getattr(function, "__wrapped__", None)))
             return [(name, held) for name, held in cells if foreign_code(held) is not None]
         names = names_in(function.__code__)
         self.names |= names
+        self._footprint.add(vars(function))
+        self._footprint.add_named(function.__globals__, names)
         found: list[tuple[Any, Any]] = [*cells, *vars(function).items()]
-        found += [*enumerate(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()]
+        defaults = function.__kwdefaults__ or {}
+        self._footprint.add(defaults)
+        found += [*enumerate(function.__defaults__ or ()), *defaults.items()]
         for name in sorted(names & function.__globals__.keys()):
             held = function.__globals__[name]
             if isinstance(held, types.ModuleType):
                 own = vars(held) if self._near(held) else {}
+                self._footprint.add_named(own, names)
                 found += [(key, own[key]) for key in sorted(names & own.keys())]
             elif not isinstance(held, (types.FunctionType, type)) or self._near(held):
                 found.append((name, held))
@@ -219,8 +298,10 @@ class Reach:
             own = vars(base)
             if not self._near(base):
                 named = sorted(self.names & own.keys())
+                self._footprint.add_named(own, self.names)
                 found += [(name, own[name]) for name in named if isinstance(own[name], _DATA)]
                 continue
+            self._footprint.add(own)
             for name, member in own.items():
                 member = getattr(member, "fget", None) or getattr(member, "__func__", member)
                 if name not in _OF_CLASSES and (self._whole or not callable(member)):
@@ -230,7 +311,9 @@ class Reach:
     def _of_object(self, value: Any) -> list[tuple[Any, Any]]:
         cls: Any = type(value)
         own = getattr(value, "__dict__", None)
-        own = dict(own) if isinstance(own, dict) else {}
+        own = own if isinstance(own, dict) else {}
+        self._footprint.add(own)
+        own = dict(own)
         module = isinstance(value, torch.nn.Module)
         if id(value) in self._parts:
             hidden = STRUCTURE if module and is_foreign(cls) else STRUCTURE | _used_by_host(cls)
@@ -245,7 +328,9 @@ class Reach:
                 return []
             used = _names_used(cls)
             return [(k, v) for k, v in own.items() if k not in used]
-        slots = (name for base in cls.__mro__ for name in _slots(base))
+        slots = [name for base in cls.__mro__ for name in _slots(base)]
+        if slots:
+            self._footprint.add_unknown()
         own |= {name: getattr(value, name) for name in slots if hasattr(value, name)}
         return [*own.items(), ("", cls)]
 

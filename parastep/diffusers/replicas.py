@@ -48,12 +48,15 @@ def split_over_processes(pipe: Any) -> str | None:
     return None
 
 
-def _share(module: torch.nn.Module, device: torch.device, memo: dict[int, Any]) -> None:
+def _share(
+    module: torch.nn.Module, device: torch.device, own_weights: bool, memo: dict[int, Any]
+) -> None:
     """Parameters of a denoiser's copy: the same ones on the same device, else moved ones. Buffers
     are its own, for modules that write to them.
     """
     for weight in module.parameters():
-        memo[id(weight)] = weight if weight.device == device else _moved(weight, device)
+        shared = weight.device == device and not own_weights
+        memo[id(weight)] = weight if shared else _moved(weight, device)
     for tensor in module.buffers():
         memo[id(tensor)] = _moved(tensor, device)
 
@@ -78,9 +81,12 @@ def _tensors_in(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif depth and not isinstance(value, (torch.nn.Module, type, types.ModuleType)):
-        inner = value if isinstance(value, (list, tuple, set)) else getattr(value, "__dict__", {})
-        inner = value if isinstance(value, dict) else inner
-        for item in list(inner.values() if isinstance(inner, dict) else inner):
+        if not isinstance(value, (list, tuple, set, dict)):
+            try:
+                value = object.__getattribute__(value, "__dict__")  # code of the user's own aside
+            except AttributeError:
+                return
+        for item in list(value.values() if isinstance(value, dict) else value):
             yield from _tensors_in(item, depth - 1)
 
 
@@ -119,15 +125,22 @@ def twin_of(module: Any, memo: dict[int, Any], old: Any = None) -> Any:
     return memo[id(module)]
 
 
-def replicate(pipe: Any, device: torch.device, along: Sequence[torch.Tensor] | None = None) -> Any:
-    """A pipeline of the same class with its own modules and schedulers, for a follower. `along`: as
-    `going_along` has it, where the pipe itself can no longer tell.
+def replicate(
+    pipe: Any,
+    device: torch.device,
+    own_weights: bool = False,
+    along: Sequence[torch.Tensor] | None = None,
+) -> Any:
+    """A pipeline of the same class with its own modules and schedulers, for a follower; `as_made`
+    brings its denoisers back to what they are now. With its own weights on the pipe's device too,
+    for code that may write to them. `along`: as `going_along` has it, where the pipe itself can no
+    longer tell.
     """
     memo: dict[int, Any] = {}
     for module in encoders_of(pipe).values():
         twin_of(module, memo)
     for module in denoisers_of(pipe).values():
-        _share(module, device, memo)
+        _share(module, device, own_weights, memo)
     for tensor in going_along(pipe) if along is None else along:
         if id(tensor) not in memo:
             memo[id(tensor)] = _moved(tensor, device)
@@ -139,7 +152,8 @@ def replicate(pipe: Any, device: torch.device, along: Sequence[torch.Tensor] | N
     # takes long besides.
     names = ("_execution_device", "device")
     told = [name for name in names if isinstance(getattr(cls, name, None), property)]
-    here = dict.fromkeys(told, property(lambda self: device))
+    here: dict[str, Any] = dict.fromkeys(told, property(lambda self: device))
+    here["as_made"] = AsMade(replica)
     replica.__class__ = type(cls.__name__, (cls,), here)
     return replica
 
@@ -175,8 +189,8 @@ def _become(own: Any, scheduler: Any) -> None:
     vars(own).update(state)
 
 
-class AsItWas:
-    """The denoisers of a pipeline as they are now: their parts' attributes, hooks and parameters.
+class AsMade:
+    """The denoisers of a replica as they are now: their parts' attributes, hooks and parameters.
 
     A pipeline that alters its modules for the time of a call (PAG puts its own processors in) puts
     them back at its end, which a follower never reaches.
@@ -184,24 +198,21 @@ class AsItWas:
 
     def __init__(self, pipe: Any) -> None:
         parts = (part for module in denoisers_of(pipe).values() for part in module.modules())
-        self._kept: list[tuple[Any, dict[str, Any]]] = []
+        self._own: list[dict[str, Any]] = []
         for own in map(vars, parts):
-            inner = (v for v in own.values() if type(v) in (dict, OrderedDict))
-            self._kept += [(own, dict(own)), *((held, dict(held)) for held in inner)]
+            self._own += [own, *(v for v in own.values() if type(v) in (dict, OrderedDict))]
+        self._content = list(map(dict, self._own))
 
     def restore(self) -> None:
-        for own, content in self._kept:
-            if not _is_still(own, content):
-                own.clear()
-                own.update(content)
-
-
-def _is_still(own: dict[str, Any], content: dict[str, Any]) -> bool:
-    """Dicts compare by identity first, which is all that it takes where nothing has changed."""
-    try:
-        return own == content
-    except Exception:  # as other tensors do
-        return False
+        """Dicts compare by identity first, which is all that it takes where nothing has changed."""
+        try:
+            if self._own == self._content:
+                return
+        except Exception:  # other tensors compare to no truth
+            pass
+        for own, content in zip(self._own, self._content):
+            own.clear()
+            own.update(content)
 
 
 def fingerprint(pipe: Any) -> int:

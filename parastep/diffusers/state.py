@@ -26,12 +26,16 @@ from .changes import Changes, Seen
 from .compiling import is_compiled
 from .hooks import attributes_of
 from .parts import denoisers_of, modules_of
-from .reach import STRUCTURE, Path, Reach, code_of, foreign_code, is_foreign
+from .reach import STRUCTURE, Footprint, Path, Reach, code_of, foreign_code, is_foreign
 from .replicas import made_by_hooks
 from .watch import names_used
 
 _DATA = (int, str, float, type(None), tuple, list, dict, torch.Tensor, torch.nn.Module)
 _MADE_OF = ("_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks")
+# By which code gets at a module's weights.
+_OF_WEIGHTS = frozenset(
+    "weight bias data parameters named_parameters _parameters get_parameter state_dict".split()
+)
 _ABSENT = object()
 Values = dict[Path, Any]
 
@@ -114,6 +118,7 @@ class _Look:
     def __init__(self, pipe: Any) -> None:
         self.found = foreign_in(pipe)
         self.last: Values | None = None
+        self._footprint: Footprint | None = None  # of the last look, if that was a shorter one
         self.reached = False  # what had changed was in reach of the foreign code
         self._denoisers = denoisers_of(pipe)
         modules = [part for module in self._denoisers.values() for part in module.modules()]
@@ -132,14 +137,27 @@ class _Look:
 
     def values(self) -> Values:
         """The shorter look: what foreign code reaches."""
+        self._footprint = Footprint()
         return self._read(lambda reach: None, whole=False)
+
+    def names(self) -> set[str]:
+        """Names that what was hung in works with; not those of parts of a user's own classes."""
+        reach = Reach(self._parts, self._apart, self._packages, whole=True)
+        try:
+            for number, foreign in enumerate(self.found):
+                if foreign.thing is not foreign.part:
+                    reach.walk(foreign.thing, (number,))
+        except Exception:  # objects of a user's own may do anything when they are read
+            return set(_OF_WEIGHTS)
+        return reach.names
 
     def _whole(self) -> Values:
         """And all that a denoiser's parts have."""
+        self._footprint = None
         return self._read(self._walk_parts, whole=True)
 
     def _read(self, further: Callable[[Reach], None], whole: bool) -> Values:
-        reach = Reach(self._parts, self._apart, self._packages, whole)
+        reach = Reach(self._parts, self._apart, self._packages, whole, self._footprint)
         try:
             for number, foreign in enumerate(self.found):
                 reach.walk(foreign.thing, (number,))
@@ -147,7 +165,10 @@ class _Look:
             further(reach)
         except Exception as error:  # objects of a user's own may do anything when they are read
             self._unread = f"what hangs in its denoisers cannot be read: {describe(error)}"
+            self._footprint = None
             return {(-1,): object()}
+        if self._footprint is not None:
+            self._footprint.close()
         return reach.values
 
     def _walk_parts(self, reach: Reach) -> None:
@@ -217,6 +238,8 @@ class _Look:
 
     def changed(self) -> str | None:
         """What foreign code reaches and what is another than at the last look."""
+        if self._footprint is not None and self._footprint.is_fresh():
+            return None
         before, self.last = self.last or {}, self.values()
         changed = self._difference(before, self.last)
         if changed is None:
@@ -230,7 +253,7 @@ class _Look:
         begin with that in mid-run.
         """
         if self._structure is None or self._seen is None:
-            self._structure = Changes(dict(_structure_of(self._denoisers)))
+            self._structure = Changes(_structure_of(self._denoisers))
             self._seen = self._structure.look()
             return None
         name = self._structure.changed(self._seen)
@@ -295,16 +318,16 @@ def _place_of(thing: Any) -> str:
 
 def foreign_in(pipe: Any) -> list[Foreign]:
     """All that hangs in a pipeline's denoisers, and its guider, and is no code of the host's."""
-    found, owners = [], {torch.nn.functional: None}
+    found, classes = [], {}
     for name, module in denoisers_of(pipe).items():
         for part in module.modules():
             cls = type(part)
             if is_foreign(cls):
                 found.append(Foreign(name, f"a part, {cls.__name__},", part))
             found += (Foreign(name, kind, thing, part) for kind, thing in _hung_in(part))
-            classes = (*cls.__mro__, *type(vars(part).get("processor")).__mro__)
-            owners |= dict.fromkeys(c for c in classes if not is_foreign(c))
-    for owner in owners:
+            classes[cls] = classes[type(vars(part).get("processor"))] = None
+    bases = dict.fromkeys(base for cls in classes for base in cls.__mro__ if not is_foreign(base))
+    for owner in (torch.nn.functional, *bases):
         found += (Foreign("the denoiser", kind, thing) for kind, thing in _patched(owner))
     guider = getattr(pipe, "guider", None)
     if guider is not None and is_foreign(type(guider)):
@@ -312,11 +335,18 @@ def foreign_in(pipe: Any) -> list[Foreign]:
     return found
 
 
+def may_write_weights(pipe: Any) -> bool:
+    """Whether code that was hung into its denoisers works with weights at all. What writes to them
+    from some step on would be seen too late if other ranks, which get there first, shared them.
+    """
+    return bool(_Look(pipe).names() & _OF_WEIGHTS)
+
+
 def _structure_of(denoisers: dict[str, torch.nn.Module]) -> Iterator[tuple[str, Any]]:
     for name, module in denoisers.items():
         for path, part in module.named_modules():
-            own = {key: held for key, held in vars(part).items() if key in _MADE_OF}
-            yield f"{name}.{path}".rstrip("."), types.SimpleNamespace(**own)
+            own, named = vars(part), f"{name}.{path}".rstrip(".")
+            yield from ((named, own[key]) for key in _MADE_OF if key in own)
 
 
 def _hung_in(part: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .changes import Changes, plain
+from .changes import Changes, holders_in, plain
 from .hooks import Hooks
 from .parts import denoisers_of
 
@@ -62,7 +62,7 @@ class Watch:
                 return callback(*args, **kwargs)
         if self._parts is None:
             scheduler = {"scheduler": self._pipe.scheduler}
-            self._parts = Changes(denoisers_of(self._pipe) | scheduler)
+            self._parts = Changes(holders_in(denoisers_of(self._pipe) | scheduler))
         given = next((a for a in (*args, *kwargs.values()) if type(a) is dict), {})
         latents = given.get("latents", args[-1] if args else None)
         tensors = {k: v for k, v in given.items() if k != "latents"}

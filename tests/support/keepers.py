@@ -283,6 +283,14 @@ def swaps_a_part_late(pipe: Any) -> None:
     pipe.unet.register_forward_pre_hook(hook)
 
 
+def writes_weights_late(pipe: Any) -> None:
+    def hook(module: Any, args: Any) -> None:
+        if args[1] < 500:
+            module.conv_out.weight.mul_(1.01)
+
+    pipe.unet.register_forward_pre_hook(hook)
+
+
 def draws(pipe: Any) -> None:
     """From torch's global generator, evenly."""
     pipe.unet.register_forward_hook(lambda m, a, output: scaled(output, 0.9 + 0.1 * torch.rand(())))

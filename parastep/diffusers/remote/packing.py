@@ -84,7 +84,7 @@ def pipeline_from_memory(memory: int, device: torch.device) -> Any:
         loaded, compiled, along = torch.load(
             path, map_location="cpu", mmap=True, weights_only=False
         )
-    replica = replicate(loaded, device, along)
+    replica = replicate(loaded, device, along=along)
     compile_parts(replica, compiled)
     for name, module in encoders_of(replica).items():
         for method in _CALLS:

@@ -17,7 +17,7 @@ import tiny  # noqa: E402
 from hosting import caught, no_warnings, parallel  # noqa: E402
 from tiny.stable import add_lora  # noqa: E402
 
-from parastep.diffusers.changes import Changes  # noqa: E402
+from parastep.diffusers.changes import Changes, holders_in  # noqa: E402
 
 CASE = tiny.CASES["sd"]
 STEPS, AT = 12, 4
@@ -121,7 +121,7 @@ def test_names_of_what_has_changed() -> None:
     layer = torch.nn.Linear(2, 2)
     layer.processor = Processor()
     model = torch.nn.Sequential(layer, torch.nn.BatchNorm1d(2))
-    changes = Changes({"model": model})
+    changes = Changes(holders_in({"model": model}))
 
     def after(change: Callable[[], Any]) -> str | None:
         before = changes.look()

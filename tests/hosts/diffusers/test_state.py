@@ -92,6 +92,19 @@ def test_a_part_that_is_swapped_in_mid_run() -> None:
     assert len(texts) == 1
 
 
+@pytest.mark.parametrize("tolerance", ["rehearse", 0.02])
+def test_weights_that_are_written_to_in_mid_run(tolerance: Any) -> None:
+    """Ranks of one device do it to their own, so that the user's are written to by the host."""
+    alone, pipe = with_hung(keepers.writes_weights_late), with_hung(keepers.writes_weights_late)
+    wanted = results(alone, [0])[0]
+    with parallel(pipe, 3, tolerance) as together, caught():
+        found = results(together, [0])[0]
+        assert "unet.conv_out.weight was changed while the denoiser ran" in together.report.fallback
+    assert distance(found, wanted) < (1e-9 if tolerance == "rehearse" else 0.02)
+    if tolerance == "rehearse":
+        assert torch.equal(alone.unet.conv_out.weight, pipe.unet.conv_out.weight)
+
+
 def test_random_draws_of_any_kind() -> None:
     """The global generator is the leader's alone: no follower draws from it."""
     found = []
