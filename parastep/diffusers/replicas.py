@@ -83,8 +83,8 @@ def _tensors_in(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
     elif depth and not isinstance(value, (torch.nn.Module, type, types.ModuleType)):
         if not isinstance(value, (list, tuple, set, dict)):
             try:
-                value = object.__getattribute__(value, "__dict__")  # code of the user's own aside
-            except AttributeError:
+                value = vars(value)
+            except Exception:  # there is none, or an object of the user's own does not tell
                 return
         for item in list(value.values() if isinstance(value, dict) else value):
             yield from _tensors_in(item, depth - 1)
