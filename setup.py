@@ -40,10 +40,15 @@ def sanitizer_flags() -> list:
 
 
 class BuildWithKernels(build_ext):
-    """Compiles kernels.cu first, if it can be: an extension without them has slower means."""
+    """Compiles kernels.cu first, if it can be: an extension without them has slower means.
+    PARASTEP_KERNELS names a file of kernels that was compiled before.
+    """
 
     def run(self) -> None:
         image = Path(self.build_temp).resolve() / "kernels.fatbin"
+        ready = os.environ.get("PARASTEP_KERNELS")
+        if ready:
+            self.extensions[0].define_macros.append(("PS_KERNEL_IMAGE", f'"{ready}"'))
         nvcc = os.environ.get("PARASTEP_NVCC", shutil.which("nvcc"))
         if nvcc:
             image.parent.mkdir(parents=True, exist_ok=True)
