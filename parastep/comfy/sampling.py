@@ -25,7 +25,7 @@ from ..options import Options
 from ..quiet import thread_name
 from ..report import Report
 from ..sampling import serve
-from ..speculation import Speculation
+from ..speculation import CROWDED, Speculation, give_room, out_of_memory, with_room
 from ..stacking import Stacking
 from ..threads import HostContext, Task
 from ..tracing.kdiffusion import (
@@ -178,12 +178,15 @@ class Sampling(Speculation):
                 self._guidance = Guidance(rows.b, rows.e, x.device)
             devices = [x.device, *(self._place_of(lane, x.device) for lane in self._lanes)]
             places = [d.index if d.type == "cuda" else -1 for d in devices]
-            self.core = _core.Leader(
-                program,
-                self._latents(x),
-                ranks=len(devices),
-                devices=places if x.is_cuda else None,
-                **self._options.for_core(),
+            self.core = with_room(
+                partial(
+                    _core.Leader,
+                    program,
+                    self._latents(x),
+                    ranks=len(devices),
+                    devices=places if x.is_cuda else None,
+                    **self._options.for_core(),
+                )
             )
         except (NotTraceableError, _core.Error) as error:
             self.give_up(str(error))
@@ -329,6 +332,23 @@ class Sampling(Speculation):
         arguments: dict[str, Any],
     ) -> torch.Tensor:
         self.evaluated += 1
+        try:
+            return self._call_model(x, sigma, unguided, arguments)
+        except out_of_memory():
+            if not any(getattr(lane, "device", x.device) == x.device for lane in self._lanes):
+                raise
+        self.give_up(CROWDED)
+        self._close()  # those at work are through then
+        give_room()
+        return self._call_model(x, sigma, unguided, arguments)
+
+    def _call_model(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        unguided: Unguided | None,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
         if unguided is None:
             return self._model(x, sigma, **arguments)
         with telling(arguments["model_options"], unguided):

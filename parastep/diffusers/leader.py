@@ -18,7 +18,7 @@ import torch
 from .. import _core
 from ..messages import describe
 from ..options import Options
-from ..speculation import Speculation
+from ..speculation import CROWDED, Speculation, give_room, out_of_memory
 from ..tracing.noise import NoiseAhead
 from ..tracing.program import Traced, trace_rows
 from .arguments import first_times, inputs_in, latent_in, named_arguments, sample_in
@@ -167,15 +167,33 @@ class Leader(Speculation):
                 self.shared += first
                 return self.call.meeting.call(LEADER, name, ordinal, first, run, args, kwargs)
             if self.steps > 0:
-                return run(*args, **kwargs)
+                return self._with_room(run, args, kwargs)
             given = Inputs(args, kwargs).own_copy() if self.call.meeting is not None else None
-            output = run(*args, **kwargs)
+            output = self._with_room(run, args, kwargs)
             self._outputs.keep(module, ordinal, inputs, output)
             if given is not None and self.call.meeting is not None:
                 self.call.meeting.tell_exact(name, ordinal, given, output)
             return output
 
         return hook
+
+    def _with_room(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What the model returns; where others on its device have left no memory for that, as it
+        returns it alone.
+        """
+        try:
+            return run(*args, **kwargs)
+        except out_of_memory():
+            if not self.call.shares_home:
+                raise
+        self.give_up(CROWDED)
+        if self.core is not None:
+            self.core.finish()
+        self.call.end()
+        for some in self._followers:  # those at work are through then
+            some.gather(set())
+        give_room()
+        return run(*args, **kwargs)
 
     def _leave_batch(self) -> None:
         """No more of this iteration's evaluation is to come."""

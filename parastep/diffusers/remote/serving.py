@@ -22,6 +22,7 @@ from ...processes import pairs
 from ...processes.frames import Frame, Kind, Stream
 from ...processes.peer import Peer
 from ...quiet import thread_name
+from ...speculation import with_room
 from ...threads import finish_work
 from ..call import Call
 from ..follower import Follower
@@ -96,7 +97,8 @@ class RemoteCall(Call):
                 raise _core.LostError("the connection that the leader uses is not there")
             way = self._pair if self._pair is not None and paired else self._peer.carry
             x = _latent(shape, dtype, device)
-            follower, self._told = _core.join(x, self.rank, 1, (way, True))
+            join = functools.partial(_core.join, x, self.rank, 1, (way, True))
+            follower, self._told = with_room(join)
         except Exception as error:  # no memory, a device that has failed, ...
             self._peer.send(Kind.FAILED, self.number, describe(error).encode())
             return
