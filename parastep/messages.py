@@ -15,9 +15,11 @@ class SerialWarning(RuntimeWarning):
 
 
 def warn_of(report: Any, stacklevel: int = 3) -> None:
-    """Of a `Report`: one warning for each follower left out and one for speculation that ended."""
+    """Of a `Report`: one warning for each follower or helper lost, and one for speculation that
+    ended.
+    """
     for line in report.failures:
-        text = f"rank {line.rank} was left out at step {line.step} ({line.status}): {line.text}"
+        text = f"rank {line.rank} {line.became} at step {line.step} ({line.status}): {line.text}"
         warnings.warn(text, FollowerWarning, stacklevel=stacklevel)
     if report.fallback is not None:
         warnings.warn(f"running serially: {report.fallback}", SerialWarning, stacklevel=stacklevel)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+_SCALE = re.compile(r"(guidance|cfg)_scale")
 
 
 @functools.cache
@@ -38,6 +41,38 @@ def named_arguments(scheduler: Any, args: Any, kwargs: Any) -> dict[str, Any] | 
         return None
     named = dict(zip(names, args)) | kwargs
     return named if named.keys() >= {"model_output", "timestep", "sample"} else None
+
+
+def guidance_of(pipe: Any, bound: inspect.BoundArguments) -> tuple[Any, ...] | None:
+    """The settings of a call's guidance, or None where it evaluates one branch alone, as far as its
+    arguments and the denoisers' configurations tell.
+    """
+    arguments = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.default is not inspect.Parameter.empty:
+            arguments.setdefault(name, parameter.default)
+    if getattr(pipe, "guider", None) is not None:
+        return ("guider", type(pipe.guider))
+    scales = {k: v for k, v in arguments.items() if _SCALE.search(k) and _is_above_one(v)}
+    negative = any(v is not None for k, v in arguments.items() if k.startswith("negative_prompt"))
+    if "true_cfg_scale" in arguments:
+        scales = {k: v for k, v in scales.items() if k == "true_cfg_scale" and negative}
+    elif any(map(_is_distilled, vars(pipe).values())):
+        return None
+    return tuple(sorted((k, str(v)) for k, v in scales.items())) or None
+
+
+def _is_above_one(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_above_one, value))
+    return isinstance(value, (int, float)) and value > 1
+
+
+def _is_distilled(component: Any) -> bool:
+    """Whether it is given its guidance as a number, and evaluates one branch."""
+    config = getattr(component, "config", None)
+    own = getattr(config, "guidance_embeds", False) or getattr(config, "time_cond_proj_dim", None)
+    return isinstance(component, torch.nn.Module) and bool(own)
 
 
 def first_times(scheduler: Any, timestep: Any) -> torch.Tensor:

@@ -9,175 +9,19 @@ What cannot be put together so runs one by one, and the reason is kept for the r
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..messages import describe
-from .arguments import inputs_in
+from .forwards import Apart, Inputs, check_output, parts_of
 from .leaving import Leave
 from .tensors import map_tensors
 
 LEADER = -1  # before all lanes: where it takes part, it makes the call
 
-# How far the same item may differ, alone and in a batch, relative to its rms: other kernels and
-# other orders of sums do. The core allows ranks as much.
-_ROUNDING = {
-    torch.float64: 2.0**-20,
-    torch.float32: 2.0**-12,
-    torch.float16: 2.0**-7,
-    torch.bfloat16: 2.0**-5,
-}
 _MISSES = 2  # meetings in a row that nobody shared a call in, before lanes leave
-
-# ---- inputs --------------------------------------------------------------------------------------
-
-
-class Apart(Exception):
-    """Calls that cannot be one call; the text says why."""
-
-
-class Inputs:
-    """The arguments of one call of a denoiser, taken apart: what they hold, by name and in order.
-
-    `items` is the size of its batch, by the first input that looks like latents.
-    """
-
-    def __init__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
-        named = {f"argument {k}": value for k, value in enumerate(args, 1)} | kwargs
-        self.values = dict(_leaves(named, ""))
-        latents = inputs_in(args, kwargs)
-        self.items = latents[0].shape[0] if latents else 1
-        self.shape = latents[0].shape if latents else torch.Size()
-        self.device = latents[0].device if latents else torch.device("cpu")
-
-    def own_copy(self) -> Inputs:
-        return Inputs(map_tensors(torch.clone, self.args), map_tensors(torch.clone, self.kwargs))
-
-    def altered(self) -> Inputs:
-        """With another latent and another timestep."""
-        return self._with([self._altered(value) for value in self.values.values()])
-
-    def _altered(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.dtype == torch.bool:
-            return value
-        times = value.dim() < 2 and value.numel() in (1, self.items)
-        if not times and value.shape != self.shape:
-            return value
-        return value * 0.5 if value.is_floating_point() else value // 2
-
-    def unlike(self, other: Inputs) -> str | None:
-        """The first value whose kind, shape or (but for tensors) contents differ, or None."""
-        if self.values.keys() != other.values.keys():
-            return "the arguments"
-        pairs = zip(self.values.items(), other.values.values())
-        return next((name for (name, ours), theirs in pairs if not _alike(ours, theirs)), None)
-
-    def equals(self, other: Inputs) -> bool:
-        if self.unlike(other) is not None:
-            return False
-        pairs = zip(self.values.values(), other.values.values())
-        return all(torch.equal(a, b) for a, b in pairs if isinstance(a, torch.Tensor))
-
-    def joined(self, others: Sequence[Inputs]) -> Inputs:
-        """One call of all, self first; they are alike. Raises Apart."""
-        every = [self, *others]
-        columns = zip(*(inputs.values.values() for inputs in every))
-        names = self.values.keys()
-        return self._with([self._join(name, column) for name, column in zip(names, columns)])
-
-    def _join(self, name: str, column: Sequence[Any]) -> Any:
-        first, items = column[0], self.items
-        if not isinstance(first, torch.Tensor):
-            return first
-        if first.dim() == 0 or tuple(first.shape) == (1,):  # a timestep: one an item
-            return torch.cat([value.reshape(1).expand(items) for value in column]).to(self.device)
-        if first.shape[0] == items:
-            return torch.cat(tuple(column))
-        if all(torch.equal(first, value) for value in column[1:]):
-            return first
-        if first.shape[0] == 1:
-            return torch.cat([value.expand(items, *first.shape[1:]) for value in column])
-        shape = tuple(first.shape)
-        raise Apart(f"{name} {shape} differs from step to step and has no axis of {items} items")
-
-    def _with(self, values: Sequence[Any]) -> Inputs:
-        left = iter(values)
-        args = tuple(_rebuilt(value, left) for value in self.args)
-        return Inputs(args, {name: _rebuilt(value, left) for name, value in self.kwargs.items()})
-
-
-def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """What containers hold, with names like those that would reach it."""
-    if type(value) is dict:
-        for key, item in value.items():
-            yield from _leaves(item, f"{name}.{key}" if name else str(key))
-    elif type(value) in (list, tuple):
-        for k, item in enumerate(value):
-            yield from _leaves(item, f"{name}[{k}]")
-    else:
-        yield name, value
-
-
-def _rebuilt(value: Any, left: Iterator[Any]) -> Any:
-    """The same containers with what is left, in the order of `_leaves`."""
-    if type(value) is dict:
-        return {key: _rebuilt(item, left) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_rebuilt(item, left) for item in value)
-    return next(left)
-
-
-def _alike(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
-        return (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
-    try:
-        return ours is theirs or (type(ours) is type(theirs) and bool(ours == theirs))
-    except Exception:  # whatever compares in another way
-        return False
-
-
-# ---- outputs -------------------------------------------------------------------------------------
-
-
-def _parts(output: Any, count: int) -> list[Any]:
-    """The output of each of the calls that were joined. Raises Apart."""
-
-    def part_of(k: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        def part(tensor: torch.Tensor) -> torch.Tensor:
-            items, rest = divmod(tensor.shape[0] if tensor.dim() else 0, count)
-            if rest or not items:
-                raise Apart(f"its output {tuple(tensor.shape)} is no batch of {count} steps")
-            return tensor[k * items : (k + 1) * items]
-
-        return part
-
-    return [map_tensors(part_of(k), output) for k in range(count)]
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    map_tensors(lambda tensor: found.append(tensor) or tensor, value)  # type: ignore[func-returns-value]
-    return found
-
-
-def _check(found: Any, wanted: Any) -> None:
-    """Raises Apart where an output in a batch is not the one alone, up to rounding."""
-    pairs = list(zip(_tensors(found), _tensors(wanted), strict=True))
-    for ours, theirs in pairs:
-        if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-            raise Apart(f"its output in a batch is {tuple(ours.shape)}, not {tuple(theirs.shape)}")
-        if not theirs.is_floating_point():
-            continue
-        apart, size = (ours.double() - theirs.double()).norm(), theirs.double().norm()
-        if not apart <= _ROUNDING.get(theirs.dtype, 0.0) * size:
-            relative = float(apart / size)
-            raise Apart(f"its output in a batch differs from that alone by {relative:.3g} of it")
-
-
-# ---- the meeting ---------------------------------------------------------------------------------
 
 
 class _Coming:
@@ -368,7 +212,7 @@ class Meeting:
         if same:
             try:
                 batch = [*[inputs.altered()] * (self.size - 1), inputs]
-                _check(self._run(same[0], batch)[-1], wanted)
+                check_output(self._run(same[0], batch)[-1], wanted)
                 self._tried.add((name, inputs.items))
             except Exception as error:
                 self._give_up(error)
@@ -386,7 +230,7 @@ class Meeting:
             if trial not in self._tried:  # not called at step 0
                 alone = last.run(*last.inputs.args, **last.inputs.kwargs)
                 self._tried.add(trial)
-                _check(outputs[-1], alone)
+                check_output(outputs[-1], alone)
         except Exception as error:
             self._give_up(error)
             return False
@@ -398,7 +242,7 @@ class Meeting:
         inputs = every[0].joined(every[1:])
         with self._changed:
             self.forwards += call.first
-        return _parts(call.run(*inputs.args, **inputs.kwargs), len(every))
+        return parts_of(call.run(*inputs.args, **inputs.kwargs), len(every))
 
 
 def _groups(calls: list[_Coming]) -> list[list[_Coming]]:

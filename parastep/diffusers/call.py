@@ -20,7 +20,9 @@ from .. import _core
 from ..options import Options
 from ..speculation import with_room
 from .batching import Meeting
+from .helpers import Helper
 from .leaving import Leave
+from .teams import Team
 from .tensors import finished, map_tensors, private
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # a pipeline call's (args, kwargs), for a replica
@@ -78,11 +80,20 @@ class Call:
         self._begun = False  # no more encoder outputs will come
         self.over = False
         self.meeting: Meeting | None = None  # where evaluations share a batch
+        self.team: Team | None = None  # of the leader, where its forwards are shared out
+        self.teams: dict[int, Team] = {}  # and of its followers, by rank
+        self.helpers: list[Helper] = []  # of all of them
+        self.made_from: int | None = None  # the denoisers' fingerprint that theirs have
         self.remote: dict[int, Remote] = {}  # ranks in other processes
         self._remote_begun = False
         self._x: torch.Tensor | None = None  # a latent of the run
 
     # Leader.
+
+    def dissolve(self, reason: str) -> None:
+        """Heads evaluate alone from here on."""
+        for team in filter(None, (self.team, *self.teams.values())):
+            team.dissolve(reason)
 
     @property
     def home(self) -> torch.device:
@@ -222,12 +233,17 @@ class Call:
                 raise Leave
             return self._followers[rank]
 
+    def has_others(self, rank: int) -> bool:
+        """Whether other followers are left, so that this one may leave."""
+        with self._changed:
+            return len({*range(1, self.ranks)} - {rank} - self._failed.keys()) > 0
+
     def fail(self, rank: int, why: str) -> None:
         """This rank cannot go on: told through the core, or kept until there is a run."""
         with self._changed:
             follower = self._followers.get(rank)
+            self._failed[rank] = why
             if follower is None:
-                self._failed[rank] = why
                 self._changed.notify_all()
         if self.meeting is not None:
             self.meeting.done(rank)

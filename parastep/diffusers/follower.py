@@ -8,25 +8,24 @@ encoded or decoded here.
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .. import _core
 from ..messages import describe
-from ..tracing.draws import RANDOM, Draws
 from .arguments import inputs_in, named_arguments
 from .call import Call
 from .compiling import is_compiled
+from .draws import OwnDraws
 from .hooks import Hooks
 from .leaving import GoBack, Leave
 from .listening import Listening
 from .parts import denoisers_of
 from .skipping import Outputs, Skipping
+from .teams import Team
 from .tensors import is_rounded, map_tensors
 
 
@@ -36,6 +35,7 @@ class Follower:
     def __init__(self, replica: Any, rank: int, call: Call, device: torch.device) -> None:
         self.replica, self.rank, self.call, self.device = replica, rank, call, device
         self.evaluated = 0  # iterations whose denoisers ran
+        self._team = call.teams.get(rank)
         self._outputs = Outputs()
         self._skipping = Skipping(replica)
         self._target = 0  # the step to evaluate next
@@ -67,15 +67,16 @@ class Follower:
         self._ordinals: dict[int, int] = defaultdict(int)
         self._encoded: dict[tuple[str, str], int] = defaultdict(int)
         self._began_ns = 0
+        self._opened = False  # its team, for this entry's hooks
 
     def _enter(self, arguments: Any, random: torch.Generator) -> bool:
         """Runs the pipeline's call; True where it is to be entered again."""
         hooks, (args, kwargs) = Hooks(), arguments
-        self._private = _Private(random)
+        self._draws = OwnDraws(random)
         try:
             self._place(hooks)
             self._skipping.watch(random, (*args, *kwargs.values()))
-            with self._private:
+            with self._draws:
                 self.replica(*args, **kwargs)
         except GoBack:
             return True
@@ -147,8 +148,12 @@ class Follower:
                 self._began_ns = _core.now_ns()
                 self.evaluated += 1
             watched = self._step == 0 and not compiled
-            with self._private.forbidden() if watched else self._private.lifted():
-                if self.call.meeting is None or self._step != self._target:
+            with self._draws.forbidden() if watched else self._draws.lifted():
+                if self._team is not None and self._step == self._target:
+                    if first:
+                        self._begin_in_team(self._team)
+                    output = self._team.call(name, run, args, kwargs)
+                elif self.call.meeting is None or self._step != self._target:
                     output = run(*args, **kwargs)
                 else:
                     call = self.call.meeting.call
@@ -159,10 +164,16 @@ class Follower:
 
         return hook
 
+    def _begin_in_team(self, team: Team) -> None:
+        if not self._opened:
+            team.open(denoisers_of(self.replica))
+        self._opened = True
+        team.begin(self._step)
+
     def _step_hook(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         if scheduler is not self.replica.scheduler:
             return original(*args, **kwargs)
-        with self._private.lifted():
+        with self._draws.lifted():
             return self._stepped(scheduler, named_arguments(scheduler, args, kwargs) or {})
 
     def _stepped(self, scheduler: Any, named: dict[str, Any]) -> Any:
@@ -236,50 +247,3 @@ def _count_step(scheduler: Any, timestep: Any) -> None:
     if scheduler._step_index is None:
         scheduler._init_step_index(timestep)
     scheduler._step_index += 1
-
-
-class _Private(Draws):
-    """Random draws of a follower's thread come from a generator of its own.
-
-    A denoiser that draws, by dropout in a module left in training mode for one, is not a function
-    of its inputs: no other rank can evaluate it, and torch's own dropout would draw from the global
-    generator, which is the leader's. Its first call is watched for that; later ones are not, which
-    costs time.
-    """
-
-    def __init__(self, random: torch.Generator) -> None:
-        super().__init__(lambda device: random, lambda drawn: drawn)
-        self._forbidden = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._forbidden and func in RANDOM:
-            raise RuntimeError("its denoiser draws random numbers")
-        if self._forbidden and "dropout" in getattr(func, "__name__", ""):
-            if _draws(func, args, kwargs or {}):
-                raise RuntimeError("its denoiser draws random numbers (dropout in training mode)")
-        return super().__torch_function__(func, types, args, kwargs)
-
-    @contextlib.contextmanager
-    def forbidden(self) -> Iterator[None]:
-        self._forbidden = True
-        try:
-            yield
-        finally:
-            self._forbidden = False
-
-    @contextlib.contextmanager
-    def lifted(self) -> Iterator[None]:
-        self.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            self.__enter__()
-
-
-def _draws(dropout: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    try:
-        given = inspect.signature(dropout).bind(*args, **kwargs)
-    except (TypeError, ValueError):  # a built-in one, called below those with a signature
-        return False
-    given.apply_defaults()
-    return bool(given.arguments.get("training", True)) and given.arguments.get("p", 0.5) > 0

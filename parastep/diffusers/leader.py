@@ -9,6 +9,7 @@ runs as it would without us, and the reason is kept for the report.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,11 +23,13 @@ from ..speculation import CROWDED, Speculation, give_room, out_of_memory
 from ..tracing.noise import NoiseAhead
 from ..tracing.program import Traced, trace_rows
 from .arguments import first_times, inputs_in, latent_in, named_arguments, sample_in
-from .batching import LEADER, Inputs
+from .batching import LEADER
 from .call import Call, Followers
+from .forwards import Inputs
 from .hooks import Hooks
 from .listening import Listening
 from .parts import denoisers_of
+from .replicas import denoisers_print
 from .skipping import Outputs
 from .state import State, averages
 from .tensors import is_rounded
@@ -65,6 +68,7 @@ class Leader(Speculation):
         self.pipe, self.call, self.options, self.state = pipe, call, options, state
         self.generator, self._followers = generator, followers
         self.active = call.ranks > 1 or call.lane  # the core is asked
+        self.team = call.team
         self.steps = 0  # calls of the scheduler's step so far
         self.evaluated = 0  # those whose denoisers ran
         self.submitted = 0  # and whose output the core took
@@ -75,6 +79,7 @@ class Leader(Speculation):
         self._listening = Listening()
         self._outputs = Outputs()
         self._started = False  # followers are
+        self._team_open = False
         self._fresh = True  # no denoiser call yet since the last step
         self._ordinals: dict[int, int] = {}
         self._scheduler: Any = None  # the one that steps: the pipeline's own, or its copy of that
@@ -99,10 +104,12 @@ class Leader(Speculation):
         """All hooks; where the pipeline runs alone from the start, only what counts its steps."""
         scheduler = self.pipe.scheduler
         hooks.wrap(scheduler, "step", self._step)
-        if not self.active:
+        if not self.active and self.team is None:
             return
         for name, module in denoisers_of(self.pipe).items():
             hooks.wrap_call(module, self._forward_of(name, module))
+        if not self.active:
+            return
         hooks.wrap_encoders(self.pipe, self._recording)
         if hasattr(scheduler, "set_timesteps"):
             hooks.wrap(scheduler, "set_timesteps", self._set_timesteps)
@@ -114,6 +121,16 @@ class Leader(Speculation):
             self.active = False
             self._leave_batch()
         super().give_up(reason)
+
+    def model_changed(self, reason: str) -> None:
+        """Replicas are no longer what the user's modules are: nobody evaluates for the host."""
+        self.call.dissolve(reason)
+        self.settings_changed(reason)
+
+    def settings_changed(self, reason: str) -> None:
+        """Which followers cannot know of; helpers are handed what a forward is given."""
+        if self.active:
+            self.give_up(reason)
 
     def complete(self) -> None:
         """The pipeline returned. Denoiser calls without a step were those of another scheduler."""
@@ -146,8 +163,14 @@ class Leader(Speculation):
 
     def _forward_of(self, name: str, module: torch.nn.Module) -> Any:
         def hook(run: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.team is not None:
+                run = functools.partial(self._share_out, self._fresh, name, run)
             if not self.active and self._answer is None:
+                if self._fresh and self.steps == 0:
+                    self._begin_loop()
                 self._fresh = False
+                if self.watch is not None:
+                    self.watch.note_inputs(args, kwargs)
                 return run(*args, **kwargs)
             inputs = inputs_in(args, kwargs)
             if torch.is_grad_enabled() and self._answer is None:
@@ -184,7 +207,7 @@ class Leader(Speculation):
         try:
             return run(*args, **kwargs)
         except out_of_memory():
-            if not self.call.shares_home:
+            if self.team is not None or not self.call.shares_home:
                 raise
         self.give_up(CROWDED)
         if self.core is not None:
@@ -194,6 +217,14 @@ class Leader(Speculation):
             some.gather(set())
         give_room()
         return run(*args, **kwargs)
+
+    def _share_out(
+        self, first: bool, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        assert self.team is not None
+        if first:
+            self.team.begin(self.steps)
+        return self.team.call(name, run, args, kwargs)
 
     def _leave_batch(self) -> None:
         """No more of this iteration's evaluation is to come."""
@@ -239,11 +270,21 @@ class Leader(Speculation):
         return self.steps >= self._length
 
     def _begin_loop(self) -> None:
-        reason = averages(self.pipe)
+        reason = averages(self.pipe) if self.active else None
         if reason is not None:
             self.give_up(reason)
-        elif self.state.begin(self.pipe):
-            self._start_followers()
+        if self.team is not None and self.call.made_from != denoisers_print(self.pipe):
+            self.call.dissolve("the pipeline alters its denoisers within its call")
+        if self.state.begin(self.pipe):
+            self._open_team()
+            if reason is None:
+                self._start_followers()
+
+    def _open_team(self) -> None:
+        """What hangs in the denoisers keeps nothing: helpers may be asked."""
+        if self.team is not None and not self._team_open:
+            self.team.open(denoisers_of(self.pipe))
+        self._team_open = True
 
     def _start_followers(self) -> None:
         for some in () if self._started else self._followers:
@@ -255,7 +296,9 @@ class Leader(Speculation):
         if self._answer is None and not self._fresh:
             reason = self.state.kept()
             if reason is not None:
-                self.give_up(reason)
+                self.model_changed(reason)
+            else:
+                self._open_team()
 
     def _coming_latent(self) -> torch.Tensor | None:
         """The sample that the next step will be handed, as far as can be told now.
@@ -320,7 +363,7 @@ class Leader(Speculation):
     def _step(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         first = None
         self._leave_batch()
-        if self.active:
+        if self.active or self.team is not None:
             self._look_at_state()
         if self.active or self._answer is not None:
             named = named_arguments(scheduler, args, kwargs)
@@ -356,6 +399,8 @@ class Leader(Speculation):
             return "the scheduler's step is not handed tensors as model_output and sample"
         if m.shape != x.shape:
             shapes = f"{tuple(m.shape)} where the latents are {tuple(x.shape)}"
+            if m.ndim > 1 and (m.shape[0], m.shape[1] // 2, *m.shape[2:]) == tuple(x.shape):
+                return f"the denoiser predicts the variance of the noise too, {shapes}"
             return f"the model output has another shape, {shapes}"
         if scheduler is not self.pipe.scheduler:
             return "the pipeline steps a copy of its scheduler"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class LocalFollowers:
 
     To be made before the pipeline runs: arguments and the states of generators are taken here.
     `given` are the call's (args, kwargs), `replicas` those of the ranks here, by rank; what is not
-    to be used again is taken out of them.
+    to be used again is told to `drop`.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class LocalFollowers:
         call: Call,
         replicas: dict[int, Any],
         given: tuple[tuple[Any, ...], dict[str, Any]],
+        drop: Callable[[int], None],
     ) -> None:
         self.ranks: dict[int, Follower] = {}
-        self._call, self._replicas = call, replicas
+        self._call, self._replicas, self._drop = call, replicas, drop
         self._arguments = own_copy(given)
         self._context = HostContext()
         self._random = cloned_global_generator(call.home).get_state()
@@ -88,4 +90,4 @@ class LocalFollowers:
         for rank, thread in self._threads.items():
             thread.join(0.05 if rank in lost else max(until - time.monotonic(), 0.0))
             if thread.is_alive() or rank in lost:
-                self._replicas.pop(rank, None)
+                self._drop(rank)

@@ -9,20 +9,26 @@ import torch
 
 from .. import _core
 from ..messages import describe
+from .offload import home_of
 from .parts import denoisers_of
-from .ranks import Ranks, ranks_at
+from .ranks import Ranks, Shares, ranks_at, shares_of
 from .remote.groups import Group, group_of
 from .replicas import split_over_processes
+
+Place = str | torch.device  # as a user names one
 
 
 def ranks_of(
     pipe: Any,
-    devices: Sequence[str | torch.device] | None,
+    devices: Sequence[Place | tuple[Place, ...]] | None,
+    split: str | int | None,
     mode: str,
     group: Any,
     slots: str,
 ) -> Ranks:
     """Ranks by `parallelize`'s arguments; raises what that raises."""
+    if split not in (None, "auto", "none") and not (type(split) is int and split > 0):
+        raise _core.InvalidError(f"split: {split!r}: must be 'auto', 'none' or a team's size")
     if mode not in ("auto", "threads", "processes"):
         raise _core.InvalidError(f"mode: {mode!r}: must be 'auto', 'threads' or 'processes'")
     if group is not None and (devices is not None or mode == "threads"):
@@ -39,7 +45,7 @@ def ranks_of(
         found = group_of(group, home)
         if found is not None:
             return _of_group(pipe, found, home)
-    places = _devices_of(home, devices)
+    places, shares = _shared_out(home, devices, split)
     batch = slots == "batch"
     if batch and len(set(places)) > 1:
         named = ", ".join(dict.fromkeys(map(str, places)))
@@ -47,7 +53,16 @@ def ranks_of(
             f"slots='batch': {named}: a batch is of one device, repeated; without slots each rank "
             "evaluates a step of its own"
         )
-    return ranks_at(places, by_workers(mode, places), batch, mode == "auto")
+    helped = any(len(share) > 1 for share in shares or ((0, 1),) * (len(places) > 1))
+    if helped and batch:
+        raise _core.UnsupportedError(
+            "slots='batch': ranks that share a batch are of one device and have no helpers: leave "
+            "out split, and tuples in devices"
+        )
+    if helped and mode == "processes":
+        raise _core.UnsupportedError("mode='processes': helpers are threads so far: leave it out")
+    workers = not helped and by_workers(mode, places)
+    return ranks_at(places, workers, batch, mode == "auto", shares)
 
 
 def _of_group(pipe: Any, group: Group, home: torch.device) -> Ranks:
@@ -56,7 +71,7 @@ def _of_group(pipe: Any, group: Group, home: torch.device) -> Ranks:
     except _core.Error:
         group.close()
         raise
-    return Ranks([home] * group.size, group)
+    return Ranks([home] * group.size, group, shares=shares_of(group.size, 1))
 
 
 def refuse_split(pipe: Any) -> None:
@@ -78,14 +93,42 @@ def by_workers(mode: str, places: list[torch.device]) -> bool:
     return places[0].type == "cuda" and 1 < len(places) == len(set(places))
 
 
-def _devices_of(
-    home: torch.device, devices: Sequence[str | torch.device] | None
-) -> list[torch.device]:
+def _shared_out(
+    home: torch.device,
+    devices: Sequence[Place | tuple[Place, ...]] | None,
+    split: str | int | None,
+) -> tuple[list[torch.device], Shares | None]:
+    """All devices, and which of them each rank has; None where that is chosen call by call."""
+    teams = [d for d in devices or () if isinstance(d, (tuple, list))]
+    if devices is None or isinstance(devices, (str, torch.device)) or not teams:
+        places = _devices_of(home, devices)
+        if split == "auto" or (split is None and devices is None):
+            return places, None
+        size = split if isinstance(split, int) else 1
+        if len(places) % size:
+            raise _core.InvalidError(
+                f"split={size}: {len(places)} devices are no whole number of teams of {size}"
+            )
+        return places, shares_of(len(places), size)
+    if split not in (None, "none", "auto"):
+        raise _core.InvalidError(f"split={split!r}: devices are teams already: leave out split")
+    grouped = [d if isinstance(d, (tuple, list)) else (d,) for d in devices]
+    if not all(grouped):
+        raise _core.InvalidError(f"devices: {devices!r}: a rank without a device")
+    places = _devices_of(home, [device for team in grouped for device in team])
+    numbers = iter(range(len(places)))
+    return places, [tuple(next(numbers) for _ in team) for team in grouped]
+
+
+def _devices_of(home: torch.device, devices: Sequence[Place] | None) -> list[torch.device]:
     if devices is None:
         kind = getattr(torch, home.type, None)
         count = kind.device_count() if kind is not None and hasattr(kind, "device_count") else 1
         own = home.index or 0
         order = [own, *(k for k in range(count) if k != own)]
+        if home.type == "cuda":  # like with like: teams are made of neighbours
+            names = {k: torch.cuda.get_device_name(k) for k in order}
+            order.sort(key=lambda k: (names[k] != names[own], names[k] if k != own else ""))
         devices = [torch.device(home.type, k) if count > 1 else home for k in order]
     if isinstance(devices, (str, torch.device)) or not 0 < len(devices) <= 256:
         raise _core.InvalidError(f"devices: {devices!r}: a list is needed, as ['cuda:0', 'cuda:1']")
@@ -109,6 +152,6 @@ def _numbered(device: torch.device) -> torch.device:
 
 
 def _home_of(pipe: Any) -> torch.device:
-    """Where its denoisers' weights are; a module of the user's own need not tell its device."""
-    modules = denoisers_of(pipe).values()
-    return next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
+    """Where its denoisers run; a module of the user's own need not tell its device."""
+    homes = map(home_of, denoisers_of(pipe).values())
+    return next((home for home in homes if home is not None), torch.device("cpu"))

@@ -6,44 +6,64 @@ up to date, and gives the call its followers, or the reason why there are none.
 
 from __future__ import annotations
 
+import functools
 import logging
+import warnings
 from typing import Any
 
 import torch
 
 from .. import _core
-from ..messages import describe
+from ..messages import FollowerWarning, describe
 from ..options import Options
 from .batching import Meeting
 from .call import Call, Followers, Given
 from .compiling import unfit_for_threads
+from .helpers import LocalHelper
 from .local import LocalFollowers
+from .memory import free_on, without_room
+from .offload import take_turns
 from .remote.groups import Group
 from .remote.workers import Workers
-from .replicas import fingerprint, refresh, replicate, unfit
+from .replicas import denoisers_print, fingerprint, refresh, replicate, unfit
 from .state import State, may_write_weights
+from .teams import Cuts, Team
 
 _log = logging.getLogger(__name__)
+_PATIENCE = 10.0  # seconds for helpers that are about to leave
+Guidance = tuple[Any, ...] | None  # the settings of a call's
+
+
+Shares = list[tuple[int, ...]]  # of each rank, which of all devices it has, its head's first
 
 
 class Ranks:
-    """`devices`: one a rank, the leader's first. `remote`: where the others are, if not in threads;
-    `batch`: they share one forward; `auto`: threads take the place of workers that cannot be.
+    """`places`: all devices, the leader's first. `shares`: those of each rank; None: two for each
+    where the call is guided, else one, each call anew. `remote`: where the other ranks are, if not
+    in threads; `batch`: they share one forward; `auto`: threads take the place of workers that
+    cannot be.
     """
 
     def __init__(
         self,
-        devices: list[torch.device],
+        places: list[torch.device],
         remote: Workers | Group | None = None,
         batch: bool = False,
         auto: bool = False,
+        shares: Shares | None = None,
     ) -> None:
-        self.devices = devices
+        self.places, self._given = places, shares
+        self.shares = shares_of(len(places), 2) if shares is None else shares  # in the last call
         self.group = remote if isinstance(remote, Group) else None
         self._remote, self._auto = remote, auto
-        self._batch = batch and len(devices) > 1
-        self._replicas: dict[int, Any] = {}
+        self._batch = batch and len(places) > 1
+        self._replicas: dict[int, Any] = {}  # by place
         self._made_from: int | None = None
+        self._cuts = Cuts()
+        self._full: dict[int, str] = {}  # places without room, and why
+        self._housed: set[int] = {0}  # places with it, for a pipe with this fingerprint
+        self._housed_for: int | None = None
+        self._unguided: set[Guidance] = set()  # settings with which there was nothing to share
         self.state = State()
 
     def __reduce__(self) -> Any:
@@ -54,27 +74,47 @@ class Ranks:
                 "have to meet again: take `.pipe`, and have every rank call parallelize"
             )
         workers = isinstance(self._remote, Workers)
-        return ranks_at, (self.devices, workers, self._batch, self._auto)
+        return ranks_at, (self.places, workers, self._batch, self._auto, self._given)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """One for each rank, the leader's first."""
+        return [self.places[share[0]] for share in self.shares]
 
     def close(self) -> None:
         """Lets the replicas go, and ends the workers; twice is fine."""
         self._replicas.clear()
+        self._cuts = Cuts()
         if self._remote is not None:
             self._remote.close()
 
     def leader_alone(self, options: Options) -> bool:
-        """Whether nobody would evaluate ahead in any call."""
-        return options.untouched or (len(self.devices) == 1 and not options.strides)
+        """Whether nobody would evaluate anything for it in any call."""
+        if any(len(share) > 1 for share in self._given or shares_of(len(self.places), 2)):
+            return False
+        return options.untouched or (len(self.places) == 1 and not options.strides)
 
     def call(
-        self, pipe: Any, given: Given, options: Options, reason: str | None = None
+        self,
+        pipe: Any,
+        given: Given,
+        options: Options,
+        guidance: Guidance = None,
+        reason: str | None = None,
     ) -> tuple[Call, list[Followers], str | None]:
         """A call and its followers; or one of the leader alone, and the reason why, which may be
-        known before.
+        known before. `guidance`: the settings of the call's, None where it is off.
         """
-        if self.leader_alone(options):
+        if not options.untouched or self._given is None or len(self._given[0]) > 1:
+            self._look_for_room(pipe)
+        self._share_out(guidance)
+        helped = any(len(share) > 1 for share in self.shares)
+        if self.leader_alone(options) or (options.untouched and not helped):
             return Call(1), [], None
         reason = reason or unfit(pipe)
+        lane = options.strides and not take_turns(pipe)
+        if reason is None and len(self.places) == 1 and not lane:
+            reason = "its denoisers take turns on the one device, by CPU offload"
         if reason is None:
             reason = self.state.known(pipe)
             if reason is not None:
@@ -82,35 +122,52 @@ class Ranks:
         if reason is not None:
             return Call(1), [], reason
         in_threads = unfit_for_threads(pipe)
-        lane = options.strides and in_threads is None
+        lane = lane and in_threads is None
         try:
             self._refresh_remote(pipe)
             if self._remote is None and in_threads is not None:
                 return Call(1), [], in_threads
-            self._refresh(pipe, lane)
+            self._refresh(pipe, options, lane)
         except Exception as error:  # a component that cannot be copied
             reason = f"replicas of the pipeline cannot be made: {describe(error)}"
             if isinstance(self._remote, Workers) and "mode='threads'" not in reason:
                 reason += "; mode='threads' needs no other processes"
             return Call(1), [], reason
-        call = Call(len(self.devices), self.devices, lane=lane)
+        ranks = 1 if options.untouched else len(self.shares)
+        call = Call(ranks, self.devices[:ranks], lane=lane)
+        call.made_from = denoisers_print(pipe) if helped else None
         if self._batch:
             call.meeting = Meeting(call.ranks, leads=not options.exact)
+        self._make_teams(call, options)
         try:
             return call, self._followers(call, pipe, given), None
         except Exception as error:
             reason = f"the arguments cannot be sent to other processes: {describe(error)}"
         if self._goes_on_in_threads(reason):
-            return self.call(pipe, given, options)
+            return self.call(pipe, given, options, guidance)
         return Call(1), [], reason
 
     def _followers(self, call: Call, pipe: Any, given: Given) -> list[Followers]:
         found: list[Followers] = []
         if self._remote is not None and call.ranks > 1:
             found.append(self._remote.followers(call, pipe, given))
-        if self._replicas:
-            found.append(LocalFollowers(call, self._replicas, given))
+        heads = {rank: share[0] for rank, share in enumerate(self.shares[: call.ranks])}
+        here = {r: self._replicas[p] for r, p in heads.items() if p in self._replicas}
+        if here:
+            found.append(LocalFollowers(call, here, given, lambda rank: self._drop(heads[rank])))
         return found
+
+    def _drop(self, place: int) -> None:
+        """A replica that may not be used again."""
+        self._replicas.pop(place, None)
+        self._cuts.exact.discard(place)
+        self._cuts.close.discard(place)
+
+    def gather(self, call: Call) -> None:
+        """The call is over: its helpers leave."""
+        for helper in call.helpers:
+            if not helper.close(_PATIENCE):
+                self._drop(helper.place)
 
     def _refresh_remote(self, pipe: Any) -> None:
         """The replicas in other processes."""
@@ -130,20 +187,92 @@ class Ranks:
             return True
         return False
 
-    def _refresh(self, pipe: Any, lane: bool) -> None:
-        """Replicas of the pipe as it is now: made again where its weights or modules changed."""
+    def _refresh(self, pipe: Any, options: Options, lane: bool) -> None:
+        """Replicas of the pipe as it is now, on all places that the call works on but for the
+        leader's own: made again where its weights or modules changed.
+        """
         now = fingerprint(pipe)
         if now != self._made_from:
             self._replicas.clear()
-            self._made_from = now
-        for rank, device in enumerate(self.devices):
-            here = lane if rank == 0 else self._remote is None
-            if here and rank not in self._replicas:
-                own_weights = may_write_weights(pipe)
-                self._replicas[rank] = replicate(pipe, device, own_weights)
+            self._made_from, self._cuts = now, Cuts()
+        for place in self._places_here(options, lane) - self._replicas.keys():
+            own_weights, home = may_write_weights(pipe), self.places[place]
+            self._replicas[place] = replicate(pipe, home, own_weights, lane=place == 0)
         for replica in self._replicas.values():
             refresh(replica, pipe)
 
+    def _places_here(self, options: Options, lane: bool) -> set[int]:
+        shares = self.shares[: 1 if options.untouched else None]
+        found = {place for share in shares for place in share[self._remote is not None :]}
+        return found | {0} if lane else found - {0}
 
-def ranks_at(places: list[torch.device], workers: bool, batch: bool, auto: bool) -> Ranks:
-    return Ranks(places, Workers(places) if workers else None, batch, auto)
+    def _look_for_room(self, pipe: Any) -> None:
+        """Devices that a replica does not fit on are left out, until it does."""
+        elsewhere = set(self.places) - {self.places[0]}
+        if self.group is not None or all(free_on(device) is None for device in elsewhere):
+            return
+        now = fingerprint(pipe)
+        if now != self._housed_for:
+            self._housed, self._housed_for = {0}, now
+        others = {p: d for p, d in enumerate(self.places) if p not in self._housed}
+        full = without_room(pipe, others, self.places[0])
+        for place in full.keys() - self._full.keys():
+            warnings.warn(f"left out: {full[place]}", FollowerWarning, stacklevel=6)
+        self._full = full
+        self._housed |= others.keys() - full.keys()
+
+    # ---- teams -----------------------------------------------------------------------------------
+
+    def _share_out(self, guidance: Guidance) -> None:
+        """Two devices for each rank where guidance gives them something to share."""
+        places = [place for place in range(len(self.places)) if place not in self._full]
+        if self._given is None:
+            guided = guidance is not None and guidance not in self._unguided
+            shares = shares_of(len(places), 2 if guided else 1)
+            self.shares = [tuple(places[k] for k in share) for share in shares]
+        else:
+            shares = [tuple(p for p in share if p not in self._full) for share in self._given]
+            self.shares = [share for share in shares if share]
+
+    def learn(self, guidance: Guidance, shared: bool) -> None:
+        """Whether a rank of two devices had something to share in a call with this guidance."""
+        if guidance is not None and not shared:
+            self._unguided.add(guidance)
+
+    def _make_teams(self, call: Call, options: Options) -> None:
+        """The leader and its lane take turns on the same helpers."""
+        for rank, share in enumerate(self.shares[: call.ranks]):
+            home = self.places[share[0]]
+            helpers = [LocalHelper(self._replicas[p], self.places[p], home, p) for p in share[1:]]
+            if not helpers:
+                continue
+            call.helpers += helpers
+            devices = [self.places[place] for place in share]
+            team = functools.partial(
+                Team, devices, helpers, self._cuts, options.exact, options.deadline
+            )
+            if rank == 0:
+                call.team = team(raises=options.on_failure == "raise")
+            if rank > 0 or call.lane:
+                leaves = functools.partial(call.has_others, rank) if rank > 0 else _never
+                call.teams[rank] = team(over=lambda: call.over, leaves=leaves)
+
+
+def _never() -> bool:
+    return False
+
+
+def shares_of(count: int, size: int) -> Shares:
+    """Devices in order, `size` for each rank; those left over are idle."""
+    size = min(size, count)
+    return [tuple(range(k, k + size)) for k in range(0, count - size + 1, size)]
+
+
+def ranks_at(
+    places: list[torch.device],
+    workers: bool,
+    batch: bool,
+    auto: bool,
+    shares: Shares | None,
+) -> Ranks:
+    return Ranks(places, Workers(places) if workers else None, batch, auto, shares)

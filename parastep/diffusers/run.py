@@ -17,7 +17,8 @@ from typing import Any
 
 from ..options import Options
 from ..quiet import quiet_followers
-from ..report import Failure, Report
+from ..report import HELPER_LOST, Failure, Report
+from .arguments import guidance_of
 from .call import Followers, Given
 from .hooks import Hooks
 from .leader import Leader
@@ -45,7 +46,9 @@ class Run:
         self._pipe, self._ranks, self._options, self._bound = pipe, ranks, options, bound
         self._began = time.perf_counter()
         given, reason = _without_callbacks(bound), reason or _read_once(bound)
-        call, self._followers, reason = ranks.call(pipe, given, options, reason)
+        self._guidance = guidance_of(pipe, bound)
+        called = ranks.call(pipe, given, options, self._guidance, reason)
+        call, self._followers, reason = called
         generators = (named["generator"] for named in _given(bound) if "generator" in named)
         generator = next((each for each in generators if each is not None), None)
         self._leader = Leader(pipe, call, self._followers, generator, options, ranks.state)
@@ -54,12 +57,13 @@ class Run:
 
     def go(self) -> Any:
         """What the pipe returns; what it raises is raised."""
-        leader, hooks = self._leader, Hooks()
-        if leader.active:
+        leader, ranks, hooks = self._leader, self._ranks, Hooks()
+        if leader.active or leader.team is not None:
             self._watch_callbacks(hooks)
         with contextlib.ExitStack() as leaving:  # whatever one of these raises, the others are done
             leaving.callback(self._write_report)
             leaving.enter_context(quiet_followers())
+            leaving.callback(ranks.gather, leader.call)
             for some in self._followers:
                 leaving.callback(self._gather, some)
             leaving.callback(leader.call.end)
@@ -75,7 +79,9 @@ class Run:
         for named in _given(self._bound):
             for name in _CALLBACKS:
                 if named.get(name) is not None:
-                    leader.watch = leader.watch or Watch(self._pipe, hooks, leader.give_up)
+                    leader.watch = leader.watch or Watch(
+                        self._pipe, hooks, leader.settings_changed, leader.model_changed
+                    )
                     named[name] = leader.watch.over(named[name])
 
     def _gather(self, some: Followers) -> None:
@@ -84,7 +90,7 @@ class Run:
 
     def _write_report(self) -> None:
         """The core's report with times from the call's beginning, and what ran without the core."""
-        leader, ranks = self._leader, len(self._ranks.devices)
+        leader, ranks = self._leader, len(self._ranks.shares)
         if leader.core is None:
             report = Report(ranks=ranks, evaluations=[0] * ranks)
         else:
@@ -105,8 +111,23 @@ class Run:
         report.seconds = time.perf_counter() - self._began
         report.fallback = leader.reason or self._why_nobody(report)
         report.tolerance = self._options.verified_at
-        report.limit = self._options.idle_reason(ranks)
+        self._write_teams(report)
+        team = report.teams[0] if report.teams else None
+        report.limit = self._options.idle_reason(ranks, team)
         self.report = report
+
+    def _write_teams(self, report: Report) -> None:
+        """What devices did together, and which of them were lost."""
+        call = self._leader.call
+        leading = [team for team in (call.team, call.teams.get(0)) if team is not None]
+        others = [[team] for rank, team in sorted(call.teams.items()) if rank > 0]
+        for rank, teams in enumerate([leading, *others]) if leading else ():
+            report.teams.append(teams[0].record(teams[1:]))
+            for lost in (line for team in teams for line in team.losses):
+                text = f"its helper on {lost.device} was lost: {lost.why}"
+                report.failures.append(Failure(rank, lost.step, HELPER_LOST, text))
+        if call.team is not None and report.fallback is None:
+            self._ranks.learn(self._guidance, bool(call.team.kinds or call.team.losses))
 
     def _is_lane_idle(self) -> bool:
         """The core counts a round for the lane's own evaluation of step 0."""

@@ -29,13 +29,20 @@ _ADAPTER = re.compile("adapter|lora|peft|scaling")  # names that its parts go by
 class Watch:
     """Looks at the pipeline and at the denoisers' inputs before and after each callback."""
 
-    def __init__(self, pipe: Any, hooks: Hooks, changed: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        hooks: Hooks,
+        changed: Callable[[str], None],
+        model_changed: Callable[[str], None],
+    ) -> None:
         self.latents_edited = False  # by the callback since the last step
-        self._pipe, self._hooks, self._changed = pipe, hooks, changed
+        self._pipe, self._hooks = pipe, hooks
+        self._changed, self._model_changed = changed, model_changed
         self._names = names_used(type(pipe)) - set(_OWN_COURSE)
         self._inputs: dict[str, weakref.ref[torch.Tensor]] = {}
         self._parts: Changes | None = None  # of what the loop steps with
-        self._ended = False  # a change has been told
+        self._ended = False  # a change of the model has been told
 
     def note_inputs(self, args: Any, kwargs: dict[str, Any]) -> None:
         """Weakly: an input that lives on is the same one in the next step."""
@@ -73,11 +80,12 @@ class Watch:
         self.latents_edited = seen != plain(after.get("latents", latents))
         now = self._state({name: after.get(name, value) for name, value in tensors.items()})
         other = (name.strip("_") for name, value in now.items() if before.get(name) != value)
-        changed = next(other, None) or self._parts.changed(parts)
+        changed, part = next(other, None), self._parts.changed(parts)
         if changed is not None:
+            self._changed(_words(changed))
+        if part is not None:
             self._ended = True
-            words = f"an adapter ({changed})" if _ADAPTER.search(changed) else changed
-            self._changed(f"the callback changed {words}")
+            self._model_changed(_words(part))
         return result
 
     def _state(self, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +96,11 @@ class Watch:
             if tensor is not None:
                 state[f"the denoiser's input {name}"] = plain(tensor)
         return state
+
+
+def _words(changed: str) -> str:
+    named = f"an adapter ({changed})" if _ADAPTER.search(changed) else changed
+    return f"the callback changed {named}"
 
 
 def names_used(cls: type) -> frozenset[str]:

@@ -10,7 +10,7 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
-from .plot import COLOURS, LABELS, drifts
+from .plot import COLOURS, LABELS, drifts, times
 from .record import Record
 
 _WIDTH, _LEFT = 760, 52  # pixels; what is left of the pictures' own area
@@ -21,11 +21,12 @@ _TEXT = 'fill="currentColor" font-size="10" font-family="sans-serif"'
 
 def html_of(report: Record) -> str:
     """The whole of it, as `Report._repr_html_` returns it."""
-    parts = [f"<p><b>{html.escape(str(report))}</b></p>"]
+    parts = [f"<p><b>{html.escape(report.line)}</b></p>"]
     if report.timeline:
         parts += [_legend(report), _timeline(report)]
     if drifts(report):
         parts.append(_drift(report))
+    parts += [f"<p>{html.escape(line)}</p>" for line in report.team_lines]
     parts += [f"<p>{line}</p>" for line in _facts(report)]
     if report.failures:
         parts.append(_failures(report))
@@ -93,7 +94,8 @@ def _timeline(report: Record) -> str:
             numbers.append(_text(x + width / 2, y + 11, str(record.step), "middle"))
     parts = [f'<path d="{"".join(d)}" fill="{COLOURS[k]}"/>' for k, d in paths.items() if d]
     apart = 1 + (report.ranks - 1) // _LABELLED_RANKS
-    rows = [_text(0, k * _ROW + 13, f"rank {k}") for k in range(0, report.ranks, apart)]
+    names = [f"rank {rank}{times(report, rank)}" for rank in range(report.ranks)]
+    rows = [_text(0, k * _ROW + 13, names[k]) for k in range(0, report.ranks, apart)]
     foot = report.ranks * _ROW + 12
     ends = [_text(_LEFT, foot, "0 s"), _text(_WIDTH - 8, foot, f"{seconds:.3g} s", "end")]
     label = "timeline: which rank evaluated which step when"

@@ -20,10 +20,17 @@ LABELS = {
     "rejected": "guess, not used",
 }
 
+_LINES = 8  # of what teams did, above the pictures
+
 
 def report(report: Record, figure: Any = None) -> Any:
     """Timeline, drift, steps taken in each round; returns the figure."""
     figure = _own_figure() if figure is None else figure
+    lines = report.team_lines[:_LINES]
+    if lines:
+        more = len(report.teams) - len(lines)
+        lines += [f"and {more} ranks more"] * (more > 0)
+        figure.suptitle("\n".join(lines), x=0.01, horizontalalignment="left", fontsize=8)
     axes = figure.subplots(3, 1, height_ratios=[2, 1.5, 1])
     timeline(report, axes[0])
     drift(report, axes[1])
@@ -38,12 +45,19 @@ def timeline(report: Record, axes: Any) -> None:
         axes.barh(record.rank, width, left=record.begin, height=0.8, **look)
         middle = record.begin + width / 2
         axes.text(middle, record.rank, str(record.step), ha="center", va="center", fontsize=6)
-    axes.set_yticks(range(report.ranks))
+    ranks = range(report.ranks)
+    axes.set_yticks(ranks, [f"{rank}{times(report, rank)}" for rank in ranks])
     axes.set_ylabel("rank")
     axes.set_xlabel("seconds (numbers are steps)")
     axes.invert_yaxis()
     _finish(axes, ["exact", "accepted", "rejected"])
     axes.set_title(f"{report.steps} steps in {report.rounds} rounds", loc="left", fontsize=10)
+
+
+def times(report: Record, rank: int) -> str:
+    """By how many devices a rank's forwards were shared, where they were."""
+    team = report.teams[rank] if rank < len(report.teams) else None
+    return f" ×{len(team.devices)}" if team is not None and team.shared else ""
 
 
 def drifts(report: Record) -> list[tuple[int, float, str]]:

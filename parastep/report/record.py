@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+HELPER_LOST = "HELPER_LOST"  # as a failure's status
 Own = TypeVar("Own", bound="Record")
 
 
@@ -22,12 +23,45 @@ class Evaluation(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A rank that was left out: the step it was to evaluate, a short name, and the reason."""
+    """A rank that was left out: the step it was to evaluate, a short name, and the reason. With the
+    name HELPER_LOST it is a device that helped the rank, which may have gone on.
+    """
 
     rank: int
     step: int
     status: str
     text: str
+
+    @property
+    def became(self) -> str:
+        """What of the rank, in words."""
+        return "goes on without a helper" if self.status == HELPER_LOST else "was left out"
+
+
+class TeamRecord(NamedTuple):
+    """What the devices of one rank did together: those, the head's first; how forwards were shared
+    out ("calls (bit for bit)", "batch (to rounding)"), or None and the reason why they were not;
+    forwards that were shared, calls that were foretold wrongly, forwards that the head made whole,
+    a trial's at step 0 among them. `str` is one line of it.
+    """
+
+    devices: list[str]
+    split: str | None
+    unsplit: str | None
+    shared: int
+    missed: int
+    whole: int
+
+    def __str__(self) -> str:
+        devices = " + ".join(self.devices)
+        if self.split is None:
+            return f"{devices}, unsplit: {' '.join((self.unsplit or 'no reason known').split())}"
+        text = f"{devices}, split by {self.split}: {_count(self.shared, 'forward')} shared"
+        if self.whole:
+            text += f", {self.whole} whole"
+        if self.missed:
+            text += f", {self.missed} foretold wrongly"
+        return text
 
 
 @dataclass(repr=False)
@@ -42,7 +76,8 @@ class Record:
     between nodes; `tolerance` the one that decided, None under the published rule, which has none;
     `fallback` why speculation ended, or None; `transports` what took the latents to each rank of a
     pipeline ("threads", "host" or "nccl"; "" for the leader); `limit` what kept the run from being
-    faster, where the options did, or None.
+    faster, where the options did, or None; `teams`, of each rank that has several devices or could
+    have, what these did together.
     """
 
     steps: int = 0
@@ -65,6 +100,7 @@ class Record:
     unbatched: str | None = None
     transports: list[str] = field(default_factory=list)
     limit: str | None = None
+    teams: list[TeamRecord] = field(default_factory=list)
 
     @classmethod
     def from_core(cls: type[Own], found: dict[str, Any], tolerance: float | None = None) -> Own:
@@ -123,6 +159,7 @@ class Record:
             plain["tolerance"] = "inf"
         plain["timeline"] = [record._asdict() for record in self.timeline]
         plain["failures"] = [line._asdict() for line in self.failures]
+        plain["teams"] = [team._asdict() for team in self.teams]
         return plain
 
     @classmethod
@@ -135,14 +172,25 @@ class Record:
                 found["tolerance"] = float(found["tolerance"])
             found["timeline"] = [Evaluation(**record) for record in found["timeline"]]
             found["failures"] = [Failure(**line) for line in found["failures"]]
+            found["teams"] = [TeamRecord(**team) for team in found.get("teams", [])]
             return cls(**found)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the dict of a report: {error!r}") from error
 
+    @property
+    def team_lines(self) -> list[str]:
+        """A line for each rank of several devices."""
+        return [f"rank {rank}: {team}" for rank, team in enumerate(self.teams)]
+
     def __repr__(self) -> str:
-        return f"<parastep.{type(self).__name__}: {self}>"
+        return f"<parastep.{type(self).__name__}: {self.line}>"
 
     def __str__(self) -> str:
+        return "\n".join([self.line, *self.team_lines])
+
+    @property
+    def line(self) -> str:
+        """The run in one line."""
         text = f"{_count(self.steps, 'step')} in {_count(self.rounds, 'round')} on "
         text += f"{_count(self.ranks, 'rank')} ({self.speedup:.2f}x in forwards), "
         text += f"{self.seconds:.2f} s"
@@ -150,8 +198,11 @@ class Record:
             text += f", {_count(self.forwards, 'forward')}"
         if self.interpolated:
             text += f", {self.interpolated} interpolated"
-        if self.failures:
-            text += f", {_count(len(self.failures), 'rank')} left out"
+        helpers = sum(line.status == HELPER_LOST for line in self.failures)
+        if len(self.failures) > helpers:
+            text += f", {_count(len(self.failures) - helpers, 'rank')} left out"
+        if helpers:
+            text += f", {_count(helpers, 'helper')} lost"
         if self.limit:
             text += f"; {self.limit}"
         if self.fallback:

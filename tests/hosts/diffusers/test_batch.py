@@ -28,7 +28,8 @@ from hosting import (  # noqa: E402
 )
 
 import parastep  # noqa: E402
-from parastep.diffusers.batching import Apart, Inputs, Meeting  # noqa: E402
+from parastep.diffusers.batching import Meeting  # noqa: E402
+from parastep.diffusers.forwards import Apart, Inputs  # noqa: E402
 
 pytestmark = pytest.mark.timeout(300)
 NAMES = ("sd", "sd3", "flux", "svd", "cogvideox_ddim", "audioldm2", "wan", "wan22", "sd_controlnet")

@@ -45,7 +45,7 @@ def test_a_replica_is_compiled_as_its_original(way: str, blocks: bool) -> None:
     wanted = compiled(twin)
     assert len(wanted) == (len(pipe.transformer.transformer_blocks) if blocks else 1)
     with parallel(pipe, 2) as together:
-        together._ranks._refresh(pipe, lane=True)
+        together._ranks._refresh(pipe, together._options, lane=True)
         for replica in together._ranks._replicas.values():
             assert compiled(replica) == wanted
     memory = pipeline_to_memory(pipe)

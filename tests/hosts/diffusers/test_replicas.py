@@ -163,7 +163,9 @@ def test_streams_of_ranks_on_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "Generator", OnHost)
     for _ in range(2):
         before, call = dict(seen), Call(3, [HOME, HOME, THERE], lane=True)
-        followers = local.LocalFollowers(call, dict.fromkeys(range(3)), ((), {}))
+        followers = local.LocalFollowers(
+            call, dict.fromkeys(range(3)), ((), {}), lambda *ranks: None
+        )
         followers.start()
         followers.start_lane()
         followers.gather(set())

@@ -1,0 +1,526 @@
+"""Teams: one evaluation, several devices. The head runs the loop, helpers serve it with forwards.
+
+A rank's hooks call `Team.call` in place of a denoiser. Two ways to share a step out:
+
+- A batch is cut: guidance evaluates its branches as items of one forward, which is cut into shares,
+  one a device, and the outputs are joined. Whether and how a forward can be cut is tried at step 0,
+  beside the whole one. Equal to rounding, so never at tolerance 0.
+- Calls are foretold: where guidance makes several calls a step, the later ones' arguments are
+  guessed from the first one's and the iteration before (at step 0 the pipeline's call before, if
+  that was given as many words and pixels), and evaluated by helpers meanwhile. When the host makes
+  the call, its real arguments are compared bit for bit: the same ones take the helper's output,
+  which is what the head itself would give; others are evaluated as ever.
+
+A helper that is lost costs speed. Nothing here knows of rounds or of the core.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _core
+from ..messages import describe
+from ..report import TeamRecord
+from .forwards import RULES, Apart, Inputs, check_output, form_of, is_same, joined, tensors_in
+from .helpers import Helper, Served
+from .leaving import Leave
+from .tensors import map_tensors
+
+_WORDS = {"batch": "batch (to rounding)", "calls": "calls (bit for bit)"}
+_CALLS = 8  # of one denoiser in an iteration: more of them are no branches of guidance
+_MISSES = 2  # of a call, before it is foretold no more
+_SLICE = 0.05  # seconds between looks at whether the run is over
+
+Links = dict[str, slice]  # of a call's leaves to those of the first one: all items, or some
+Key = tuple[str, int]  # a denoiser, and which of its calls in an iteration
+
+
+class HelperLost(RuntimeError):
+    """This rank would go on at its head's speed alone, and others can do without it."""
+
+
+class _Unserved(Exception):
+    """A helper gave nothing that could be used."""
+
+
+class Cuts:
+    """What was found out about a pipeline's forwards, for all teams and calls until its replicas
+    are made anew.
+    """
+
+    def __init__(self) -> None:
+        self.rules: dict[Any, str | None] = {}  # by which a call of a denoiser is cut, if it can be
+        self.reasons: dict[Any, str] = {}  # why it cannot
+        self.forms: dict[Any, Any] = {}  # of heads' outputs, by the call and its latents' shape
+        self.exact: set[int] = set()  # places of helpers that have given the head's own bits
+        self.close: set[int] = set()  # and those that came within rounding
+        self.calls: dict[Key, Inputs] = {}  # the newest of an iteration that were foretold rightly
+
+
+class Lost(NamedTuple):
+    """A helper that serves no more, from which step on, and why."""
+
+    device: torch.device
+    step: int
+    why: str
+
+
+class _Trial(NamedTuple):
+    """What helpers evaluate beside the head's own call: shares of it by a rule, or the whole."""
+
+    cut: Any  # the key of its verdict; None where helpers are only to show their bits
+    rule: str
+    places: list[int]
+    answers: list[Future[Served]]
+    wanted: list[Any]  # the head's output, when it is there
+    lists: bool
+
+
+class _Made(NamedTuple):
+    """An output that was joined, and its shares where they were made, the head's first."""
+
+    whole: torch.Tensor
+    version: int
+    shares: Sequence[torch.Tensor]
+
+
+class Team:
+    """Of one rank, in one call of the pipeline.
+
+    Args:
+        devices: the head's and its helpers'.
+        exact: the head's own bits alone may reach the host: nothing is cut.
+        deadline: seconds that the rank may take; None: 60, or ten times the head's longest forward.
+            A helper may take half of them, so that a follower is not late with it.
+        over: whether the run has ended meanwhile.
+        leaves: whether the rank had better leave when a helper is lost.
+        raises: a lost helper is a LostError.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[torch.device],
+        helpers: Sequence[Helper],
+        cuts: Cuts,
+        exact: bool,
+        deadline: float | None,
+        over: Callable[[], bool] = lambda: False,
+        leaves: Callable[[], bool] = lambda: False,
+        raises: bool = False,
+    ) -> None:
+        self.losses: list[Lost] = []
+        self._devices, self._all, self._cuts, self._exact = devices, list(helpers), cuts, exact
+        self._deadline, self._over, self._leaves = deadline, over, leaves
+        self._raises = raises
+        self._longest = 0.0
+        self._ready = False
+        self._reason: str | None = None  # why it shares nothing, in this whole call
+        self._shared: Counter[str] = Counter()  # forwards, by how
+        self._missed = self._unsplit = 0
+        self._step = 0
+        self._shape: _Shape | None = None
+        self._ordinals: Counter[str] = Counter()
+        self._before: dict[Key, Inputs] = {}  # the calls of the last iteration
+        self._now: dict[Key, Inputs] = {}
+        self._foretold: dict[Key, tuple[Inputs, list[int], Helper, Future[Served]]] = {}
+        self._links: dict[Key, Links] = {}
+        self._misses: Counter[Key] = Counter()
+        self._trials: list[_Trial] = []
+        self._made: dict[int, _Made] = {}  # in this iteration, by the whole's id
+        kinds = dict.fromkeys(map(_kind_of, devices))
+        if exact and len(kinds) > 1:
+            self.dissolve(f"tolerance 0 needs devices of one kind: {' and '.join(kinds)}")
+
+    # ---- for the rank ----------------------------------------------------------------------------
+
+    def open(self, denoisers: dict[str, torch.nn.Module]) -> None:
+        """The loop begins, and what hangs in the denoisers keeps nothing."""
+        self._shape, self._ready = _Shape(denoisers), True
+
+    def dissolve(self, reason: str) -> None:
+        """From here on the head evaluates alone; the first reason counts. From any thread."""
+        self._reason = self._reason or reason
+
+    def begin(self, step: int) -> None:
+        """An iteration: its denoisers are about to be called."""
+        self._step = step
+        self._missed += len(self._foretold)  # calls that were not made
+        self._ordinals.clear()
+        self._foretold.clear()
+        self._made.clear()
+        self._before, self._now = self._now or self._before, {}
+        trials, self._trials = self._trials, []
+        for trial in trials:
+            self._settle(trial)
+
+    def call(self, name: str, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """What `run(*args, **kwargs)`, a call of the head's denoiser, returns."""
+        key = name, self._ordinals[name]
+        self._ordinals[name] += 1
+        if not self._shares() or key[1] >= _CALLS:
+            self._unsplit += 1
+            return run(*args, **kwargs)
+        began = time.perf_counter()
+        try:
+            return self._shared_out(key, run, args, kwargs)
+        finally:
+            self._longest = max(self._longest, time.perf_counter() - began)
+
+    def _shared_out(self, key: Key, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        name = key[0]
+        inputs = self._now[key] = Inputs(args, kwargs)
+        if key in self._foretold:
+            return self._taken(key, run, inputs)
+        if key[1] == 0:
+            self._foretell(name, inputs)
+        if not any(other == name for other, _ in self._foretold):
+            cut = self._cut_of(key, inputs)
+            rule = self._cuts.rules.get(cut)
+            if rule is not None and self._verified:
+                return self._in_shares(run, inputs, key, rule)
+        return self._whole(key, run, inputs)
+
+    def record(self, others: Sequence[Team] = ()) -> TeamRecord:
+        """For the report; `others` are of the same devices."""
+        teams = (self, *others)
+        how = [_WORDS[kind] for kind in sorted(set().union(*(team.kinds for team in teams)))]
+        return TeamRecord(
+            devices=[str(device) for device in self._devices],
+            split=" and ".join(how) or None,
+            unsplit=None if how else self._why_unsplit(),
+            shared=sum(sum(team._shared.values()) for team in teams),
+            missed=sum(team._missed for team in teams),
+            whole=sum(team._unsplit for team in teams),
+        )
+
+    @property
+    def kinds(self) -> set[str]:
+        """How it has shared forwards out: "batch", "calls"."""
+        return set(self._shared)
+
+    # ---- who serves ------------------------------------------------------------------------------
+
+    @property
+    def _helpers(self) -> list[Helper]:
+        return [helper for helper in self._all if helper.lost is None]
+
+    def _shares(self) -> bool:
+        """Whether this call may be shared out: helpers compute no gradients, and are as the head
+        was when the loop began.
+        """
+        if not self._ready or self._reason is not None or not self._helpers:
+            return False
+        assert self._shape is not None
+        return not torch.is_grad_enabled() and self._shape.is_fresh()
+
+    @property
+    def _known(self) -> set[int]:
+        """Places of helpers that compute what the head does."""
+        return self._cuts.exact if self._exact else self._cuts.close
+
+    @property
+    def _verified(self) -> bool:
+        return all(helper.place in self._known for helper in self._helpers)
+
+    def _why_unsplit(self) -> str:
+        reasons = [self._reason, *(lost.why for lost in self.losses), *self._cuts.reasons.values()]
+        found = next((reason for reason in reasons if reason), None)
+        if found is None and self._exact:
+            found = "one call a step, which at tolerance 0 is not cut: a share rounds differently"
+        return found or "one call a step, of one item: there is nothing to share"
+
+    def _wait(self, helper: Helper, answer: Future[Served]) -> None:
+        """Until there is an output or an error; a helper without one in time is lost."""
+        patience = left = (self._deadline or max(60.0, 10 * self._longest)) / 2
+        while True:
+            try:
+                answer.exception(min(_SLICE, left))
+                return
+            except NotYet:
+                left -= _SLICE
+            if self._over():
+                raise Leave
+            if left <= 0:
+                self._lose(helper, f"no output within {patience:.3g} s")
+                raise _Unserved
+
+    def _served(self, helper: Helper, answer: Future[Served]) -> Served:
+        self._wait(helper, answer)
+        error = answer.exception()
+        if error is not None:
+            self._lose(helper, describe(error))
+            raise _Unserved from error
+        return answer.result()
+
+    def _lose(self, helper: Helper, why: str) -> None:
+        if helper.lost is None:
+            helper.lost = why
+            self.losses.append(Lost(helper.device, self._step, why))
+        words = f"its helper on {helper.device} was lost: {why}"
+        if self._raises:
+            raise _core.LostError(words)
+        if self._leaves():
+            raise HelperLost(words)
+
+    # ---- the whole, and trials beside it ---------------------------------------------------------
+
+    def _whole(self, key: Key, run: Callable[..., Any], inputs: Inputs) -> Any:
+        trials, versions = self._begin_trials(key, inputs), inputs.versions
+        output = run(*inputs.args, **inputs.kwargs)
+        self._unsplit += not any(other == key[0] for other, _ in self._foretold)
+        self._cuts.forms[key, inputs.shape] = form_of(output)
+        if trials and inputs.versions != versions:
+            self.dissolve(f"{key[0]} writes to its own inputs")
+        elif trials:
+            wanted = map_tensors(torch.clone, output)
+            for trial in trials:
+                trial.wanted.append(wanted)
+            self._trials += trials
+        return output
+
+    def _cut_of(self, key: Key, inputs: Inputs) -> Any:
+        """By which a verdict is known; None where the call is not one to cut."""
+        if self._exact or inputs.items < 2:
+            return None
+        return key, inputs.items, tuple(inputs.shape), min(inputs.items, 1 + len(self._helpers))
+
+    def _begin_trials(self, key: Key, inputs: Inputs) -> list[_Trial]:
+        """By the next rule not tried; where nothing is to be cut, each helper shows its bits."""
+        helpers, cut = self._helpers, self._cut_of(key, inputs)
+        if cut is not None:
+            rule = self._cuts.rules.get(cut, RULES[0])
+            known = cut in self._cuts.rules and self._verified
+            return [] if known or rule is None else [self._try(cut, rule, key[0], inputs, helpers)]
+        if key[1] > 0:
+            return []
+        others = [helper for helper in helpers if helper.place not in self._known]
+        return [self._try(None, "", key[0], inputs, [helper]) for helper in others]
+
+    def _try(self, cut: Any, rule: str, name: str, inputs: Inputs, helpers: list[Helper]) -> _Trial:
+        shares = inputs.cut(cut[-1], rule) if cut is not None else [inputs]
+        places, answers = [], []
+        for number, share in enumerate(shares):
+            helper = helpers[number % len(helpers)]
+            places.append(helper.place)
+            answers.append(helper.start(name, share.own_copy(), watched=True))
+        return _Trial(cut, rule, places, answers, [], inputs.of_lists)
+
+    def _settle(self, trial: _Trial) -> None:
+        """Compares what helpers gave with what the head did."""
+        here = {helper.place: helper for helper in self._helpers}
+        if self._reason is not None or not here.keys() >= set(trial.places):
+            return
+        for place, answer in zip(trial.places, trial.answers):
+            try:
+                self._wait(here[place], answer)
+            except _Unserved:
+                return
+        try:
+            outputs = [answer.result().output for answer in trial.answers]
+            output = joined(outputs, trial.lists) if trial.cut is not None else outputs[0]
+            check_output(output, trial.wanted[0])
+        except Exception as error:  # a denoiser may raise anything at a share
+            self._failed(trial, str(error) if isinstance(error, Apart) else describe(error))
+            return
+        self._cuts.close.update(trial.places)
+        if trial.cut is not None:
+            self._cuts.rules[trial.cut] = trial.rule
+        elif _have_same_bits(output, trial.wanted[0]):
+            self._cuts.exact.update(trial.places)
+        elif self._exact:
+            self.dissolve("a helper's output differs in bits from its head's")
+
+    def _failed(self, trial: _Trial, why: str) -> None:
+        """The next rule is tried at the next step."""
+        if trial.cut is None:
+            self.dissolve(f"a helper does not compute what its head does: {why}")
+            return
+        left = RULES[RULES.index(trial.rule) + 1 :]
+        self._cuts.rules[trial.cut] = left[0] if left else None
+        if not left:
+            self._cuts.reasons[trial.cut] = f"{trial.cut[0][0]} cannot be cut: {why}"
+
+    # ---- a batch, cut ----------------------------------------------------------------------------
+
+    def _in_shares(self, run: Callable[..., Any], inputs: Inputs, key: Key, rule: str) -> Any:
+        """The head evaluates the first share, helpers the others; one that gives none is lost, and
+        the head evaluates the whole.
+        """
+        count = min(inputs.items, 1 + len(self._helpers))
+        first, *others = self._cut(inputs, count, rule)
+        pairs = [(h, h.start(key[0], share)) for h, share in zip(self._helpers, others)]
+        own = run(*first.args, **first.kwargs)
+        try:
+            served = [self._served(*pair) for pair in pairs]
+            output = self._joined(own, pairs, served, inputs.of_lists)
+        except _Unserved:
+            self._unsplit += 1
+            return run(*inputs.args, **inputs.kwargs)
+        if all(share.finite for share in served):
+            self._shared["batch"] += 1
+            return output
+        self._unsplit += 1
+        broken = next(helper for (helper, _), share in zip(pairs, served) if not share.finite)
+        return self._instead_of(broken, run(*inputs.args, **inputs.kwargs))
+
+    def _cut(self, inputs: Inputs, count: int, rule: str) -> list[Inputs]:
+        """What was made in shares in this iteration, a ControlNet's residuals, stays with those."""
+        shares = inputs.cut(count, rule)
+        for k, share in enumerate(shares if self._made else ()):
+            if share.values.keys() == inputs.values.keys():
+                pairs = zip(inputs.values.values(), share.values.values())
+                shares[k] = share.with_values([self._made_by(k, *pair) for pair in pairs])
+        return shares
+
+    def _made_by(self, k: int, whole: Any, share: Any) -> Any:
+        made = self._made.get(id(whole))
+        return share if made is None or whole._version != made.version else made.shares[k]
+
+    def _joined(self, own: Any, pairs: Any, served: list[Served], lists: bool) -> Any:
+        output = own
+        for (helper, _), share in zip(pairs, served):
+            try:
+                output = joined([output, share.output], lists)
+            except Exception as error:  # of another kind, or another form
+                self._lose(helper, f"its output does not fit: {describe(error)}")
+                raise _Unserved from error
+        if not lists:
+            self._remember(output, own, [share.kept for share in served])
+        return output
+
+    def _remember(self, output: Any, own: Any, kept: Sequence[Any]) -> None:
+        if any(made is None for made in kept):
+            return
+        columns = zip(tensors_in(own), *map(tensors_in, kept))
+        for whole, shares in zip(tensors_in(output), columns):
+            if not whole.is_inference():  # nothing would tell that the host wrote to it
+                self._made[id(whole)] = _Made(whole, whole._version, shares)
+
+    def _instead_of(self, helper: Helper, whole: Any) -> Any:
+        """Where a helper gave NaN or Inf: the untouched model may do so too."""
+        if _is_finite(whole):
+            self._lose(helper, "its output holds NaN or Inf, the head's own does not")
+        return whole
+
+    # ---- calls, foretold -------------------------------------------------------------------------
+
+    def _foretell(self, name: str, inputs: Inputs) -> None:
+        """Starts the later calls of this iteration, with what they will be given if they differ
+        from the first one as they did in the iteration before; where there is none, as in another
+        pass or call with arguments of the same kinds.
+        """
+        before = self._before
+        if (name, 0) not in before:
+            before = self._cuts.calls
+            if (name, 0) in before and inputs.unlike(before[name, 0]) is not None:
+                return
+        first = before.get((name, 0))
+        later = [key for key in before if key[0] == name and key[1] > 0]
+        later = [key for key in later if self._misses[key] < _MISSES]
+        if first is None or not self._verified:
+            return
+        for number, key in enumerate(later):
+            last = before[key]
+            links = self._links.setdefault(key, _links_between(first, last))
+            guess = _followed(last, inputs, links)
+            if any(v.is_inference() for v in guess.values.values() if isinstance(v, torch.Tensor)):
+                guess = guess.own_copy()  # nothing would tell that somebody wrote to them
+            helper = self._helpers[number % len(self._helpers)]
+            self._foretold[key] = guess, guess.versions, helper, helper.start(name, guess)
+
+    def _taken(self, key: Key, run: Callable[..., Any], inputs: Inputs) -> Any:
+        guess, versions, helper, answer = self._foretold.pop(key)
+        if self._reason is not None:
+            return self._whole(key, run, inputs)
+        if guess.versions != versions or not guess.is_same(inputs):
+            self._missed += 1
+            self._misses[key] += 1
+            self._links.pop(key, None)
+            return self._whole(key, run, inputs)
+        try:
+            served = self._served(helper, answer)
+        except _Unserved:
+            return self._whole(key, run, inputs)
+        if form_of(served.output) != self._cuts.forms.get((key, inputs.shape)):
+            self._lose(helper, f"its output does not fit: {form_of(served.output)}")
+            return self._whole(key, run, inputs)
+        if not served.finite:
+            return self._instead_of(helper, self._whole(key, run, inputs))
+        self._misses[key] = 0
+        self._cuts.calls = {**self._cuts.calls, **self._now}
+        self._shared["calls"] += 1
+        return served.output
+
+
+def _kind_of(device: torch.device) -> str:
+    """Of one kind compute the same bits."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _links_between(first: Inputs, last: Inputs) -> Links:
+    """Where a later call of an iteration was given what the first one was, or some items of it."""
+    found = {leaf: _link(first.values.get(leaf), value) for leaf, value in last.values.items()}
+    return {leaf: link for leaf, link in found.items() if link is not None}
+
+
+def _link(theirs: Any, ours: Any) -> slice | None:
+    if is_same(ours, theirs):
+        return slice(None)
+    if not isinstance(ours, torch.Tensor) or not isinstance(theirs, torch.Tensor):
+        return None
+    if ours.dim() == 0 or ours.dim() != theirs.dim() or not len(ours) < len(theirs):
+        return None
+    shares = (slice(k, k + len(ours)) for k in range(0, len(theirs), len(ours)))
+    return next((share for share in shares if is_same(ours, theirs[share])), None)
+
+
+def _followed(last: Inputs, first: Inputs, links: Links) -> Inputs:
+    """The later call of this iteration, by the first one; what follows nothing is as it was."""
+    values = []
+    for leaf, value in last.values.items():
+        link, now = links.get(leaf), first.values.get(leaf)
+        if link is not None and now is not None:
+            value = now[link] if link != slice(None) else now
+        values.append(value)
+    return last.with_values(values)
+
+
+class _Shape:
+    """Of the head's denoisers: what stands in their parts' place, and hangs in them.
+
+    Hosts put layers aside for one of guidance's calls, or hang a cache in, on modules that a helper
+    has another copy of.
+    """
+
+    def __init__(self, denoisers: dict[str, torch.nn.Module]) -> None:
+        parts = [part for module in denoisers.values() for part in module.modules()]
+        self._own = [vars(part) for part in parts]
+        self._before = self._look()
+
+    def is_fresh(self) -> bool:
+        now = self._look()
+        return len(now) == len(self._before) and all(map(operator.is_, now, self._before))
+
+    def _look(self) -> list[Any]:
+        seen = [own.get("forward") for own in self._own]
+        seen += [own.get("processor") for own in self._own]
+        for registry in [own.get("_diffusers_hook") for own in self._own]:
+            seen += getattr(registry, "hooks", ())
+        return seen
+
+
+def _have_same_bits(ours: Any, theirs: Any) -> bool:
+    return all(map(torch.equal, tensors_in(ours), tensors_in(theirs)))
+
+
+def _is_finite(output: Any) -> bool:
+    tensors = (tensor for tensor in tensors_in(output) if tensor.is_floating_point())
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
