@@ -242,7 +242,7 @@ hosts-old: $(EDITABLE_STAMP)
 QUANTISED ?= torchao==0.18.0 bitsandbytes==0.50.2 optimum-quanto==0.2.7 gguf==0.19.0
 
 test-quantised: $(EDITABLE_STAMP) ## Run the tests of quantised weights with all that quantise on a CPU
-	$(call run_hosts,quantised,$(QUANTISED) ninja,tests/hosts/diffusers/test_memory.py)
+	$(call run_hosts,quantised,$(QUANTISED) ninja,tests/hosts/diffusers/test_memory_savers.py)
 
 # Nothing is held to tests/constraints.txt here, but for torch, which is that of .venv.
 newest: ## Run hosts' tests with the newest diffusers, transformers and ComfyUI (COMFYUI_PATH) into out/newest.txt
@@ -437,6 +437,7 @@ FAULTS ?= 1000
 chaos: build/c-asan/tests $(EDITABLE_STAMP) ## Inject 1000 faults at random into runs, under ASan
 	build/c-asan/tests --faults $(FAULTS) --limit $(SANITIZED_LIMIT) chaos
 	HF_HUB_OFFLINE=1 $(PY) tests/hosts/diffusers/chaos.py $$(( $(FAULTS) / 20 ))
+	HF_HUB_OFFLINE=1 $(PY) tests/hosts/diffusers/chaos_teams.py $(FAULTS)
 
 # ---- fuzzers -------------------------------------------------------------------------------------
 

@@ -45,6 +45,8 @@ def _add_plan(commands: Any) -> None:
     command.add_argument("--speeds", help="of each rank relative to the first, as 1,1,0.5")
     command.add_argument("--weights", default="0", help="bytes of the denoiser, as 10GB")
     command.add_argument("--overhead", help="of the host's loop, a step, as 1ms")
+    command.add_argument("--split", type=int, default=1, help="devices of each rank, as 2")
+    command.add_argument("--efficiency", type=float, default=0.9, help="of a split, up to 1")
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -53,6 +55,7 @@ def _plan(options: argparse.Namespace) -> int:
             name: getattr(options, name)
             for name in ("latents", "forward", "link", "tolerance", "weights", "overhead")
         }
+        given |= {"split": options.split, "efficiency": options.efficiency}
         if options.paper is not None:
             given |= {"policy": "paper", "warmup": options.paper}
         if options.profile is not None:

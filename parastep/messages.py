@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-HELPER_LOST = "HELPER_LOST"  # a failure's status: the rank itself is still there
-
 
 class FollowerWarning(RuntimeWarning):
     """A follower was left out; the result is right, the run was slower than it could be."""
@@ -21,8 +19,7 @@ def warn_of(report: Any, stacklevel: int = 3) -> None:
     ended.
     """
     for line in report.failures:
-        became = "goes on without a helper" if line.status == HELPER_LOST else "was left out"
-        text = f"rank {line.rank} {became} at step {line.step} ({line.status}): {line.text}"
+        text = f"rank {line.rank} {line.became} at step {line.step} ({line.status}): {line.text}"
         warnings.warn(text, FollowerWarning, stacklevel=stacklevel)
     if report.fallback is not None:
         warnings.warn(f"running serially: {report.fallback}", SerialWarning, stacklevel=stacklevel)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import _core
+from .report import TeamRecord
 from .tolerance import REHEARSE, Tolerance, number_of
 
 
@@ -73,12 +74,21 @@ class Options:
         """Whether the host runs as it would without us, and nobody evaluates ahead."""
         return self.exact and not self.rehearsed
 
-    def idle_reason(self, ranks: int) -> str | None:
-        """What keeps a run from being faster, as far as the options say it."""
+    def idle_reason(self, ranks: int, team: TeamRecord | None = None) -> str | None:
+        """What keeps a run from being faster, as far as the options say it; `team`: what the
+        leader's devices did together, where it has several.
+        """
         if not self.untouched:
             return None
-        idle = f", and {ranks - 1} of {ranks} ranks are idle" if ranks > 1 else ""
-        return f"tolerance 0 is the untouched host: nothing is evaluated ahead{idle}"
+        text = "tolerance 0 is the untouched host: nothing is evaluated ahead"
+        if ranks > 1:
+            text += f", and {ranks - 1} of {ranks} ranks are idle"
+        if team is None:
+            return text
+        named = f"{len(team.devices)} devices of rank 0"
+        if team.split is not None:
+            return f"{text}; the {named} shared {team.shared} forwards, bit for bit"
+        return f"{text}; of the {named} the first worked alone: {team.unsplit}"
 
     @property
     def strides(self) -> bool:

@@ -23,10 +23,13 @@ from .tensors import map_tensors
 
 
 class Served(NamedTuple):
-    """What a forward gave, finished, on the asker's device; `finite`: it holds no NaN or Inf."""
+    """What a forward gave, finished, on the asker's device; `finite`: it holds no NaN or Inf;
+    `kept`: the same where it was made, which a later forward of the helper's may be given back.
+    """
 
     output: Any
     finite: bool
+    kept: Any = None
 
 
 class Helper(Protocol):
@@ -103,9 +106,9 @@ class LocalHelper:
             output = module(*inputs.args, **inputs.kwargs)
         tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-        output = map_tensors(lambda tensor: tensor.to(self._home), output)
+        there = map_tensors(lambda tensor: tensor.to(self._home), output)
         finish_work(self.device, self._home)
-        return Served(output, finite)
+        return Served(there, finite, output)
 
     def _bring(self, job: _Job) -> Inputs:
         """The inputs on this device; what came before, conditioning most of all, is there."""

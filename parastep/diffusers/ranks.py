@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from typing import Any
 
 import torch
 
 from .. import _core
-from ..messages import describe
+from ..messages import FollowerWarning, describe
 from ..options import Options
 from .batching import Meeting
 from .call import Call, Followers, Given
 from .helpers import LocalHelper
 from .local import LocalFollowers
+from .memory import free_on, without_room
 from .offload import take_turns
 from .remote.groups import Group
 from .remote.workers import Workers
@@ -57,6 +59,9 @@ class Ranks:
         self._replicas: dict[int, Any] = {}  # by place
         self._made_from: int | None = None
         self._cuts = Cuts()
+        self._full: dict[int, str] = {}  # places without room, and why
+        self._housed: set[int] = {0}  # places with it, for a pipe with this fingerprint
+        self._housed_for: int | None = None
         self._unguided: set[Guidance] = set()  # settings with which there was nothing to share
         self.state = State()
 
@@ -78,6 +83,7 @@ class Ranks:
     def close(self) -> None:
         """Lets the replicas go, and ends the workers; twice is fine."""
         self._replicas.clear()
+        self._cuts = Cuts()
         if self._remote is not None:
             self._remote.close()
 
@@ -98,6 +104,8 @@ class Ranks:
         """A call and its followers; or one of the leader alone, and the reason why, which may be
         known before. `guidance`: the settings of the call's, None where it is off.
         """
+        if not options.untouched or self._given is None or len(self._given[0]) > 1:
+            self._look_for_room(pipe)
         self._share_out(guidance)
         helped = any(len(share) > 1 for share in self.shares)
         if self.leader_alone(options) or (options.untouched and not helped):
@@ -193,13 +201,33 @@ class Ranks:
         found = {place for share in shares for place in share[self._remote is not None :]}
         return found | {0} if lane else found - {0}
 
+    def _look_for_room(self, pipe: Any) -> None:
+        """Devices that a replica does not fit on are left out, until it does."""
+        elsewhere = set(self.places) - {self.places[0]}
+        if self.group is not None or all(free_on(device) is None for device in elsewhere):
+            return
+        now = fingerprint(pipe)
+        if now != self._housed_for:
+            self._housed, self._housed_for = {0}, now
+        others = {p: d for p, d in enumerate(self.places) if p not in self._housed}
+        full = without_room(pipe, others, self.places[0])
+        for place in full.keys() - self._full.keys():
+            warnings.warn(f"left out: {full[place]}", FollowerWarning, stacklevel=6)
+        self._full = full
+        self._housed |= others.keys() - full.keys()
+
     # ---- teams -----------------------------------------------------------------------------------
 
     def _share_out(self, guidance: Guidance) -> None:
         """Two devices for each rank where guidance gives them something to share."""
+        places = [place for place in range(len(self.places)) if place not in self._full]
         if self._given is None:
             guided = guidance is not None and guidance not in self._unguided
-            self.shares = shares_of(len(self.places), 2 if guided else 1)
+            shares = shares_of(len(places), 2 if guided else 1)
+            self.shares = [tuple(places[k] for k in share) for share in shares]
+        else:
+            shares = [tuple(p for p in share if p not in self._full) for share in self._given]
+            self.shares = [share for share in shares if share]
 
     def learn(self, guidance: Guidance, shared: bool) -> None:
         """Whether a rank of two devices had something to share in a call with this guidance."""

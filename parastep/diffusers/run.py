@@ -15,10 +15,9 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
-from ..messages import HELPER_LOST
 from ..options import Options
 from ..quiet import quiet_followers
-from ..report import Failure, Report
+from ..report import HELPER_LOST, Failure, Report
 from .arguments import guidance_of
 from .call import Followers, Given
 from .hooks import Hooks
@@ -112,8 +111,9 @@ class Run:
         report.seconds = time.perf_counter() - self._began
         report.fallback = leader.reason or self._why_nobody(report)
         report.tolerance = self._options.verified_at
-        report.limit = self._options.idle_reason(ranks)
         self._write_teams(report)
+        team = report.teams[0] if report.teams else None
+        report.limit = self._options.idle_reason(ranks, team)
         self.report = report
 
     def _write_teams(self, report: Report) -> None:

@@ -6,7 +6,8 @@ A rank's hooks call `Team.call` in place of a denoiser. Two ways to share a step
   one a device, and the outputs are joined. Whether and how a forward can be cut is tried at step 0,
   beside the whole one. Equal to rounding, so never at tolerance 0.
 - Calls are foretold: where guidance makes several calls a step, the later ones' arguments are
-  guessed from the first one's and the iteration before, and evaluated by helpers meanwhile. When
+  guessed from the first one's and the iteration before, which at step 0 is one of the call before
+  with as many words and pixels, and evaluated by helpers meanwhile. When
   the host makes the call, its real arguments are compared bit for bit: the same ones take the
   helper's output, which is what the head itself would give; others are evaluated as ever.
 
@@ -58,8 +59,10 @@ class Cuts:
     def __init__(self) -> None:
         self.rules: dict[Any, str | None] = {}  # by which a call of a denoiser is cut, if it can be
         self.reasons: dict[Any, str] = {}  # why it cannot
+        self.forms: dict[Any, Any] = {}  # of heads' outputs, by the call and its latents' shape
         self.exact: set[int] = set()  # places of helpers that have given the head's own bits
         self.close: set[int] = set()  # and those that came within rounding
+        self.calls: dict[Key, Inputs] = {}  # the newest of an iteration that were foretold rightly
 
 
 class Lost(NamedTuple):
@@ -79,6 +82,14 @@ class _Trial(NamedTuple):
     answers: list[Future[Served]]
     wanted: list[Any]  # the head's output, when it is there
     lists: bool
+
+
+class _Made(NamedTuple):
+    """An output that was joined, and its shares where they were made, the head's first."""
+
+    whole: torch.Tensor
+    version: int
+    shares: Sequence[torch.Tensor]
 
 
 class Team:
@@ -121,9 +132,9 @@ class Team:
         self._now: dict[Key, Inputs] = {}
         self._foretold: dict[Key, tuple[Inputs, list[int], Helper, Future[Served]]] = {}
         self._links: dict[Key, Links] = {}
-        self._forms: dict[Key, Any] = {}  # of the head's own outputs
         self._misses: Counter[Key] = Counter()
         self._trials: list[_Trial] = []
+        self._made: dict[int, _Made] = {}  # in this iteration, by the whole's id
 
     # ---- for the rank ----------------------------------------------------------------------------
 
@@ -143,6 +154,7 @@ class Team:
         self._missed += len(self._foretold)  # calls that were not made
         self._ordinals.clear()
         self._foretold.clear()
+        self._made.clear()
         self._before, self._now = self._now or self._before, {}
         trials, self._trials = self._trials, []
         for trial in trials:
@@ -263,7 +275,7 @@ class Team:
         trials, versions = self._begin_trials(key, inputs), inputs.versions
         output = run(*inputs.args, **inputs.kwargs)
         self._unsplit += not any(other == key[0] for other, _ in self._foretold)
-        self._forms[key] = form_of(output)
+        self._cuts.forms[key, inputs.shape] = form_of(output)
         if trials and inputs.versions != versions:
             self.dissolve(f"{key[0]} writes to its own inputs")
         elif trials:
@@ -342,7 +354,7 @@ class Team:
         the head evaluates the whole.
         """
         count = min(inputs.items, 1 + len(self._helpers))
-        first, *others = inputs.cut(count, rule)
+        first, *others = self._cut(inputs, count, rule)
         pairs = [(h, h.start(key[0], share)) for h, share in zip(self._helpers, others)]
         own = run(*first.args, **first.kwargs)
         try:
@@ -358,14 +370,38 @@ class Team:
         broken = next(helper for (helper, _), share in zip(pairs, served) if not share.finite)
         return self._instead_of(broken, run(*inputs.args, **inputs.kwargs))
 
+    def _cut(self, inputs: Inputs, count: int, rule: str) -> list[Inputs]:
+        """What was made in shares in this iteration, a ControlNet's residuals, stays with those."""
+        shares = inputs.cut(count, rule)
+        for k, share in enumerate(shares if self._made else ()):
+            if share.values.keys() == inputs.values.keys():
+                pairs = zip(inputs.values.values(), share.values.values())
+                shares[k] = share.with_values([self._made_by(k, *pair) for pair in pairs])
+        return shares
+
+    def _made_by(self, k: int, whole: Any, share: Any) -> Any:
+        made = self._made.get(id(whole))
+        return share if made is None or whole._version != made.version else made.shares[k]
+
     def _joined(self, own: Any, pairs: Any, served: list[Served], lists: bool) -> Any:
+        output = own
         for (helper, _), share in zip(pairs, served):
             try:
-                own = joined([own, share.output], lists)
+                output = joined([output, share.output], lists)
             except Exception as error:  # of another kind, or another form
                 self._lose(helper, f"its output does not fit: {describe(error)}")
                 raise _Unserved from error
-        return own
+        if not lists:
+            self._remember(output, own, [share.kept for share in served])
+        return output
+
+    def _remember(self, output: Any, own: Any, kept: Sequence[Any]) -> None:
+        if any(made is None for made in kept):
+            return
+        columns = zip(tensors_in(own), *map(tensors_in, kept))
+        for whole, shares in zip(tensors_in(output), columns):
+            if not whole.is_inference():  # nothing would tell that the host wrote to it
+                self._made[id(whole)] = _Made(whole, whole._version, shares)
 
     def _instead_of(self, helper: Helper, whole: Any) -> Any:
         """Where a helper gave NaN or Inf: the untouched model may do so too."""
@@ -377,15 +413,21 @@ class Team:
 
     def _foretell(self, name: str, inputs: Inputs) -> None:
         """Starts the later calls of this iteration, with what they will be given if they differ
-        from the first one as they did in the iteration before.
+        from the first one as they did in the iteration before; where there is none, as in another
+        pass or call with arguments of the same kinds.
         """
-        first = self._before.get((name, 0))
-        later = [key for key in self._before if key[0] == name and key[1] > 0]
+        before = self._before
+        if (name, 0) not in before:
+            before = self._cuts.calls
+            if (name, 0) in before and inputs.unlike(before[name, 0]) is not None:
+                return
+        first = before.get((name, 0))
+        later = [key for key in before if key[0] == name and key[1] > 0]
         later = [key for key in later if self._misses[key] < _MISSES]
         if first is None or not self._verified:
             return
         for number, key in enumerate(later):
-            last = self._before[key]
+            last = before[key]
             links = self._links.setdefault(key, _links_between(first, last))
             guess = _followed(last, inputs, links)
             if any(v.is_inference() for v in guess.values.values() if isinstance(v, torch.Tensor)):
@@ -404,12 +446,13 @@ class Team:
             served = self._served(helper, answer)
         except _Unserved:
             return self._whole(key, run, inputs)
-        if form_of(served.output) != self._forms.get(key):
+        if form_of(served.output) != self._cuts.forms.get((key, inputs.shape)):
             self._lose(helper, f"its output does not fit: {form_of(served.output)}")
             return self._whole(key, run, inputs)
         if not served.finite:
             return self._instead_of(helper, self._whole(key, run, inputs))
         self._misses[key] = 0
+        self._cuts.calls = {**self._cuts.calls, **self._now}
         self._shared["calls"] += 1
         return served.output
 

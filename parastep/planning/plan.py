@@ -37,10 +37,11 @@ def assign(slots: Sequence[int], nodes: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would take: seconds, bytes; `slots` are the evaluations of each rank and round.
+    """What a run would take: seconds, bytes; `slots` are the evaluations of each rank and round,
+    `split` the devices of each rank, which share its forwards out.
 
-    `breakeven` is the link's bytes a second at which nothing is gained, 0 where any link will do
-    and inf where none does.
+    `memory` is that of each device. `breakeven` is the link's bytes a second at which nothing is
+    gained, 0 where any link will do and inf where none does.
     """
 
     ranks: int
@@ -54,6 +55,12 @@ class Plan:
     breakeven: float
     bytes_sent: int
     memory: int
+    split: int = 1
+
+    @property
+    def devices(self) -> int:
+        """Those of all ranks together."""
+        return self.ranks * self.split
 
     @property
     def seconds(self) -> float:
@@ -66,9 +73,19 @@ class Plan:
 
 
 class Plans(list[Plan]):
-    """Plans for several numbers of ranks; prints as a table."""
+    """Plans for several numbers of ranks; prints as a table, with the devices that they need where
+    a rank has several.
+    """
 
     _HEAD = ("ranks", "rounds", "seconds", "exchange", "speed-up", "break-even link", "memory")
+
+    def _table(self) -> list[tuple[str, ...]]:
+        """The head, then a row for each plan."""
+        rows = [self._HEAD, *self._rows()]
+        if all(plan.split == 1 for plan in self):
+            return rows
+        devices = ["devices", *(str(plan.devices) for plan in self)]
+        return [(row[0], needed, *row[1:]) for row, needed in zip(rows, devices)]
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = []
@@ -80,17 +97,17 @@ class Plans(list[Plan]):
         return rows
 
     def __str__(self) -> str:
-        rows = [self._HEAD, *self._rows()]
+        rows = self._table()
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join(
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows
         )
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self._HEAD)
+        names, *plans = self._table()
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in names)
         rows = "".join(
-            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
-            for row in self._rows()
+            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in plans
         )
         return f"<table><tr>{head}</tr>{rows}</table>"
 
@@ -110,14 +127,16 @@ def plan(
     speeds: Sequence[float] | None = None,
     weights: float | str = 0,
     overhead: float | str | None = None,
+    split: int = 1,
+    efficiency: float = 0.9,
 ) -> Plans:
     """Predicts runs: one for each number of ranks.
 
     Args:
         latents: bytes of one latent ("2.2MB"), of which one travels to and one from each follower
             and evaluation. This, `forward` and `overhead` may be left to a report as `profile`.
-        forward: seconds of one evaluation on the leader ("600ms"), guidance included; several as
-            one batch take as many times as long.
+        forward: seconds of one evaluation on the leader's device alone ("600ms"), guidance
+            included; several as one batch take as many times as long.
         link: of the leader, which all followers share: a name (`LINKS`), or bytes a second
             ("3GB/s"), in each direction; `latency` in seconds where it differs from the name's.
         profile: the report of one run of the model that is planned for; of a strided run, strided
@@ -126,8 +145,12 @@ def plan(
             `policy="paper"` needs none.
         speeds: forwards a second of each rank relative to the leader's, in place of `ranks`; ranks
             get as many slots as make the run shortest.
-        weights: bytes of the denoiser, of which every rank holds a replica.
+        weights: bytes of the denoiser, of which every device holds a replica.
         overhead: seconds a step of the host's own loop and of ours.
+        split: devices of each rank, which share its forwards out, as `parallelize` has them: a run
+            needs ranks x split devices.
+        efficiency: of that, above 0 and at most 1: a shared forward takes forward / (split x
+            efficiency), and .9 of a pair are 1.8 devices. A figure of the model's and the links'.
 
     Raises:
         InvalidError: for what cannot be read, or makes no sense.
@@ -136,6 +159,8 @@ def plan(
     if isinstance(profile, (Report, Sequence)):
         reports = [profile] if isinstance(profile, Report) else profile
         known, *told = _known_by(reports)
+        if forward is None:
+            _refuse_shared(reports[0])
         latents, forward, overhead = (
             seen if given is None else given
             for given, seen in zip((latents, forward, overhead), told)
@@ -146,6 +171,7 @@ def plan(
         raise _core.InvalidError("latents and forward are needed, or a report as profile")
     tolerance = number_of(tolerance)
     _check(steps, policy, warmup)
+    _check_split(split, efficiency)
     rule = Warmup(warmup) if policy == "paper" else known or default_profile()
     rate, first = link_in(link)
     run = _Run(
@@ -157,6 +183,9 @@ def plan(
         latency=first if latency is None else seconds_in(latency, "latency"),
         host=seconds_in(overhead or 0, "overhead"),
         weights=bytes_in(weights, "weights"),
+        split=split,
+        ahead=policy == "paper" or tolerance > 0,
+        faster=split * efficiency if split > 1 else 1.0,
     )
     if run.forward <= 0:
         raise _core.InvalidError("forward: must be above 0")
@@ -180,13 +209,18 @@ class _Run:
     latency: float
     host: float
     weights: float
+    split: int
+    ahead: bool  # somebody evaluates ahead
+    faster: float  # a forward of a rank's devices together than one of the leader's alone
 
     def plan(self, slots: tuple[int, ...], rates: Sequence[float]) -> Plan:
         """With so many evaluations a round of each rank, of such speeds."""
         counts = [assign(slots, k) for k in self.windows(sum(slots))]
-        times = [max(n * self.forward / v for n, v in zip(count, rates)) for count in counts]
+        forward = self.forward / self.faster
+        times = [max(n * forward / v for n, v in zip(count, rates)) for count in counts]
         sent = [sum(count[1:]) for count in counts]
-        sent[0] = sum(n > 0 for n in slots[1:])  # all evaluate the first step, to be verified
+        if self.ahead:  # all evaluate the first step, to be verified
+            sent[0] = sum(n > 0 for n in slots[1:])
         across = sum((n + 1) * self.size for n in sent if n)  # the last reply overlaps with nothing
         waits = 2 * self.latency * sum(n > 0 for n in sent)
         spare = self.steps * self.forward - sum(times) - waits
@@ -202,6 +236,7 @@ class _Run:
             breakeven=0.0 if not across else across / spare if spare > 0 else math.inf,
             bytes_sent=int(2 * self.size * sum(sent)),
             memory=int(self.weights + 2 * self.size * (4 + sum(slots))),  # history, points, outputs
+            split=self.split,
         )
 
     def shared(self, rates: Sequence[float]) -> Plan:
@@ -234,6 +269,16 @@ def _known_by(
     return rounds, latents, forward, max(beside, 0.0) / max(report.steps, 1)
 
 
+def _refuse_shared(report: Report) -> None:
+    """Its forwards are not those of one device, and how much they gained is not known."""
+    team = report.teams[0] if report.teams else None
+    if team is not None and team.shared > 0:
+        raise _core.InvalidError(
+            f"profile: {len(team.devices)} devices shared the forwards of this run: give forward, "
+            "the time of one on one device"
+        )
+
+
 def _shares(rates: Sequence[float]) -> list[tuple[int, ...]]:
     """Slots that fill rounds as long as some rank takes for a whole number of evaluations."""
     lengths = {n / v for v in rates for n in range(1, _SLOTS_MAX + 1)}
@@ -250,6 +295,13 @@ def _speeds_in(speeds: Sequence[float]) -> list[float]:
     if not 1 <= len(found) <= 256 or not all(0 < v < math.inf for v in found):
         raise _core.InvalidError(f"speeds: {speeds!r}: one above 0 for each of 1 to 256 ranks")
     return [v / found[0] for v in found]
+
+
+def _check_split(split: Any, efficiency: float) -> None:
+    if type(split) is not int or not 1 <= split <= 256:
+        raise _core.InvalidError(f"split: {split!r}: devices of a rank, from 1 to 256")
+    if not 0 < efficiency <= 1:
+        raise _core.InvalidError(f"efficiency: {efficiency!r}: must be above 0 and at most 1")
 
 
 def _check(steps: Any, policy: str, warmup: int) -> None:

@@ -59,7 +59,11 @@ class Profile:
         return Profile(bend * (own / steps) ** 2, carry * own / steps, cost * own / steps)
 
     def windows(self, steps: int, slots: int, tolerance: float) -> list[int]:
-        """Evaluations in each round, full but in the first one and near the end."""
+        """Evaluations in each round, full but in the first one and near the end; at tolerance 0
+        nobody evaluates ahead.
+        """
+        if tolerance == 0:
+            return [1] * steps
         taken = rounds_of(self.at(steps), slots, tolerance)
         begins = itertools.accumulate(taken, initial=0)
         return [min(slots, steps - begin) if begin else 1 for begin in begins if begin < steps]

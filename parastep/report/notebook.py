@@ -21,11 +21,12 @@ _TEXT = 'fill="currentColor" font-size="10" font-family="sans-serif"'
 
 def html_of(report: Record) -> str:
     """The whole of it, as `Report._repr_html_` returns it."""
-    parts = [f"<p><b>{html.escape(str(report))}</b></p>"]
+    parts = [f"<p><b>{html.escape(report.line)}</b></p>"]
     if report.timeline:
         parts += [_legend(report), _timeline(report)]
     if drifts(report):
         parts.append(_drift(report))
+    parts += [f"<p>{html.escape(line)}</p>" for line in report.team_lines]
     parts += [f"<p>{line}</p>" for line in _facts(report)]
     if report.failures:
         parts.append(_failures(report))

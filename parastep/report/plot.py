@@ -43,7 +43,8 @@ def timeline(report: Record, axes: Any) -> None:
     axes.set_xlabel("seconds (numbers are steps)")
     axes.invert_yaxis()
     _finish(axes, ["exact", "accepted", "rejected"])
-    axes.set_title(f"{report.steps} steps in {report.rounds} rounds", loc="left", fontsize=10)
+    title = "\n".join([f"{report.steps} steps in {report.rounds} rounds", *report.team_lines])
+    axes.set_title(title, loc="left", fontsize=10 if not report.teams else 8)
 
 
 def drifts(report: Record) -> list[tuple[int, float, str]]:

@@ -7,8 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from ..messages import HELPER_LOST
-
+HELPER_LOST = "HELPER_LOST"  # as a failure's status
 Own = TypeVar("Own", bound="Record")
 
 
@@ -24,19 +23,26 @@ class Evaluation(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A rank that was left out: the step it was to evaluate, a short name, and the reason."""
+    """A rank that was left out: the step it was to evaluate, a short name, and the reason. With the
+    name HELPER_LOST it is a device that helped the rank, which may have gone on.
+    """
 
     rank: int
     step: int
     status: str
     text: str
 
+    @property
+    def became(self) -> str:
+        """What of the rank, in words."""
+        return "goes on without a helper" if self.status == HELPER_LOST else "was left out"
+
 
 class TeamRecord(NamedTuple):
     """What the devices of one rank did together: those, the head's first; how forwards were shared
     out ("calls (bit for bit)", "batch (to rounding)"), or None and the reason why they were not;
     forwards that were shared, calls that were foretold wrongly, forwards that the head made whole,
-    a trial's at step 0 among them.
+    a trial's at step 0 among them. `str` is one line of it.
     """
 
     devices: list[str]
@@ -45,6 +51,17 @@ class TeamRecord(NamedTuple):
     shared: int
     missed: int
     whole: int
+
+    def __str__(self) -> str:
+        devices = " + ".join(self.devices)
+        if self.split is None:
+            return f"{devices}, unsplit: {' '.join((self.unsplit or 'no reason known').split())}"
+        text = f"{devices}, split by {self.split}: {_count(self.shared, 'forward')} shared"
+        if self.whole:
+            text += f", {self.whole} whole"
+        if self.missed:
+            text += f", {self.missed} foretold wrongly"
+        return text
 
 
 @dataclass(repr=False)
@@ -160,10 +177,20 @@ class Record:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the dict of a report: {error!r}") from error
 
+    @property
+    def team_lines(self) -> list[str]:
+        """A line for each rank of several devices."""
+        return [f"rank {rank}: {team}" for rank, team in enumerate(self.teams)]
+
     def __repr__(self) -> str:
-        return f"<parastep.{type(self).__name__}: {self}>"
+        return f"<parastep.{type(self).__name__}: {self.line}>"
 
     def __str__(self) -> str:
+        return "\n".join([self.line, *self.team_lines])
+
+    @property
+    def line(self) -> str:
+        """The run in one line."""
         text = f"{_count(self.steps, 'step')} in {_count(self.rounds, 'round')} on "
         text += f"{_count(self.ranks, 'rank')} ({self.speedup:.2f}x in forwards), "
         text += f"{self.seconds:.2f} s"

@@ -10,7 +10,7 @@ from .record import Record
 
 class Report(Record):
     """A finished run, with all of `Record`. In a notebook it shows itself; `print` gives one line,
-    `plot` a figure.
+    and one for each rank of several devices, `plot` a figure.
     """
 
     def plot(self, figure: Any = None) -> Any:

@@ -14,6 +14,7 @@ import parastep
 from parastep import _core, cli
 from parastep.planning import plan as planning
 from parastep.planning import quantities, rounds
+from parastep.report import TeamRecord
 
 STEPS = 40
 
@@ -229,6 +230,43 @@ def test_unequal_ranks_get_unequal_shares():
     assert fast.slots == (1, 3)
 
 
+def test_devices_of_a_rank_share_its_forwards():
+    given = {"latents": "1MB", "forward": "1s", "overhead": "1ms", "ranks": (1, 2, 4)}
+    whole = parastep.plan(50, **given)
+    shared = parastep.plan(50, split=2, efficiency=0.8, **given)
+    for one, pair in zip(whole, shared):
+        assert (one.devices, pair.devices) == (one.ranks, 2 * one.ranks)
+        assert pair.rounds == one.rounds and pair.memory == one.memory
+        assert pair.forwards_seconds == pytest.approx(one.forwards_seconds / 1.6)
+        assert pair.exchange_seconds == one.exchange_seconds
+        assert pair.sequential_seconds == one.sequential_seconds  # on one device
+    assert parastep.plan(50, split=3, **given)[0].forwards_seconds == pytest.approx(50 / 2.7)
+    unequal = {**given, "speeds": [1, 0.5], "split": 2, "efficiency": 1}
+    (found,) = parastep.plan(50, **unequal)
+    (alone,) = parastep.plan(50, **(unequal | {"split": 1}))
+    assert found.devices == 4 and found.forwards_seconds == alone.forwards_seconds / 2
+
+
+def test_exact_leaves_all_but_the_leader_idle():
+    given = {"latents": "1MB", "forward": 1, "tolerance": "exact", "efficiency": 0.9}
+    for split, gain in ((1, 1.0), (2, 1.8)):
+        for found in parastep.plan(50, split=split, **given):
+            assert (found.rounds, found.bytes_sent, found.exchange_seconds) == (50, 0, 0)
+            assert found.speedup == pytest.approx(gain)
+
+
+def test_a_run_that_shared_its_forwards_does_not_tell_one_devices():
+    report = sampled(4, tolerance=math.inf)
+    team = TeamRecord(["cpu", "cpu"], "batch (to rounding)", None, 5, 0, 1)
+    idle = team._replace(split=None, shared=0)
+    parastep.plan(STEPS, profile=dataclasses.replace(report, teams=[idle]))
+    shared = dataclasses.replace(report, teams=[team])
+    with pytest.raises(parastep.InvalidError, match="2 devices shared the forwards"):
+        parastep.plan(STEPS, profile=shared, split=2)
+    (found,) = parastep.plan(STEPS, profile=shared, forward=1, ranks=4, split=2)
+    assert found.sequential_seconds > STEPS
+
+
 def test_memory_is_a_replica_and_its_latents():
     small, large = (
         parastep.plan(50, latents="1MB", forward=1, ranks=2, weights=w)[0].memory
@@ -275,6 +313,11 @@ def test_seconds(text, value):
         ({"speeds": []}, "speeds"),
         ({"speeds": [1, 0]}, "speeds"),
         ({"profile": parastep.Report()}, "profile"),
+        ({"split": 0}, "split: 0"),
+        ({"split": 1.5}, "split: 1.5"),
+        ({"split": 2, "efficiency": 0}, "efficiency: 0"),
+        ({"split": 2, "efficiency": 1.1}, "efficiency: 1.1"),
+        ({"split": 2, "efficiency": math.nan}, "efficiency: nan"),
     ],
 )
 def test_what_makes_no_sense_is_refused(change, words):
@@ -302,6 +345,11 @@ def test_tables():
     assert f"{found[1].speedup:.2f}x" in lines[2]
     page = found._repr_html_()
     assert page.count("<tr>") == 3 and f"<td>{found[0].rounds}</td>" in page
+    pairs = parastep.plan(50, latents="1MB", forward="1s", ranks=(1, 8), split=2)
+    lines = str(pairs).splitlines()
+    assert lines[0].split()[:3] == ["ranks", "devices", "rounds"]
+    assert [line.split()[:2] for line in lines[1:]] == [["1", "2"], ["8", "16"]]
+    assert "<th>devices</th>" in pairs._repr_html_() and "<td>16</td>" in pairs._repr_html_()
     assert "2 (1:2)" in str(parastep.plan(50, latents="1MB", forward="1s", speeds=[1, 2]))
 
 
@@ -320,6 +368,10 @@ def test_command_line(tmp_path, capsys):
     out = capsys.readouterr().out
     assert str(parastep.plan(50, profile=report)) in out and "stand-in" not in out
     assert cli.main(["plan", *given, "--speeds", "1,0.5"]) == 0
+    capsys.readouterr()
+    assert cli.main(["plan", *given, "--ranks", "4", "--split", "2", "--efficiency", ".8"]) == 0
+    known = {"latents": "2.2MB", "forward": 0.6, "link": "25GbE", "ranks": 4}
+    assert str(parastep.plan(50, split=2, efficiency=0.8, **known)) in capsys.readouterr().out
     for wrong in (["--latents", "x"], ["--profile", "missing.json"], ["--speeds", "a"], []):
         assert cli.main(["plan", *wrong]) == 2
         assert "parastep plan: " in capsys.readouterr().err

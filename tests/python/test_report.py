@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import parastep
-from parastep.report import Evaluation, Failure
+from parastep.options import Options
+from parastep.report import HELPER_LOST, Evaluation, Failure, TeamRecord
 from parastep.report.plot import COLOURS
 
 STEPS = 12
@@ -41,6 +42,14 @@ def strided():
         drift=[math.nan, 0.01, 0.002, 0.0, 0.004, 0.001, 0.5], timeline=timeline, seconds=2.5,
         answered=5, tolerance=0.02,
     )  # fmt: skip
+
+
+PAIR = TeamRecord(["cuda:0", "cuda:1"], "calls (bit for bit)", None, 19, 1, 2)
+ALONE = TeamRecord(["cuda:2", "cuda:3"], None, "unet cannot be\ncut: <another> shape", 0, 0, 7)
+
+
+def teamed(**changes):
+    return dataclasses.replace(strided(), teams=[PAIR, ALONE], **changes)
 
 
 class Checker(html.parser.HTMLParser):
@@ -87,6 +96,50 @@ def test_line():
     many = dataclasses.replace(strided(), rounds=1, fallback="two\nlines", ranks=1)
     assert "in 1 round on 1 rank (" in str(many) and ", 3 interpolated" in str(many)
     assert str(many).endswith("went on serially: two lines")
+
+
+def test_a_line_for_each_rank_of_several_devices():
+    report = teamed()
+    line, first, second = str(report).splitlines()
+    assert line == str(strided()) and repr(report) == repr(strided())
+    assert first == (
+        "rank 0: cuda:0 + cuda:1, split by calls (bit for bit): 19 forwards shared, 2 whole, "
+        "1 foretold wrongly"
+    )
+    assert second == "rank 1: cuda:2 + cuda:3, unsplit: unet cannot be cut: <another> shape"
+    assert str(PAIR._replace(shared=1, missed=0, whole=0)).endswith(
+        "(bit for bit): 1 forward shared"
+    )
+    assert parastep.Report.from_dict(json.loads(json.dumps(report.to_dict()))).teams == report.teams
+
+
+def test_teams_are_told_where_a_report_is_shown():
+    page = Checker(teamed()._repr_html_())
+    assert all(line in page.text for line in str(teamed()).splitlines())
+    pytest.importorskip("matplotlib")
+    titles = [axes.get_title(loc="left") for axes in teamed().plot().axes]
+    assert all(line in titles[0] for line in teamed().team_lines)
+    assert "rank" not in strided().plot().axes[0].get_title(loc="left")
+
+
+def test_a_helper_is_no_rank():
+    helper = Failure(0, 3, HELPER_LOST, "its helper on cuda:1 was lost: no output within 60 s")
+    left = Failure(1, 3, "FAILED", "it raised")
+    assert teamed(failures=[helper]).line.endswith("1 helper lost")
+    assert "1 rank left out, 2 helpers lost" in teamed(failures=[helper, left, helper]).line
+    assert "helper" not in teamed(failures=[left]).line
+    assert helper.text in Checker(teamed(failures=[helper])._repr_html_()).text
+
+
+def test_at_exact_the_limit_tells_who_worked():
+    options = Options("exact")
+    assert options.idle_reason(2, PAIR).endswith(
+        "1 of 2 ranks are idle; the 2 devices of rank 0 shared 19 forwards, bit for bit"
+    )
+    alone = options.idle_reason(1, ALONE)
+    assert "idle" not in alone and alone.endswith(f"the first worked alone: {ALONE.unsplit}")
+    assert "devices" not in options.idle_reason(4)
+    assert Options("high").idle_reason(2, PAIR) is None
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1e-3, 0.02, math.inf])

@@ -100,6 +100,24 @@ def test_teams_of_any_size(count: int) -> None:
         assert together.report.teams[0].shared == STEPS - 1
 
 
+def test_residuals_stay_where_they_were_made() -> None:
+    """A helper's UNet is given the very tensors that its ControlNet gave."""
+    case = tiny.CASES["sd_controlnet"]
+    with pairs(host("sd_controlnet"), 1, math.inf, max_stride=1) as together, no_warnings():
+        tiny.run(together, case.kwargs(steps=STEPS))
+        replica, made, given = together._ranks._replicas[1], [], []
+        replica.controlnet.register_forward_hook(lambda m, args, out: made.append(out[0][0]))
+        replica.unet.register_forward_pre_hook(
+            lambda m, args, kwargs: given.append(kwargs["down_block_additional_residuals"][0]),
+            with_kwargs=True,
+        )
+        together._ranks._made_from = None  # as if it had been made so
+        together._ranks._refresh = lambda pipe, options: None
+        tiny.run(together, case.kwargs(steps=STEPS))
+    assert len(made) == len(given) == STEPS
+    assert all(ours is theirs for ours, theirs in zip(made, given))
+
+
 # ---- what the host does meanwhile ----------------------------------------------------------------
 
 

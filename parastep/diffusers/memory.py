@@ -1,0 +1,44 @@
+"""Room for replicas, asked for before they are made: a device that runs full does so in mid-run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .parts import denoisers_of
+
+_MARGIN = 1.1  # of the weights: what a forward needs beside them is not known before it has run
+
+
+def weights_of(pipe: Any) -> int:
+    """Bytes of the denoisers' parameters and buffers, what a replica takes on another device."""
+    modules = denoisers_of(pipe).values()
+    tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+    return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def free_on(device: torch.device) -> int | None:
+    """Bytes that this process may still take there; None where the device does not say."""
+    if device.type != "cuda":
+        return None
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved
+
+
+def without_room(pipe: Any, places: dict[int, torch.device], home: torch.device) -> dict[int, str]:
+    """Of these places, which are to have a replica each, those on devices without room, and why.
+
+    Ranks on the pipe's own device share its weights.
+    """
+    size, taken, found = int(weights_of(pipe) * _MARGIN), dict.fromkeys(places.values(), 0), {}
+    for place, device in places.items():
+        free = None if device == home else free_on(device)
+        if free is not None and taken[device] + size > free:
+            found[place] = (
+                f"{device} has no room for a replica: {size / 1e9:.1f} GB are needed, "
+                f"{max(free - taken[device], 0) / 1e9:.1f} GB are free"
+            )
+        else:
+            taken[device] += size
+    return found
