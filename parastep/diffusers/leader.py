@@ -381,6 +381,8 @@ class Leader(Speculation):
             return "the scheduler's step is not handed tensors as model_output and sample"
         if m.shape != x.shape:
             shapes = f"{tuple(m.shape)} where the latents are {tuple(x.shape)}"
+            if m.ndim > 1 and (m.shape[0], m.shape[1] // 2, *m.shape[2:]) == tuple(x.shape):
+                return f"the denoiser predicts the variance of the noise too, {shapes}"
             return f"the model output has another shape, {shapes}"
         if scheduler is not self.pipe.scheduler:
             return "the pipeline steps a copy of its scheduler"

@@ -21,6 +21,7 @@ from .call import Call, Followers, Given
 from .helpers import LocalHelper
 from .local import LocalFollowers
 from .memory import free_on, without_room
+from .offload import take_turns
 from .remote.groups import Group
 from .remote.workers import Workers
 from .replicas import denoisers_print, fingerprint, refresh, replicate, unfit
@@ -110,6 +111,9 @@ class Ranks:
         if self.leader_alone(options) or (options.untouched and not helped):
             return Call(1), [], None
         reason = reason or unfit(pipe)
+        lane = options.strides and not take_turns(pipe)
+        if reason is None and len(self.places) == 1 and not lane:
+            reason = "its denoisers take turns on the one device, by CPU offload"
         if reason is None:
             reason = self.state.known(pipe)
             if reason is not None:
@@ -118,14 +122,14 @@ class Ranks:
             return Call(1), [], reason
         try:
             self._refresh_remote(pipe)
-            self._refresh(pipe, options)
+            self._refresh(pipe, options, lane)
         except Exception as error:  # a component that cannot be copied
             reason = f"replicas of the pipeline cannot be made: {describe(error)}"
             if isinstance(self._remote, Workers) and "mode='threads'" not in reason:
                 reason += "; mode='threads' needs no other processes"
             return Call(1), [], reason
         ranks = 1 if options.untouched else len(self.shares)
-        call = Call(ranks, self.devices[:ranks], lane=options.strides)
+        call = Call(ranks, self.devices[:ranks], lane=lane)
         call.made_from = denoisers_print(pipe) if helped else None
         if self._batch:
             call.meeting = Meeting(call.ranks, leads=not options.exact)
@@ -178,7 +182,7 @@ class Ranks:
             return True
         return False
 
-    def _refresh(self, pipe: Any, options: Options) -> None:
+    def _refresh(self, pipe: Any, options: Options, lane: bool) -> None:
         """Replicas of the pipe as it is now, on all places that the call works on but for the
         leader's own: made again where its weights or modules changed.
         """
@@ -186,16 +190,16 @@ class Ranks:
         if now != self._made_from:
             self._replicas.clear()
             self._made_from, self._cuts = now, Cuts()
-        for place in self._places_here(options) - self._replicas.keys():
-            own_weights = may_write_weights(pipe)
-            self._replicas[place] = replicate(pipe, self.places[place], own_weights)
+        for place in self._places_here(options, lane) - self._replicas.keys():
+            own_weights, home = may_write_weights(pipe), self.places[place]
+            self._replicas[place] = replicate(pipe, home, own_weights, lane=place == 0)
         for replica in self._replicas.values():
             refresh(replica, pipe)
 
-    def _places_here(self, options: Options) -> set[int]:
+    def _places_here(self, options: Options, lane: bool) -> set[int]:
         shares = self.shares[: 1 if options.untouched else None]
         found = {place for share in shares for place in share[self._remote is not None :]}
-        return found | {0} if options.strides else found - {0}
+        return found | {0} if lane else found - {0}
 
     def _look_for_room(self, pipe: Any) -> None:
         """Devices that a replica does not fit on are left out, until it does."""

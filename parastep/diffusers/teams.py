@@ -6,10 +6,10 @@ A rank's hooks call `Team.call` in place of a denoiser. Two ways to share a step
   one a device, and the outputs are joined. Whether and how a forward can be cut is tried at step 0,
   beside the whole one. Equal to rounding, so never at tolerance 0.
 - Calls are foretold: where guidance makes several calls a step, the later ones' arguments are
-  guessed from the first one's and the iteration before, which at step 0 is one of the call before
-  with as many words and pixels, and evaluated by helpers meanwhile. When
-  the host makes the call, its real arguments are compared bit for bit: the same ones take the
-  helper's output, which is what the head itself would give; others are evaluated as ever.
+  guessed from the first one's and the iteration before (at step 0 the pipeline's call before, if
+  that was given as many words and pixels), and evaluated by helpers meanwhile. When the host makes
+  the call, its real arguments are compared bit for bit: the same ones take the helper's output,
+  which is what the head itself would give; others are evaluated as ever.
 
 A helper that is lost costs speed. Nothing here knows of rounds or of the core.
 """
@@ -136,6 +136,9 @@ class Team:
         self._misses: Counter[Key] = Counter()
         self._trials: list[_Trial] = []
         self._made: dict[int, _Made] = {}  # in this iteration, by the whole's id
+        kinds = dict.fromkeys(map(_kind_of, devices))
+        if exact and len(kinds) > 1:
+            self.dissolve(f"tolerance 0 needs devices of one kind: {' and '.join(kinds)}")
 
     # ---- for the rank ----------------------------------------------------------------------------
 
@@ -144,10 +147,8 @@ class Team:
         self._shape, self._ready = _Shape(denoisers), True
 
     def dissolve(self, reason: str) -> None:
-        """From here on the head evaluates alone; the first reason counts."""
+        """From here on the head evaluates alone; the first reason counts. From any thread."""
         self._reason = self._reason or reason
-        self._foretold.clear()
-        self._trials.clear()
 
     def begin(self, step: int) -> None:
         """An iteration: its denoisers are about to be called."""
@@ -452,6 +453,8 @@ class Team:
 
     def _taken(self, key: Key, run: Callable[..., Any], inputs: Inputs) -> Any:
         guess, versions, helper, answer = self._foretold.pop(key)
+        if self._reason is not None:
+            return self._whole(key, run, inputs)
         if guess.versions != versions or not guess.is_same(inputs):
             self._missed += 1
             self._misses[key] += 1
@@ -470,6 +473,11 @@ class Team:
         self._cuts.calls = {**self._cuts.calls, **self._now}
         self._shared["calls"] += 1
         return served.output
+
+
+def _kind_of(device: torch.device) -> str:
+    """Of one kind compute the same bits."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _links_between(first: Inputs, last: Inputs) -> Links:

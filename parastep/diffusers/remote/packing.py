@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from ... import _core
+from ..offload import forget_hooks, unhook_denoisers
 from ..parts import denoisers_of, encoders_of
+from ..quantised import sendable
 from ..replicas import replicate, twin_of
 
 _CALLS = ("forward", "encode", "get_text_features", "get_image_features")
@@ -95,7 +97,8 @@ def _hollow(pipe: Any) -> Any:
     for module in encoders_of(pipe).values():
         twin_of(module, encoders)
     for module in denoisers_of(pipe).values():
-        memo |= {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+        memo |= dict(sendable(module.parameters()))
+        memo |= {id(tensor): tensor for tensor in module.buffers()}
     for part in encoders.values():
         _forget_functions(part)
         for tensor in _tensors_in(part):
@@ -103,7 +106,13 @@ def _hollow(pipe: Any) -> Any:
     hollow = copy.copy(pipe)
     for name, module in encoders_of(pipe).items():
         vars(hollow)[name] = encoders[id(module)]
-    return copy.deepcopy(hollow, memo)
+    forget_hooks(pipe, memo)
+    hollow = copy.deepcopy(hollow, memo)
+    unhook_denoisers(hollow)
+    for module in denoisers_of(hollow).values():
+        for part in module.modules():
+            vars(part).pop("extra_repr", None)  # torchao's, which cannot be pickled
+    return hollow
 
 
 def _tensors_in(part: torch.nn.Module) -> list[torch.Tensor]:

@@ -29,7 +29,8 @@ from hosting import (  # noqa: E402
 MAIN = ("svd", "cogvideox_ddim", "cogvideox_dpm", "audioldm2", "sd3", "flux", "latte", "sd", "sdxl")
 SERIAL = {
     "ltx_condition": "per_token_timesteps",
-    "kandinsky_ddpm": "another shape",
+    "kandinsky_ddpm": "variance of the noise",
+    "deepfloyd_if": "variance of the noise",
     "ltx2": "two steps of a scheduler",
 }
 SERIAL = {name: reason for name, reason in SERIAL.items() if name in tiny.CASES}
