@@ -75,7 +75,7 @@ class Leader(Speculation):
         self.shared = 0  # and which were evaluated together with other ranks'
         self.opened = 0.0  # seconds from the call's beginning to the run's
         self.watch: Watch | None = None
-        self._began = time.perf_counter()
+        self.began = time.perf_counter()
         self._listening = Listening()
         self._outputs = Outputs()
         self._started = False  # followers are
@@ -463,7 +463,7 @@ class Leader(Speculation):
             return
         for some in self._followers if lane else ():
             some.start_lane()
-        self.opened = time.perf_counter() - self._began
+        self.opened = time.perf_counter() - self.began
         patience = self.options.deadline or max(60.0, 10 * self.opened)
         self.call.open(self.core, result, patience)
         self._told(self.core.ask, 0, x)
