@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ..quiet import thread_name
-from ..threads import HostContext, finish_work
+from ..threads import HostContext, Task, finish_work
+from .compiling import is_compiled
 from .draws import OwnDraws
 from .forwards import Inputs, is_finite
-from .hooks import is_compiled_in_place
 from .parts import denoisers_of
 from .tensors import map_tensors
 
@@ -58,7 +58,7 @@ def evaluated(
     module: torch.nn.Module, args: Any, kwargs: Any, watched: bool, random: torch.Generator
 ) -> Served:
     """What a helper's denoiser gives, where it is."""
-    if watched and not (is_compiled_in_place(module) or hasattr(module, "_orig_mod")):
+    if watched and not is_compiled(module):
         with OwnDraws(random) as draws, draws.forbidden():
             output = module(*args, **kwargs)
     else:
@@ -83,7 +83,7 @@ class LocalHelper:
         self._home = home
         self._modules = denoisers_of(replica)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | Task | None = None
         self._lock = threading.Lock()
         self._brought: dict[str, dict[Any, tuple[torch.Tensor, torch.Tensor]]] = {}
 

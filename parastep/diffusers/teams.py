@@ -28,7 +28,7 @@ import torch
 
 from .. import _core
 from ..messages import describe
-from ..report import TeamRecord
+from ..report import Share, TeamRecord
 from .forwards import (
     RULES,
     Apart,
@@ -141,6 +141,7 @@ class Team:
         self._reason: str | None = None  # why it shares nothing, in this whole call
         self._shared: Counter[str] = Counter()  # forwards, by how
         self._missed = self._unsplit = 0
+        self._log: list[Share] = []  # of what helpers served
         self._step = 0
         self._shape: _Shape | None = None
         self._ordinals: Counter[str] = Counter()
@@ -205,7 +206,7 @@ class Team:
         return self._whole(key, run, inputs)
 
     def record(self, others: Sequence[Team] = ()) -> TeamRecord:
-        """For the report; `others` are of the same devices."""
+        """For the report, by the clock of `time.perf_counter`; `others` are of the same devices."""
         teams = (self, *others)
         how = [_WORDS[kind] for kind in sorted(set().union(*(team.kinds for team in teams)))]
         return TeamRecord(
@@ -215,6 +216,7 @@ class Team:
             shared=sum(sum(team._shared.values()) for team in teams),
             missed=sum(team._missed for team in teams),
             whole=sum(team._unsplit for team in teams),
+            served=tuple(share for team in teams for share in team._log),
         )
 
     @property
@@ -256,6 +258,19 @@ class Team:
         if found is None and self._exact:
             found = "one call a step, which at tolerance 0 is not cut: a share rounds differently"
         return found or "one call a step, of one item: there is nothing to share"
+
+    def _start(
+        self, helper: Helper, name: str, inputs: Inputs, watched: bool = False
+    ) -> Future[Served]:
+        """Has a helper evaluate, and notes when it did."""
+        device, step, began = 1 + self._all.index(helper), self._step, time.perf_counter()
+
+        def note(_: Future[Served]) -> None:
+            self._log.append(Share(device, step, began, time.perf_counter()))
+
+        answer = helper.start(name, inputs, watched)
+        answer.add_done_callback(note)
+        return answer
 
     def _wait(self, helper: Helper, answer: Future[Served]) -> None:
         """Until there is an output or an error; a helper without one in time is lost."""
@@ -336,7 +351,7 @@ class Team:
         for number, share in enumerate(shares):
             helper = helpers[number % len(helpers)]
             places.append(helper.place)
-            answers.append(helper.start(name, share.own_copy(), watched=True))
+            answers.append(self._start(helper, name, share.own_copy(), watched=True))
         return _Trial(cut, rule, places, answers, [], inputs.of_lists)
 
     def _settle(self, trial: _Trial) -> None:
@@ -386,7 +401,7 @@ class Team:
         """
         count = min(inputs.items, 1 + len(self._helpers))
         first, *others = self._cut(inputs, count, rule)
-        pairs = [(h, h.start(key[0], share)) for h, share in zip(self._helpers, others)]
+        pairs = [(h, self._start(h, key[0], s)) for h, s in zip(self._helpers, others)]
         own = run(*first.args, **first.kwargs)
         try:
             served = [self._served(*pair) for pair in pairs]
@@ -464,7 +479,7 @@ class Team:
             if any(v.is_inference() for v in guess.values.values() if isinstance(v, torch.Tensor)):
                 guess = guess.own_copy()  # nothing would tell that somebody wrote to them
             helper = self._helpers[number % len(self._helpers)]
-            self._foretold[key] = guess, guess.versions, helper, helper.start(name, guess)
+            self._foretold[key] = guess, guess.versions, helper, self._start(helper, name, guess)
 
     def _taken(self, key: Key, run: Callable[..., Any], inputs: Inputs) -> Any:
         guess, versions, helper, answer = self._foretold.pop(key)

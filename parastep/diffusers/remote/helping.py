@@ -144,7 +144,9 @@ def serve(stream: SocketStream, replica: Any, device: torch.device) -> None:
                     forward = Forward(*receiver.unpack(frame.body))
                     context = forward.context
                     if context is not None and not entered:
-                        modes.enter_context(context.entered(context.threads, device))
+                        modes.enter_context(
+                            context.entered("parastep-helper", context.threads, device)
+                        )
                         modes.enter_context(torch.no_grad())
                         entered = True
                     module, inputs = modules[forward.name], (forward.args, forward.kwargs)
