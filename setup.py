@@ -3,7 +3,8 @@
 The flags that every compilation shares are in compile_flags.txt, which the Makefile, clang-tidy and
 clangd read too.  PARASTEP_SANITIZE=address,undefined (any list that -fsanitize takes) builds an
 instrumented extension; `make sanitize` shows how to load one.  Where nvcc is found, the CUDA
-kernels are compiled and embedded; PARASTEP_NVCC names another nvcc, or none where it is empty.
+kernels are compiled and embedded; PARASTEP_NVCC names another nvcc, or none where it is empty, and
+PARASTEP_CUDA_ARCHS the GPUs that are meant (csrc/backend/compile_kernels.sh).
 """
 
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -39,21 +41,46 @@ def sanitizer_flags() -> list:
     return [*flags, "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
-class BuildWithKernels(build_ext):
-    """Compiles kernels.cu first, if it can be: an extension without them has slower means."""
+class BuildSideBySide(build_ext):
+    """Compiles a file of C on each core, and kernels.cu meanwhile, if it can be: an extension
+    without them has slower means.  Setuptools by itself compiles one file after another.
+    """
 
-    def run(self) -> None:
-        image = Path(self.build_temp).resolve() / "kernels.fatbin"
+    def build_extensions(self) -> None:
+        one_by_one = self.compiler.compile
+        with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
+            kernels = pool.submit(self.kernels)
+
+            def compiled(source: str, options: dict) -> list:
+                if source.endswith("backend/image.c") and kernels.result():
+                    macro = ("PS_KERNEL_IMAGE", f'"{kernels.result()}"')
+                    options = options | {"macros": [*options["macros"], macro]}
+                return one_by_one([source], **options)
+
+            def compile_all(sources: list, **options: object) -> list:
+                sources = sorted(sources, key=lambda path: path.endswith("backend/image.c"))
+                jobs = [pool.submit(compiled, source, options) for source in sources]
+                return [path for job in jobs for path in job.result()]
+
+            self.compiler.compile = compile_all
+            super().build_extensions()
+
+    def kernels(self) -> "Path | None":
+        """The file that nvcc made of them, now or, by PARASTEP_KERNELS, before."""
+        if os.environ.get("PARASTEP_KERNELS"):
+            return Path(os.environ["PARASTEP_KERNELS"])
         nvcc = os.environ.get("PARASTEP_NVCC", shutil.which("nvcc"))
-        if nvcc:
-            image.parent.mkdir(parents=True, exist_ok=True)
-            script = HERE / "csrc/backend/compile_kernels.sh"
-            status = subprocess.run(["sh", str(script), nvcc, str(image)]).returncode
-            if status == 0:
-                self.extensions[0].define_macros.append(("PS_KERNEL_IMAGE", f'"{image}"'))
-            else:
-                print(f"{nvcc} failed: building without CUDA kernels", file=sys.stderr)
-        super().run()
+        if not nvcc:
+            return None
+        image = Path(self.build_temp).resolve() / "kernels.fatbin"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        script = HERE / "csrc/backend/compile_kernels.sh"
+        if subprocess.run(["sh", str(script), nvcc, str(image)]).returncode == 0:
+            return image
+        if os.environ.get("PARASTEP_CUDA_ARCHS"):
+            raise SystemExit(f"{nvcc} failed, and PARASTEP_CUDA_ARCHS asks for its kernels")
+        print(f"{nvcc} failed: building without CUDA kernels", file=sys.stderr)
+        return None
 
 
 shared_flags = (HERE / "compile_flags.txt").read_text().split()
@@ -77,4 +104,4 @@ core = Extension(
 # Relative include directories are meant from here, wherever the build was started.  The license
 # stands here because setuptools before 77 reads no such word in pyproject.toml.
 os.chdir(HERE)
-setup(license="Apache-2.0", ext_modules=[core], cmdclass={"build_ext": BuildWithKernels})
+setup(license="Apache-2.0", ext_modules=[core], cmdclass={"build_ext": BuildSideBySide})

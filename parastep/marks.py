@@ -24,14 +24,21 @@ def mark_of_tensor(tensor: torch.Tensor, samples: int = 64) -> Any:
     """
     version = None if tensor.is_inference() else tensor._version
     mark = type(tensor), tensor.shape, tensor.dtype, tensor.device, version
+    seen = elements_of(tensor, samples)
+    return (*mark, id(tensor)) if seen is None else (*mark, tensor.data_ptr(), seen)
+
+
+def elements_of(tensor: torch.Tensor, samples: int = 64) -> bytes | None:
+    """That many of its elements, spread over it; None of a subclass, sparse, or expanded."""
     count, step = min(tensor.numel(), samples), max(tensor.numel() // samples, 1)
     try:
         with torch.inference_mode():
             flat = tensor.detach().as_strided((count,), (step,), tensor.storage_offset())
             seen = flat.contiguous().view(torch.uint8).cpu().numpy().tobytes()
-        return *mark, tensor.data_ptr(), seen
-    except (RuntimeError, NotImplementedError, TypeError):  # a subclass, sparse, expanded
-        return *mark, id(tensor)
+        tensor.data_ptr()
+        return seen
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None
 
 
 def mark_of(value: Any, samples: int = 64) -> Any:

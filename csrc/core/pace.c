@@ -39,7 +39,7 @@ static level level_of(const ps_program *program, int step)
   if (step == program->steps) {
     return (level){1.0, 0.0, 1.0};
   }
-  double alpha = program->alpha[step], s = program->s[step], scale = hypot(alpha, s);
+  double alpha = program->alpha[step], s = program->s[step], scale = sqrt(alpha * alpha + s * s);
   return (level){alpha / scale, s / scale, scale};
 }
 
@@ -169,7 +169,7 @@ bool ps__afford(ps_leader *leader, double drift, const double *gap, bool leads)
     missed = pace->gap_cost[step] * *gap;
   }
   pace->missed = gaps_with(pace, missed);
-  if (!(hypot(drifted, pace->missed) < allowance(leader, leads))) {
+  if (!(sqrt(drifted * drifted + pace->missed * pace->missed) < allowance(leader, leads))) {
     return false;
   }
   pace->drifted = drifted;
@@ -212,7 +212,7 @@ static ps_status choose_stride(ps_leader *leader)
   double gaps, stride = pace->stride, least = 1.0;
   ps_status status = estimate_gaps(leader, &gaps, &stride);
   if (!isnan(gaps)) {
-    double spent = hypot(gaps, LED * pace->led);
+    double led = LED * pace->led, spent = sqrt(gaps * gaps + led * led);
     double factor = SAFETY * sqrt(leader->options.tolerance / fmax(spent, 1e-9));
     stride *= fmin(GROW, fmax(SHRINK, factor));
   }

@@ -8,6 +8,7 @@ let go: at the latest when the leader's call ends.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import torch
 
 from .. import _core
 from ..options import Options
+from ..speculation import with_room
 from .batching import Meeting
 from .helpers import Helper
 from .leaving import Leave
@@ -79,7 +81,7 @@ class Call:
         self.over = False
         self.meeting: Meeting | None = None  # where evaluations share a batch
         self.team: Team | None = None  # of the leader, where its forwards are shared out
-        self.teams: dict[int, Team] = {}  # and of its followers, by rank
+        self.teams: dict[int, Any] = {}  # and of its followers, by rank: as a `Team` is told of
         self.helpers: list[Helper] = []  # of all of them
         self.made_from: int | None = None  # the denoisers' fingerprint that theirs have
         self.remote: dict[int, Remote] = {}  # ranks in other processes
@@ -97,6 +99,12 @@ class Call:
     def home(self) -> torch.device:
         """The leader's device."""
         return self.devices[0]
+
+    @property
+    def shares_home(self) -> bool:
+        """Whether others evaluate on the leader's device in this process."""
+        here = [rank for rank in range(1, self.ranks) if rank not in self.remote]
+        return self.lane or any(self.devices[rank] == self.home for rank in here)
 
     @property
     def transports(self) -> list[str]:
@@ -121,14 +129,17 @@ class Call:
         carriers = {rank: remote.carrier() for rank, remote in self.remote.items()}
         places = [d.index if d.type == "cuda" else -1 for d in self.devices[: self.ranks]]
         devices = places if x.is_cuda and len(places) == self.ranks else None
-        return _core.Leader(
-            program,
-            x,
-            ranks=self.ranks,
-            lane=self.lane,
-            carriers=carriers,
-            devices=devices,
-            **options.for_core(),
+        return with_room(
+            functools.partial(
+                _core.Leader,
+                program,
+                x,
+                ranks=self.ranks,
+                lane=self.lane,
+                carriers=carriers,
+                devices=devices,
+                **options.for_core(),
+            )
         )
 
     def tell_encoded(self, key: tuple[str, str], output: Any) -> None:

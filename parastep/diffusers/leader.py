@@ -19,7 +19,7 @@ import torch
 from .. import _core
 from ..messages import describe
 from ..options import Options
-from ..speculation import Speculation
+from ..speculation import CROWDED, Speculation, give_room, out_of_memory
 from ..tracing.noise import NoiseAhead
 from ..tracing.program import Traced, trace_rows
 from .arguments import first_times, inputs_in, latent_in, named_arguments, sample_in
@@ -32,6 +32,7 @@ from .parts import denoisers_of
 from .replicas import denoisers_print
 from .skipping import Outputs
 from .state import State, averages
+from .teams import ALTERED
 from .tensors import is_rounded
 from .watch import Watch
 
@@ -75,7 +76,7 @@ class Leader(Speculation):
         self.shared = 0  # and which were evaluated together with other ranks'
         self.opened = 0.0  # seconds from the call's beginning to the run's
         self.watch: Watch | None = None
-        self._began = time.perf_counter()
+        self.began = time.perf_counter()
         self._listening = Listening()
         self._outputs = Outputs()
         self._started = False  # followers are
@@ -190,15 +191,33 @@ class Leader(Speculation):
                 self.shared += first
                 return self.call.meeting.call(LEADER, name, ordinal, first, run, args, kwargs)
             if self.steps > 0:
-                return run(*args, **kwargs)
+                return self._with_room(run, args, kwargs)
             given = Inputs(args, kwargs).own_copy() if self.call.meeting is not None else None
-            output = run(*args, **kwargs)
+            output = self._with_room(run, args, kwargs)
             self._outputs.keep(module, ordinal, inputs, output)
             if given is not None and self.call.meeting is not None:
                 self.call.meeting.tell_exact(name, ordinal, given, output)
             return output
 
         return hook
+
+    def _with_room(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What the model returns; where others on its device have left no memory for that, as it
+        returns it alone.
+        """
+        try:
+            return run(*args, **kwargs)
+        except out_of_memory():
+            if self.team is not None or not self.call.shares_home:
+                raise
+        self.give_up(CROWDED)
+        if self.core is not None:
+            self.core.finish()
+        self.call.end()
+        for some in self._followers:  # those at work are through then
+            some.gather(set())
+        give_room()
+        return run(*args, **kwargs)
 
     def _share_out(
         self, first: bool, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any
@@ -256,7 +275,7 @@ class Leader(Speculation):
         if reason is not None:
             self.give_up(reason)
         if self.team is not None and self.call.made_from != denoisers_print(self.pipe):
-            self.call.dissolve("the pipeline alters its denoisers within its call")
+            self.call.dissolve(ALTERED)
         if self.state.begin(self.pipe):
             self._open_team()
             if reason is None:
@@ -381,6 +400,8 @@ class Leader(Speculation):
             return "the scheduler's step is not handed tensors as model_output and sample"
         if m.shape != x.shape:
             shapes = f"{tuple(m.shape)} where the latents are {tuple(x.shape)}"
+            if m.ndim > 1 and (m.shape[0], m.shape[1] // 2, *m.shape[2:]) == tuple(x.shape):
+                return f"the denoiser predicts the variance of the noise too, {shapes}"
             return f"the model output has another shape, {shapes}"
         if scheduler is not self.pipe.scheduler:
             return "the pipeline steps a copy of its scheduler"
@@ -443,7 +464,7 @@ class Leader(Speculation):
             return
         for some in self._followers if lane else ():
             some.start_lane()
-        self.opened = time.perf_counter() - self._began
+        self.opened = time.perf_counter() - self.began
         patience = self.options.deadline or max(60.0, 10 * self.opened)
         self.call.open(self.core, result, patience)
         self._told(self.core.ask, 0, x)

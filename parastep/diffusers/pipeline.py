@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import os
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,14 +20,14 @@ from ..messages import warn_of
 from ..options import Options
 from ..report import Report
 from ..tolerance import Tolerance
-from .claims import claimed
+from .claims import called, check_busy, claimed
 from .parts import denoisers_of
 from .places import Place, ranks_of, refuse_split
 from .ranks import Ranks
 from .run import Run
 
 _OWN_PUBLIC = ("pipe", "report")
-_OWN = (*_OWN_PUBLIC, "_ranks", "_options", "_lock", "_process", "_closed")
+_OWN = (*_OWN_PUBLIC, "_ranks", "_options", "_busy", "_closed")
 
 
 def parallelize(
@@ -47,6 +45,7 @@ def parallelize(
     slots: str = "auto",
     deadline: float | None = None,
     on_failure: str = "continue",
+    busy: str = "serial",
 ) -> ParallelPipeline:
     """A pipeline that evaluates several denoising steps at once, one on each device.
 
@@ -61,9 +60,10 @@ def parallelize(
             the call is guided, so that there is something to share, else one, each call anew.
             "none": one. None: "auto" where `devices` is None, else "none".
         tolerance, policy, max_stride, warmup, order, deadline, on_failure: as in
-            `parastep.options.Options`; tolerance 0, or "exact", is the pipeline untouched.
+            `parastep.options.Options`; tolerance 0, or "exact", is the pipeline untouched, but that
+            a team's helpers are given calls of it, bit for bit.
         mode: "threads", "processes" (workers that are spawned by us, with the first call) or
-            "auto": processes where every rank has a CUDA device of its own, since launching kernels
+            "auto": processes where all are CUDA devices, each named once, since launching kernels
             holds Python's lock, and threads elsewhere, or where the pipeline cannot be sent.
         group: ranks are the processes of this group, which all call parallelize and then the
             pipeline: a torch.distributed group or an mpi4py communicator. None with devices None:
@@ -74,6 +74,10 @@ def parallelize(
             tolerance 0. "auto" never batches: whether it pays depends on how busy one step keeps
             the device. A denoiser that takes no batch goes on with one step at a time, and
             `report.unbatched` says why.
+        busy: what a call does whose modules are in another parallel call's use, in another thread:
+            "serial", it runs one step after another, with the reason; "wait", for its turn, first
+            come first served; "raise", StateError. A second call of one and the same parallel
+            pipeline waits or raises. `.report` tells of the call that ended last.
 
     Raises:
         InvalidError, UnsupportedError: subclasses of parastep.Error; the text says what to do.
@@ -82,7 +86,8 @@ def parallelize(
         pipe = pipe.pipe
     _check_pipeline(pipe)
     options = Options(tolerance, policy, max_stride, warmup, order, deadline, on_failure)
-    return ParallelPipeline(pipe, ranks_of(pipe, devices, split, mode, group, slots), options)
+    ranks = ranks_of(pipe, devices, split, mode, group, slots)
+    return ParallelPipeline(pipe, ranks, options, check_busy(busy))
 
 
 def _check_pipeline(pipe: Any) -> None:
@@ -103,11 +108,10 @@ class ParallelPipeline:
     by way of a pickle, is around a copy of the pipe, with ranks of its own in the same places.
     """
 
-    def __init__(self, pipe: Any, ranks: Ranks, options: Options) -> None:
+    def __init__(self, pipe: Any, ranks: Ranks, options: Options, busy: str = "serial") -> None:
         self.pipe = pipe
         self.report: Report | None = None
-        self._ranks, self._options = ranks, options
-        self._lock, self._process = threading.Lock(), os.getpid()
+        self._ranks, self._options, self._busy = ranks, options, busy
         self._closed = False
 
     @property
@@ -119,10 +123,11 @@ class ParallelPipeline:
         self.pipe.__class__ = value
 
     def __copy__(self) -> ParallelPipeline:
-        return ParallelPipeline(copy.copy(self.pipe), copy.copy(self._ranks), self._options)
+        ranks = copy.copy(self._ranks)
+        return ParallelPipeline(copy.copy(self.pipe), ranks, self._options, self._busy)
 
     def __reduce__(self) -> Any:
-        return ParallelPipeline, (self.pipe, self._ranks, self._options)
+        return ParallelPipeline, (self.pipe, self._ranks, self._options, self._busy)
 
     @property
     def devices(self) -> list[torch.device]:
@@ -169,17 +174,9 @@ class ParallelPipeline:
         self._closed = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._closed:
-            raise _core.StateError("this parallel pipeline is closed; parallelize the pipe again")
-        if os.getpid() != self._process:  # a forked child, in which no thread is in a call
-            self._lock, self._process = threading.Lock(), os.getpid()
-        if not self._lock.acquire(blocking=False):
-            raise _core.StateError(
-                "this pipeline is in a call already, in another thread or in its own callback: one "
-                "at a time, since both would step one scheduler; parallelize another pipeline"
-            )
-        group = self._ranks.group
-        try:
+        self._refuse_closed()
+        with called(self, self._busy):
+            group = self._ranks.group
             if group is None:
                 return self._call(args, kwargs)
             refuse_split(self.pipe)
@@ -187,14 +184,16 @@ class ParallelPipeline:
                 return group.lead(lambda: self._call(args, kwargs), lambda: self.report)
             result, self.report = group.follow(self.pipe)
             return result
-        finally:
-            self._lock.release()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise _core.StateError("this parallel pipeline is closed; parallelize the pipe again")
 
     def _claimed(self) -> contextlib.AbstractContextManager[str | None]:
         """Where others take part: with the reason why they cannot."""
         if self._ranks.leader_alone(self._options):
             return contextlib.nullcontext()
-        return claimed(self.pipe)
+        return claimed(self, self.pipe, self._busy)
 
     def _call(self, args: Any, kwargs: Any) -> Any:
         try:
@@ -202,6 +201,7 @@ class ParallelPipeline:
         except TypeError:
             return self.pipe(*args, **kwargs)  # raises what it would without us
         with self._claimed() as in_use:
+            self._refuse_closed()  # while it waited
             run = Run(self.pipe, self._ranks, self._options, bound, in_use)
             try:
                 result = run.go()

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from .. import _core
 from ..messages import describe
+from .offload import home_of
 from .parts import denoisers_of
 from .ranks import Ranks, Shares, ranks_at, shares_of
 from .remote.groups import Group, group_of
 from .replicas import split_over_processes
 
-Place = str | torch.device  # as a user names one
+Place: TypeAlias = str | torch.device  # as a user names one
 
 
 def ranks_of(
@@ -58,10 +59,7 @@ def ranks_of(
             "slots='batch': ranks that share a batch are of one device and have no helpers: leave "
             "out split, and tuples in devices"
         )
-    if helped and mode == "processes":
-        raise _core.UnsupportedError("mode='processes': helpers are threads so far: leave it out")
-    workers = not helped and by_workers(mode, places)
-    return ranks_at(places, workers, batch, mode == "auto", shares)
+    return ranks_at(places, by_workers(mode, places), batch, mode == "auto", shares)
 
 
 def _of_group(pipe: Any, group: Group, home: torch.device) -> Ranks:
@@ -125,6 +123,9 @@ def _devices_of(home: torch.device, devices: Sequence[Place] | None) -> list[tor
         count = kind.device_count() if kind is not None and hasattr(kind, "device_count") else 1
         own = home.index or 0
         order = [own, *(k for k in range(count) if k != own)]
+        if home.type == "cuda":  # like with like: teams are made of neighbours
+            names = {k: torch.cuda.get_device_name(k) for k in order}
+            order.sort(key=lambda k: (names[k] != names[own], names[k] if k != own else ""))
         devices = [torch.device(home.type, k) if count > 1 else home for k in order]
     if isinstance(devices, (str, torch.device)) or not 0 < len(devices) <= 256:
         raise _core.InvalidError(f"devices: {devices!r}: a list is needed, as ['cuda:0', 'cuda:1']")
@@ -148,6 +149,6 @@ def _numbered(device: torch.device) -> torch.device:
 
 
 def _home_of(pipe: Any) -> torch.device:
-    """Where its denoisers' weights are; a module of the user's own need not tell its device."""
-    modules = denoisers_of(pipe).values()
-    return next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
+    """Where its denoisers run; a module of the user's own need not tell its device."""
+    homes = map(home_of, denoisers_of(pipe).values())
+    return next((home for home in homes if home is not None), torch.device("cpu"))

@@ -26,7 +26,8 @@ from ..reach import package_of
 from .watch import names_used
 
 _LIBRARIES = frozenset(
-    "torch diffusers transformers peft accelerate huggingface_hub parastep".split()
+    "torch diffusers transformers peft accelerate huggingface_hub parastep "
+    "torchao bitsandbytes optimum gguf".split()  # quantised weights
 )
 _TRUSTED = _LIBRARIES | set(sys.stdlib_module_names)
 _DEPTH, _ITEMS, _VALUES = 32, 4096, 50_000  # how deep, how much of a container, how much in all

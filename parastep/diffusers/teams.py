@@ -6,10 +6,10 @@ A rank's hooks call `Team.call` in place of a denoiser. Two ways to share a step
   one a device, and the outputs are joined. Whether and how a forward can be cut is tried at step 0,
   beside the whole one. Equal to rounding, so never at tolerance 0.
 - Calls are foretold: where guidance makes several calls a step, the later ones' arguments are
-  guessed from the first one's and the iteration before, which at step 0 is one of the call before
-  with as many words and pixels, and evaluated by helpers meanwhile. When
-  the host makes the call, its real arguments are compared bit for bit: the same ones take the
-  helper's output, which is what the head itself would give; others are evaluated as ever.
+  guessed from the first one's and the iteration before (at step 0 the pipeline's call before, if
+  that was given as many words and pixels), and evaluated by helpers meanwhile. When the host makes
+  the call, its real arguments are compared bit for bit: the same ones take the helper's output,
+  which is what the head itself would give; others are evaluated as ever.
 
 A helper that is lost costs speed. Nothing here knows of rounds or of the core.
 """
@@ -28,12 +28,23 @@ import torch
 
 from .. import _core
 from ..messages import describe
-from ..report import TeamRecord
-from .forwards import RULES, Apart, Inputs, check_output, form_of, is_same, joined, tensors_in
-from .helpers import Helper, Served
+from ..report import Share, TeamRecord
+from .forwards import (
+    RULES,
+    Apart,
+    Inputs,
+    check_output,
+    form_of,
+    is_finite,
+    is_same,
+    joined,
+    tensors_in,
+)
+from .helpers import CannotBeSent, Helper, Served
 from .leaving import Leave
 from .tensors import map_tensors
 
+ALTERED = "the pipeline alters its denoisers within its call"
 _WORDS = {"batch": "batch (to rounding)", "calls": "calls (bit for bit)"}
 _CALLS = 8  # of one denoiser in an iteration: more of them are no branches of guidance
 _MISSES = 2  # of a call, before it is foretold no more
@@ -64,6 +75,11 @@ class Cuts:
         self.close: set[int] = set()  # and those that came within rounding
         self.calls: dict[Key, Inputs] = {}  # the newest of an iteration that were foretold rightly
 
+    def drop(self, place: int) -> None:
+        """Whoever serves from there now has shown nothing yet."""
+        self.exact.discard(place)
+        self.close.discard(place)
+
 
 class Lost(NamedTuple):
     """A helper that serves no more, from which step on, and why."""
@@ -82,6 +98,14 @@ class _Trial(NamedTuple):
     answers: list[Future[Served]]
     wanted: list[Any]  # the head's output, when it is there
     lists: bool
+
+
+class _Made(NamedTuple):
+    """An output that was joined, and its shares where they were made, the head's first."""
+
+    whole: torch.Tensor
+    version: int
+    shares: Sequence[torch.Tensor]
 
 
 class Team:
@@ -117,6 +141,7 @@ class Team:
         self._reason: str | None = None  # why it shares nothing, in this whole call
         self._shared: Counter[str] = Counter()  # forwards, by how
         self._missed = self._unsplit = 0
+        self._log: list[Share] = []  # of what helpers served
         self._step = 0
         self._shape: _Shape | None = None
         self._ordinals: Counter[str] = Counter()
@@ -126,6 +151,10 @@ class Team:
         self._links: dict[Key, Links] = {}
         self._misses: Counter[Key] = Counter()
         self._trials: list[_Trial] = []
+        self._made: dict[int, _Made] = {}  # in this iteration, by the whole's id
+        kinds = dict.fromkeys(map(_kind_of, devices))
+        if exact and len(kinds) > 1:
+            self.dissolve(f"tolerance 0 needs devices of one kind: {' and '.join(kinds)}")
 
     # ---- for the rank ----------------------------------------------------------------------------
 
@@ -134,10 +163,8 @@ class Team:
         self._shape, self._ready = _Shape(denoisers), True
 
     def dissolve(self, reason: str) -> None:
-        """From here on the head evaluates alone; the first reason counts."""
+        """From here on the head evaluates alone; the first reason counts. From any thread."""
         self._reason = self._reason or reason
-        self._foretold.clear()
-        self._trials.clear()
 
     def begin(self, step: int) -> None:
         """An iteration: its denoisers are about to be called."""
@@ -145,6 +172,7 @@ class Team:
         self._missed += len(self._foretold)  # calls that were not made
         self._ordinals.clear()
         self._foretold.clear()
+        self._made.clear()
         self._before, self._now = self._now or self._before, {}
         trials, self._trials = self._trials, []
         for trial in trials:
@@ -178,7 +206,7 @@ class Team:
         return self._whole(key, run, inputs)
 
     def record(self, others: Sequence[Team] = ()) -> TeamRecord:
-        """For the report; `others` are of the same devices."""
+        """For the report, by the clock of `time.perf_counter`; `others` are of the same devices."""
         teams = (self, *others)
         how = [_WORDS[kind] for kind in sorted(set().union(*(team.kinds for team in teams)))]
         return TeamRecord(
@@ -188,7 +216,12 @@ class Team:
             shared=sum(sum(team._shared.values()) for team in teams),
             missed=sum(team._missed for team in teams),
             whole=sum(team._unsplit for team in teams),
+            served=tuple(share for team in teams for share in team._log),
         )
+
+    @property
+    def lost_places(self) -> list[int]:
+        return [helper.place for helper in self._all if helper.lost is not None]
 
     @property
     def kinds(self) -> set[str]:
@@ -226,6 +259,19 @@ class Team:
             found = "one call a step, which at tolerance 0 is not cut: a share rounds differently"
         return found or "one call a step, of one item: there is nothing to share"
 
+    def _start(
+        self, helper: Helper, name: str, inputs: Inputs, watched: bool = False
+    ) -> Future[Served]:
+        """Has a helper evaluate, and notes when it did."""
+        device, step, began = 1 + self._all.index(helper), self._step, time.perf_counter()
+
+        def note(_: Future[Served]) -> None:
+            self._log.append(Share(device, step, began, time.perf_counter()))
+
+        answer = helper.start(name, inputs, watched)
+        answer.add_done_callback(note)
+        return answer
+
     def _wait(self, helper: Helper, answer: Future[Served]) -> None:
         """Until there is an output or an error; a helper without one in time is lost."""
         patience = left = (self._deadline or max(60.0, 10 * self._longest)) / 2
@@ -245,9 +291,15 @@ class Team:
         self._wait(helper, answer)
         error = answer.exception()
         if error is not None:
-            self._lose(helper, describe(error))
+            self._unserved(helper, error)
             raise _Unserved from error
         return answer.result()
+
+    def _unserved(self, helper: Helper, error: BaseException) -> None:
+        if isinstance(error, CannotBeSent):
+            self.dissolve(str(error))
+        else:
+            self._lose(helper, str(error) if isinstance(error, _core.Error) else describe(error))
 
     def _lose(self, helper: Helper, why: str) -> None:
         if helper.lost is None:
@@ -299,7 +351,7 @@ class Team:
         for number, share in enumerate(shares):
             helper = helpers[number % len(helpers)]
             places.append(helper.place)
-            answers.append(helper.start(name, share.own_copy(), watched=True))
+            answers.append(self._start(helper, name, share.own_copy(), watched=True))
         return _Trial(cut, rule, places, answers, [], inputs.of_lists)
 
     def _settle(self, trial: _Trial) -> None:
@@ -311,6 +363,10 @@ class Team:
             try:
                 self._wait(here[place], answer)
             except _Unserved:
+                return
+            error = answer.exception()
+            if isinstance(error, (_core.Error, CannotBeSent)):  # no verdict on its denoiser
+                self._unserved(here[place], error)
                 return
         try:
             outputs = [answer.result().output for answer in trial.answers]
@@ -344,8 +400,8 @@ class Team:
         the head evaluates the whole.
         """
         count = min(inputs.items, 1 + len(self._helpers))
-        first, *others = inputs.cut(count, rule)
-        pairs = [(h, h.start(key[0], share)) for h, share in zip(self._helpers, others)]
+        first, *others = self._cut(inputs, count, rule)
+        pairs = [(h, self._start(h, key[0], s)) for h, s in zip(self._helpers, others)]
         own = run(*first.args, **first.kwargs)
         try:
             served = [self._served(*pair) for pair in pairs]
@@ -360,18 +416,42 @@ class Team:
         broken = next(helper for (helper, _), share in zip(pairs, served) if not share.finite)
         return self._instead_of(broken, run(*inputs.args, **inputs.kwargs))
 
+    def _cut(self, inputs: Inputs, count: int, rule: str) -> list[Inputs]:
+        """What was made in shares in this iteration, a ControlNet's residuals, stays with those."""
+        shares = inputs.cut(count, rule)
+        for k, share in enumerate(shares if self._made else ()):
+            if share.values.keys() == inputs.values.keys():
+                pairs = zip(inputs.values.values(), share.values.values())
+                shares[k] = share.with_values([self._made_by(k, *pair) for pair in pairs])
+        return shares
+
+    def _made_by(self, k: int, whole: Any, share: Any) -> Any:
+        made = self._made.get(id(whole))
+        return share if made is None or whole._version != made.version else made.shares[k]
+
     def _joined(self, own: Any, pairs: Any, served: list[Served], lists: bool) -> Any:
+        output = own
         for (helper, _), share in zip(pairs, served):
             try:
-                own = joined([own, share.output], lists)
+                output = joined([output, share.output], lists)
             except Exception as error:  # of another kind, or another form
                 self._lose(helper, f"its output does not fit: {describe(error)}")
                 raise _Unserved from error
-        return own
+        if not lists:
+            self._remember(output, own, [share.kept for share in served])
+        return output
+
+    def _remember(self, output: Any, own: Any, kept: Sequence[Any]) -> None:
+        if any(made is None for made in kept):
+            return
+        columns = zip(tensors_in(own), *map(tensors_in, kept))
+        for whole, shares in zip(tensors_in(output), columns):
+            if not whole.is_inference():  # nothing would tell that the host wrote to it
+                self._made[id(whole)] = _Made(whole, whole._version, shares)
 
     def _instead_of(self, helper: Helper, whole: Any) -> Any:
         """Where a helper gave NaN or Inf: the untouched model may do so too."""
-        if _is_finite(whole):
+        if is_finite(whole):
             self._lose(helper, "its output holds NaN or Inf, the head's own does not")
         return whole
 
@@ -399,10 +479,12 @@ class Team:
             if any(v.is_inference() for v in guess.values.values() if isinstance(v, torch.Tensor)):
                 guess = guess.own_copy()  # nothing would tell that somebody wrote to them
             helper = self._helpers[number % len(self._helpers)]
-            self._foretold[key] = guess, guess.versions, helper, helper.start(name, guess)
+            self._foretold[key] = guess, guess.versions, helper, self._start(helper, name, guess)
 
     def _taken(self, key: Key, run: Callable[..., Any], inputs: Inputs) -> Any:
         guess, versions, helper, answer = self._foretold.pop(key)
+        if self._reason is not None:
+            return self._whole(key, run, inputs)
         if guess.versions != versions or not guess.is_same(inputs):
             self._missed += 1
             self._misses[key] += 1
@@ -421,6 +503,11 @@ class Team:
         self._cuts.calls = {**self._cuts.calls, **self._now}
         self._shared["calls"] += 1
         return served.output
+
+
+def _kind_of(device: torch.device) -> str:
+    """Of one kind compute the same bits."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _links_between(first: Inputs, last: Inputs) -> Links:
@@ -477,8 +564,3 @@ class _Shape:
 
 def _have_same_bits(ours: Any, theirs: Any) -> bool:
     return all(map(torch.equal, tensors_in(ours), tensors_in(theirs)))
-
-
-def _is_finite(output: Any) -> bool:
-    tensors = (tensor for tensor in tensors_in(output) if tensor.is_floating_point())
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

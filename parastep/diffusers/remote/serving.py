@@ -11,7 +11,7 @@ import functools
 import json
 import queue
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,17 @@ from ...processes import pairs
 from ...processes.frames import Frame, Kind, Stream
 from ...processes.peer import Peer
 from ...quiet import thread_name
+from ...speculation import with_room
 from ...threads import finish_work
 from ..call import Call
 from ..follower import Follower
+from ..helpers import Helper
 from ..replicas import refresh
+from ..teams import Cuts, Team
 from ..tensors import own_copy
 from .packing import unpack
+
+_MOMENT = 10.0  # seconds
 
 
 class RemoteCall(Call):
@@ -39,12 +44,16 @@ class RemoteCall(Call):
         number: int,
         arguments: bytes | bytearray,
         peer: Peer,
-        pair: _core.Pair | None,
+        joining: pairs.Joining | None,
     ) -> None:
         super().__init__(rank + 1)
         self.rank, self.number, self.arguments, self._peer = rank, number, arguments, peer
-        self._pair = pair
+        self._joining = joining
         self._told: _core.Inbox | _core.Pair | None = None  # where the leader is lost
+
+    @property
+    def _pair(self) -> _core.Pair | None:
+        return None if self._joining is None else self._joining.pair
 
     def arrive(self, rank: int) -> None:
         self._peer.send(Kind.ARRIVED, self.number)
@@ -85,11 +94,13 @@ class RemoteCall(Call):
         self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, paired: bool
     ) -> None:
         try:
-            if paired and self._pair is None:
+            # The leader's end is there, and so ours will be in a moment.
+            if paired and (self._joining is None or self._joining.wait(_MOMENT) is None):
                 raise _core.LostError("the connection that the leader uses is not there")
             way = self._pair if self._pair is not None and paired else self._peer.carry
             x = _latent(shape, dtype, device)
-            follower, self._told = _core.join(x, self.rank, 1, (way, True))
+            join = functools.partial(_core.join, x, self.rank, 1, (way, True))
+            follower, self._told = with_room(join)
         except Exception as error:  # no memory, a device that has failed, ...
             self._peer.send(Kind.FAILED, self.number, describe(error).encode())
             return
@@ -133,19 +144,27 @@ class Server:
         self.rank, self.device = rank, device
         self._calls, self._other, self._on_gone = calls, other, gone
         self._current: RemoteCall | None = None
-        self._pair: _core.Pair | None = None
+        self._joining: pairs.Joining | None = None  # the end of a pair, kept from call to call
         self.peer = Peer(stream, thread_name(rank), self._handle, self._gone)
+
+    def close(self, patience: float) -> None:
+        """No more calls will come."""
+        self._let_go()
+        self.peer.close(patience)
+
+    def _let_go(self) -> None:
+        joining, self._joining = self._joining, None
+        if joining is not None:
+            joining.give_up()
 
     def _handle(self, frame: Frame) -> None:
         if frame.kind == Kind.CALL:
-            self._current = RemoteCall(self.rank, frame.call, frame.body, self.peer, self._pair)
+            self._current = RemoteCall(self.rank, frame.call, frame.body, self.peer, self._joining)
             self._calls.put(self._current)
         elif frame.kind == Kind.PAIR:
-            if self._pair is not None:
-                self._pair.close()  # the leader has let go of it
-                self._pair = None
+            self._let_go()  # the leader has let go of it
             answer = functools.partial(self.peer.send, Kind.PAIRED, 0)
-            self._pair = pairs.accept(frame.body, self.device, answer)
+            self._joining = pairs.accept(frame.body, self.device, answer)
         elif self._current is not None and frame.call == self._current.number:
             self._current.handle(frame, self.device)
             if frame.kind == Kind.END:
@@ -158,24 +177,49 @@ class Server:
             self._current.gone(why)
         self._on_gone(why)
 
-    def serve(self, call: RemoteCall, replica: Any) -> None:
-        """Follows the leader through one call; whatever goes wrong is told to it."""
+    def serve(
+        self,
+        call: RemoteCall,
+        replica: Any,
+        helpers: Sequence[Helper] = (),
+        cuts: Cuts | None = None,
+    ) -> None:
+        """Follows the leader through one call; whatever goes wrong is told to it. `cuts`: what was
+        found out in earlier ones.
+        """
         loop = Follower(replica, self.rank, call, self.device)
+        team: Team | None = None
         try:
-            arguments, settings, context, (kind, state) = unpack(call.arguments, self.device)
+            told = unpack(call.arguments, self.device)
+            arguments, settings, context, (kind, state), (exact, deadline, others) = told
+            if helpers:
+                devices = [self.device, *(helper.device for helper in helpers)]
+                over, leaves = (lambda: call.over), (lambda: others)
+                team = Team(devices, helpers, cuts or Cuts(), exact, deadline, over, leaves)
+                call.teams[self.rank] = team
             refresh(replica, types.SimpleNamespace(**settings))
             random = torch.Generator(self.device)
             if self.device.type == kind:
                 random.set_state(state)
             intraop = 1 if self.device.type == "cpu" else None
             finish_work(self.device)  # replica and arguments, for a stream of its own
-            with context.entered(intraop, self.device):
+            with context.entered(thread_name(self.rank), intraop, self.device):
                 loop.run(lambda: own_copy(arguments), random)
         except BaseException as error:  # it could not begin, or could not even say why it failed
             call.fail(self.rank, describe(error))
         finally:
-            left = loop.evaluated, call.leave()
+            for helper in helpers:
+                helper.close(1.0)
+            left = loop.evaluated, call.leave(), _worked(team)
             self.peer.send(Kind.LEFT, call.number, json.dumps(left).encode())
+
+
+def _worked(team: Team | None) -> Any:
+    """What a team did, as its leader's report has it, and the places of helpers that it lost."""
+    if team is None:
+        return None
+    losses = [(str(device), step, why) for device, step, why in team.losses]
+    return team.record().to_dict(), losses, team.lost_places
 
 
 def _latent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:

@@ -11,7 +11,9 @@ import copy
 import itertools
 import math
 import os
+import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +26,8 @@ pytest.importorskip("diffusers")
 import tiny  # noqa: E402
 from hosting import attributes, caught, host, no_warnings, parallel  # noqa: E402
 
+import parastep  # noqa: E402
+from parastep.diffusers import claims  # noqa: E402
 from parastep.diffusers.hooks import Hooks  # noqa: E402
 
 CASE = tiny.CASES["sd"]
@@ -178,6 +182,122 @@ def test_a_pool_and_a_loop_of_events(alone: list[Any]) -> None:
             assert all(map(torch.equal, results, alone))
     for pipe in pipes:
         assert pipe.report.fallback is None or "in use" in pipe.report.fallback
+
+
+# ---- busy ----------------------------------------------------------------------------------------
+
+
+class Held:
+    """A call that stands still in its first callback until it is let go."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._inside, self._go = threading.Event(), threading.Event()
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._result = self._pool.submit(result_of, pipe, 0, callback_on_step_end=self._hold)
+        assert self._inside.wait(60)
+
+    def _hold(self, pipe: Any, step: int, time: Any, given: Any) -> Any:
+        self._inside.set()
+        assert self._go.wait(60)
+        return given
+
+    def end(self) -> Any:
+        self._go.set()
+        with self._pool:
+            return self._result.result(60)
+
+
+def in_line(waiting: int) -> None:
+    """Returns when so many calls wait."""
+    for _ in range(6000):
+        if len(claims._waiting) == waiting:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{len(claims._waiting)} calls wait, not {waiting}")
+
+
+@pytest.mark.parametrize("of_its_own", [False, True])
+@pytest.mark.parametrize("tolerance", [0.0, 0.02])
+def test_calls_wait_for_their_turn(alone: list[Any], of_its_own: bool, tolerance: float) -> None:
+    """First come, first served, each in parallel: of one pipeline, or of pipelines that share."""
+    first = parallel(sharing(), 3, tolerance, busy="wait")
+    others = [first] * 3
+    if not of_its_own:
+        others = [parallel(sharing(), 3, tolerance, busy="wait") for _ in range(3)]
+    held, ended = Held(first), []
+
+    def call(k: int) -> Any:
+        result = result_of(others[k], 1 + k)
+        ended.append((k, others[k].report))
+        return result
+
+    with no_warnings(), concurrent.futures.ThreadPoolExecutor(3) as pool:
+        futures = []
+        for k in range(3):
+            futures.append(pool.submit(call, k))
+            in_line(1 + k)
+        results = [held.end(), *(future.result(60) for future in futures)]
+    assert [k for k, _ in ended] == [0, 1, 2]
+    for report in (first.report, *(report for _, report in ended)):
+        assert report.fallback is None and report.evaluations[1] > 0
+    for result, expected in zip(results, alone):
+        assert torch.equal(result, expected) or tolerance and distance(result, expected) < 0.1
+
+
+def distance(a: Any, b: Any) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_raise_says_what_is_in_use(alone: list[Any]) -> None:
+    first = parallel(sharing(), 3, busy="raise")
+    second = parallel(sharing(), 3, busy="raise")
+    held = Held(first)
+    with pytest.raises(parastep.StateError, match="unet is in use by another call; busy"):
+        result_of(second, 1)
+    with pytest.raises(parastep.StateError, match="in a call already"):
+        result_of(first, 1)
+    assert torch.equal(held.end(), alone[0])
+    assert torch.equal(result_of(second, 1), alone[1])
+
+
+@pytest.mark.parametrize("of_its_own", [False, True])
+def test_nothing_waits_for_the_call_that_it_is_in(alone: list[Any], of_its_own: bool) -> None:
+    together = parallel(sharing(), 3, busy="wait")
+    inner = together if of_its_own else parallel(sharing(), 3, busy="wait")
+
+    def callback(pipe: Any, step: int, time: Any, given: Any) -> Any:
+        with pytest.raises(parastep.StateError, match="would never end"):
+            result_of(inner, 1)
+        return given
+
+    assert torch.equal(result_of(together, callback_on_step_end=callback), alone[0])
+    assert torch.equal(result_of(inner, 1), alone[1])
+
+
+def test_a_call_that_fails_and_one_that_is_closed_let_others_go(alone: list[Any]) -> None:
+    first, second = (parallel(sharing(), 3, busy="wait") for _ in range(2))
+    held = Held(first)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        failing = pool.submit(lambda: first(num_inference_steps="none"))
+        in_line(1)
+        closed = pool.submit(result_of, second, 1)
+        in_line(2)
+        last = pool.submit(result_of, parallel(sharing(), 3, busy="wait"), 2)
+        in_line(3)
+        second.close()
+        assert torch.equal(held.end(), alone[0])
+        assert failing.exception(60) is not None
+        with pytest.raises(parastep.StateError, match="closed"):
+            closed.result(60)
+        assert torch.equal(last.result(60), alone[2])
+    assert not claims._claimed and not claims._waiting and not claims._calls
+
+
+def test_busy_is_checked_and_kept() -> None:
+    with pytest.raises(parastep.InvalidError, match="serial, wait, raise"):
+        parallel(sharing(), 3, busy="later")
+    together = parallel(sharing(), 3, busy="wait")
+    assert copy.copy(together)._busy == pickle.loads(pickle.dumps(together))._busy == "wait"
 
 
 def test_a_copy_made_in_a_call_is_of_the_module_itself(alone: list[Any]) -> None:

@@ -251,30 +251,6 @@ def test_scheduler_replaced_between_calls() -> None:
     )
 
 
-@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
-def test_cpu_offload_runs_serially(offload: str) -> None:
-    """accelerate refuses both without an accelerator, so its hooks are put on by hand."""
-    hooks = pytest.importorskip("accelerate.hooks")
-    case, pipe = tiny.CASES["sd"], tiny.CASES["sd"].build()
-    together = parallel(pipe, RANKS)
-    if offload == "enable_model_cpu_offload":
-        for module in (pipe.text_encoder, pipe.unet, pipe.vae):
-            hooks.add_hook_to_module(module, hooks.CpuOffload("cpu"))
-    else:
-        weights = dict(pipe.unet.state_dict())
-        hooks.attach_align_device_hook(pipe.unet, "cpu", offload=True, weights_map=weights)
-    with caught() as texts:
-        result = tiny.run(together, case.kwargs(steps=3))
-    assert torch.equal(result, own("sd", 3).result)
-    assert "accelerate" in together.report.fallback and len(texts) == 1
-    assert together.report.evaluations == [3, 0, 0]
-    for module in (pipe.text_encoder, pipe.unet, pipe.vae):
-        hooks.remove_hook_from_submodules(module)
-    with no_warnings():
-        assert torch.equal(tiny.run(together, case.kwargs(steps=3)), result)
-    assert together.report.evaluations == [3, 2, 1]
-
-
 def test_hooks_that_a_pipeline_renews_in_its_call() -> None:
     """With model offload the pipeline takes its hooks off and puts them on at the call's end."""
     hooks = pytest.importorskip("accelerate.hooks")

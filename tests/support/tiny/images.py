@@ -91,35 +91,52 @@ def _flux_cfg_args(batch: int, cond: int) -> Kwargs:
     }
 
 
+def _flux_parts() -> Kwargs:
+    return {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift=3.0, base_image_seq_len=64, max_image_seq_len=256
+        ),
+        "vae": image_vae(
+            scaling_factor=0.36, shift_factor=0.11, use_quant_conv=False, use_post_quant_conv=False
+        ),
+        "text_encoder": None,
+        "tokenizer": None,
+        "text_encoder_2": None,
+        "tokenizer_2": None,
+        "transformer": net(
+            diffusers.FluxTransformer2DModel, gains=DIT_GAINS, num_layers=1, **_FLUX_SIZES
+        ),
+    }
+
+
+_FLUX_SIZES = {
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": (4, 4, 8),
+    "guidance_embeds": True,
+}
+
+
 @case("flux", _flux_args, decoded="pt")
 def flux() -> Any:
     """Packed latents (B, tokens, 16), one call a step with the guidance as an input."""
-    return diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, shift=3.0, base_image_seq_len=64, max_image_seq_len=256
-        ),
-        vae=image_vae(
-            scaling_factor=0.36, shift_factor=0.11, use_quant_conv=False, use_post_quant_conv=False
-        ),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=net(
-            diffusers.FluxTransformer2DModel,
-            gains=DIT_GAINS,
-            patch_size=1,
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            pooled_projection_dim=32,
-            axes_dims_rope=(4, 4, 8),
-            guidance_embeds=True,
-        ),
-    )
+    return diffusers.FluxPipeline(**_flux_parts())
+
+
+def _flux_controlnet_args(batch: int, cond: int) -> Kwargs:
+    return _flux_args(batch, cond) | {"control_image": picture("control", cond, batch, 3, 32, 32)}
+
+
+@case("flux_controlnet", _flux_controlnet_args, decoded="pt")
+def flux_controlnet() -> Any:
+    """A ControlNet on packed latents, on a picture that the VAE encodes."""
+    controlnet = net(diffusers.FluxControlNetModel, gains=DIT_GAINS, num_layers=1, **_FLUX_SIZES)
+    return diffusers.FluxControlNetPipeline(**_flux_parts(), controlnet=controlnet)
 
 
 # True guidance: two calls a step, one an item of conditioning.

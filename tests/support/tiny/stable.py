@@ -23,6 +23,7 @@ from .parts import (
     picture,
     sd_unet,
     tensor,
+    text_args,
     words,
 )
 
@@ -146,6 +147,66 @@ def sd_controlnet() -> Any:
         conditioning_embedding_out_channels=(8, 16),
     )
     return diffusers.StableDiffusionControlNetPipeline(**sd_parts(), controlnet=controlnet)
+
+
+@case("sdxl_controlnet", _controlnet_args, decoded="pt")
+def sdxl_controlnet() -> Any:
+    """As `sd_controlnet`, with SDXL's added conditions in both networks."""
+    controlnet = net(
+        diffusers.ControlNetModel,
+        gains={**UNET_GAINS, "controlnet_down": 0.3, "controlnet_cond": 2.0},
+        **{**UNET, "cross_attention_dim": 64},
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=80,
+        conditioning_embedding_out_channels=(8, 16),
+    )
+    return diffusers.StableDiffusionXLControlNetPipeline(**_sdxl_parts(), controlnet=controlnet)
+
+
+def _pag_args(batch: int, cond: int) -> Kwargs:
+    return sd_args(batch, cond) | {"pag_scale": 3.0}
+
+
+@case("sd_pag", _pag_args, decoded="pt")
+def sd_pag() -> Any:
+    """Perturbed attention: three items of a batch, and processors of its own for a call's time."""
+    return diffusers.StableDiffusionPAGPipeline(**sd_parts(), pag_applied_layers=["mid", "up"])
+
+
+@case("sdxl_pag", _pag_args, decoded="pt")
+def sdxl_pag() -> Any:
+    return diffusers.StableDiffusionXLPAGPipeline(**_sdxl_parts(), pag_applied_layers=["mid"])
+
+
+def _if_args(batch: int, cond: int) -> Kwargs:
+    args = text_args("if", batch, cond)
+    return args | {"height": 32, "width": 32, "guidance_scale": 5.0}
+
+
+@case("deepfloyd_if", _if_args, decoded="pt")
+def deepfloyd_if() -> Any:
+    """Pixels in place of latents; the network tells the noise and its variance, six channels."""
+    return diffusers.IFPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        unet=sd_unet(in_channels=3, out_channels=6, sample_size=32),
+        scheduler=diffusers.DDPMScheduler(
+            variance_type="learned_range",
+            prediction_type="epsilon",
+            beta_schedule="squaredcos_cap_v2",
+            thresholding=True,
+            dynamic_thresholding_ratio=0.95,
+            sample_max_value=1.5,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    )
 
 
 def _ip_adapter_args(batch: int, cond: int) -> Kwargs:
