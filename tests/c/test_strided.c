@@ -369,3 +369,27 @@ TEST(the_last_steps_are_evaluated)
     ps_program_release(program);
   }
 }
+
+/* A host that moves its latent again and again, as a mask does: rounds ahead come to nothing. */
+TEST(a_host_that_edits_again_and_again)
+{
+  ps_program *program = stage_euler(STEPS);
+  for (int every = 1; every <= 4; ++every) {
+    double x[SIZE], m[SIZE];
+    stage on;
+    open_run(&on, program, 1, false, 0.02);
+    fill(x);
+    stage_open(&on);
+    for (int j = 0; j < STEPS; ++j) {
+      for (int i = 0; j >= 6 && j % every == 0 && i < SIZE; ++i) {
+        x[i] += (i + j) % 2 ? 5.0 : -5.0;
+      }
+      take(&on, j, x, m);
+      CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+    }
+    stage_end(&on);
+    CHECK(stage_report(&on).rounds <= STEPS + 1);
+    stage_close(&on);
+  }
+  ps_program_release(program);
+}
