@@ -95,6 +95,11 @@ class Call:
         for team in filter(None, (self.team, *self.teams.values())):
             team.dissolve(reason)
 
+    def doubt(self) -> None:
+        """What was found out about helpers in earlier calls may no longer be true."""
+        for team in filter(None, (self.team, *self.teams.values())):
+            team.doubt()
+
     @property
     def home(self) -> torch.device:
         """The leader's device."""

@@ -276,7 +276,10 @@ class Leader(Speculation):
             self.give_up(reason)
         if self.team is not None and self.call.made_from != denoisers_print(self.pipe):
             self.call.dissolve(ALTERED)
-        if self.state.begin(self.pipe):
+        settled = self.state.begin(self.pipe)
+        if self.state.doubtful:
+            self.call.doubt()
+        if settled:
             self._open_team()
             if reason is None:
                 self._start_followers()
@@ -284,7 +287,7 @@ class Leader(Speculation):
     def _open_team(self) -> None:
         """What hangs in the denoisers keeps nothing: helpers may be asked."""
         if self.team is not None and not self._team_open:
-            self.team.open(denoisers_of(self.pipe))
+            self.team.open(denoisers_of(self.pipe), self.state.is_still)
         self._team_open = True
 
     def _start_followers(self) -> None:

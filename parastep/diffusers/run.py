@@ -17,7 +17,7 @@ from typing import Any
 
 from ..options import Options
 from ..quiet import quiet_followers
-from ..report import HELPER_LOST, Failure, Report
+from ..report import HELPER_LOST, Failure, Report, TeamRecord
 from .arguments import guidance_of
 from .call import Followers, Given
 from .hooks import Hooks
@@ -121,8 +121,14 @@ class Run:
         call = self._leader.call
         leading = [team for team in (call.team, call.teams.get(0)) if team is not None]
         others = {rank: [team] for rank, team in sorted(call.teams.items()) if rank > 0}
-        for rank, teams in {**({0: leading} if leading else {}), **others}.items():
-            report.teams.append(teams[0].record(teams[1:]).since(self._leader.began))
+        helped = {**({0: leading} if leading else {}), **others}
+        for rank in range(report.ranks) if helped else ():
+            if rank not in helped:
+                devices = [str(self._ranks.places[place]) for place in self._ranks.shares[rank]]
+                why = "one device" if len(devices) == 1 else "it evaluated nothing"
+                report.teams.append(TeamRecord(devices, None, why, 0, 0, 0))
+        for rank, teams in helped.items():
+            report.teams.insert(rank, teams[0].record(teams[1:]).since(self._leader.began))
             for lost in (line for team in teams for line in team.losses):
                 text = f"its helper on {lost.device} was lost: {lost.why}"
                 report.failures.append(Failure(rank, lost.step, HELPER_LOST, text))
