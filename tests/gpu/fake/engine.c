@@ -135,6 +135,9 @@ int fake_give_when(fake_stream_state *stream, const char *what, const fake_range
                    fake_ready ready, fake_task task, void *data)
 {
   int error = FAKE_OK;
+  if (stream->claimed) { /* events alone may be recorded meanwhile */
+    error = fake_complain(FAKE_INVALID_VALUE, "%s: a call of NCCL is in progress there", what);
+  }
   learn(&stream->clock, &host);
   stream->clock.of[stream->index] = ++stream->given;
   for (int k = 0; k < count && error == FAKE_OK; ++k) {
