@@ -321,7 +321,10 @@ static ps_wait soon(void)
 ps_status ps__pair_ready(ps_pair *pair)
 {
   const ps_wait wait = soon();
-  if (!pair->pending || pair->comm == NULL) {
+  if (pair->comm == NULL) {
+    return ps__pair_lose(pair, "the connection was given up");
+  }
+  if (!pair->pending) {
     return PS_OK;
   }
   pair->pending = false;

@@ -170,6 +170,10 @@ int fake_wait(fake_stream_state *stream, const fake_event_state *event)
   if (!event->live) {
     return fake_complain(FAKE_INVALID_HANDLE, "a wait for an event that was destroyed");
   }
+  if (stream->claimed) {
+    return fake_complain(FAKE_INVALID_VALUE,
+                         "a wait in a stream where a call of NCCL is in progress");
+  }
   learn(&stream->clock, &event->clock);
   fake_work *made = append(stream, WAIT);
   made->event = (fake_event_state *)event;
