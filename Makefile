@@ -242,7 +242,7 @@ hosts-old: $(EDITABLE_STAMP)
 QUANTISED ?= torchao==0.18.0 bitsandbytes==0.50.2 optimum-quanto==0.2.7 gguf==0.19.0
 
 test-quantised: $(EDITABLE_STAMP) ## Run the tests of quantised weights with all that quantise on a CPU
-	$(call run_hosts,quantised,$(QUANTISED) ninja,tests/hosts/diffusers/test_memory.py)
+	$(call run_hosts,quantised,$(QUANTISED) ninja,tests/hosts/diffusers/test_memory_savers.py)
 
 # Nothing is held to tests/constraints.txt here, but for torch, which is that of .venv.
 newest: ## Run hosts' tests with the newest diffusers, transformers and ComfyUI (COMFYUI_PATH) into out/newest.txt

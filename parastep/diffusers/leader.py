@@ -32,6 +32,7 @@ from .parts import denoisers_of
 from .replicas import denoisers_print
 from .skipping import Outputs
 from .state import State, averages
+from .teams import ALTERED
 from .tensors import is_rounded
 from .watch import Watch
 
@@ -75,7 +76,7 @@ class Leader(Speculation):
         self.shared = 0  # and which were evaluated together with other ranks'
         self.opened = 0.0  # seconds from the call's beginning to the run's
         self.watch: Watch | None = None
-        self._began = time.perf_counter()
+        self.began = time.perf_counter()
         self._listening = Listening()
         self._outputs = Outputs()
         self._started = False  # followers are
@@ -274,7 +275,7 @@ class Leader(Speculation):
         if reason is not None:
             self.give_up(reason)
         if self.team is not None and self.call.made_from != denoisers_print(self.pipe):
-            self.call.dissolve("the pipeline alters its denoisers within its call")
+            self.call.dissolve(ALTERED)
         if self.state.begin(self.pipe):
             self._open_team()
             if reason is None:
@@ -463,7 +464,7 @@ class Leader(Speculation):
             return
         for some in self._followers if lane else ():
             some.start_lane()
-        self.opened = time.perf_counter() - self._began
+        self.opened = time.perf_counter() - self.began
         patience = self.options.deadline or max(60.0, 10 * self.opened)
         self.call.open(self.core, result, patience)
         self._told(self.core.ask, 0, x)

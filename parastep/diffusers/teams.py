@@ -28,12 +28,23 @@ import torch
 
 from .. import _core
 from ..messages import describe
-from ..report import TeamRecord
-from .forwards import RULES, Apart, Inputs, check_output, form_of, is_same, joined, tensors_in
-from .helpers import Helper, Served
+from ..report import Share, TeamRecord
+from .forwards import (
+    RULES,
+    Apart,
+    Inputs,
+    check_output,
+    form_of,
+    is_finite,
+    is_same,
+    joined,
+    tensors_in,
+)
+from .helpers import CannotBeSent, Helper, Served
 from .leaving import Leave
 from .tensors import map_tensors
 
+ALTERED = "the pipeline alters its denoisers within its call"
 _WORDS = {"batch": "batch (to rounding)", "calls": "calls (bit for bit)"}
 _CALLS = 8  # of one denoiser in an iteration: more of them are no branches of guidance
 _MISSES = 2  # of a call, before it is foretold no more
@@ -63,6 +74,11 @@ class Cuts:
         self.exact: set[int] = set()  # places of helpers that have given the head's own bits
         self.close: set[int] = set()  # and those that came within rounding
         self.calls: dict[Key, Inputs] = {}  # the newest of an iteration that were foretold rightly
+
+    def drop(self, place: int) -> None:
+        """Whoever serves from there now has shown nothing yet."""
+        self.exact.discard(place)
+        self.close.discard(place)
 
 
 class Lost(NamedTuple):
@@ -125,6 +141,7 @@ class Team:
         self._reason: str | None = None  # why it shares nothing, in this whole call
         self._shared: Counter[str] = Counter()  # forwards, by how
         self._missed = self._unsplit = 0
+        self._log: list[Share] = []  # of what helpers served
         self._step = 0
         self._shape: _Shape | None = None
         self._ordinals: Counter[str] = Counter()
@@ -189,7 +206,7 @@ class Team:
         return self._whole(key, run, inputs)
 
     def record(self, others: Sequence[Team] = ()) -> TeamRecord:
-        """For the report; `others` are of the same devices."""
+        """For the report, by the clock of `time.perf_counter`; `others` are of the same devices."""
         teams = (self, *others)
         how = [_WORDS[kind] for kind in sorted(set().union(*(team.kinds for team in teams)))]
         return TeamRecord(
@@ -199,7 +216,12 @@ class Team:
             shared=sum(sum(team._shared.values()) for team in teams),
             missed=sum(team._missed for team in teams),
             whole=sum(team._unsplit for team in teams),
+            served=tuple(share for team in teams for share in team._log),
         )
+
+    @property
+    def lost_places(self) -> list[int]:
+        return [helper.place for helper in self._all if helper.lost is not None]
 
     @property
     def kinds(self) -> set[str]:
@@ -237,6 +259,19 @@ class Team:
             found = "one call a step, which at tolerance 0 is not cut: a share rounds differently"
         return found or "one call a step, of one item: there is nothing to share"
 
+    def _start(
+        self, helper: Helper, name: str, inputs: Inputs, watched: bool = False
+    ) -> Future[Served]:
+        """Has a helper evaluate, and notes when it did."""
+        device, step, began = 1 + self._all.index(helper), self._step, time.perf_counter()
+
+        def note(_: Future[Served]) -> None:
+            self._log.append(Share(device, step, began, time.perf_counter()))
+
+        answer = helper.start(name, inputs, watched)
+        answer.add_done_callback(note)
+        return answer
+
     def _wait(self, helper: Helper, answer: Future[Served]) -> None:
         """Until there is an output or an error; a helper without one in time is lost."""
         patience = left = (self._deadline or max(60.0, 10 * self._longest)) / 2
@@ -256,9 +291,15 @@ class Team:
         self._wait(helper, answer)
         error = answer.exception()
         if error is not None:
-            self._lose(helper, describe(error))
+            self._unserved(helper, error)
             raise _Unserved from error
         return answer.result()
+
+    def _unserved(self, helper: Helper, error: BaseException) -> None:
+        if isinstance(error, CannotBeSent):
+            self.dissolve(str(error))
+        else:
+            self._lose(helper, str(error) if isinstance(error, _core.Error) else describe(error))
 
     def _lose(self, helper: Helper, why: str) -> None:
         if helper.lost is None:
@@ -310,7 +351,7 @@ class Team:
         for number, share in enumerate(shares):
             helper = helpers[number % len(helpers)]
             places.append(helper.place)
-            answers.append(helper.start(name, share.own_copy(), watched=True))
+            answers.append(self._start(helper, name, share.own_copy(), watched=True))
         return _Trial(cut, rule, places, answers, [], inputs.of_lists)
 
     def _settle(self, trial: _Trial) -> None:
@@ -322,6 +363,10 @@ class Team:
             try:
                 self._wait(here[place], answer)
             except _Unserved:
+                return
+            error = answer.exception()
+            if isinstance(error, (_core.Error, CannotBeSent)):  # no verdict on its denoiser
+                self._unserved(here[place], error)
                 return
         try:
             outputs = [answer.result().output for answer in trial.answers]
@@ -356,7 +401,7 @@ class Team:
         """
         count = min(inputs.items, 1 + len(self._helpers))
         first, *others = self._cut(inputs, count, rule)
-        pairs = [(h, h.start(key[0], share)) for h, share in zip(self._helpers, others)]
+        pairs = [(h, self._start(h, key[0], s)) for h, s in zip(self._helpers, others)]
         own = run(*first.args, **first.kwargs)
         try:
             served = [self._served(*pair) for pair in pairs]
@@ -406,7 +451,7 @@ class Team:
 
     def _instead_of(self, helper: Helper, whole: Any) -> Any:
         """Where a helper gave NaN or Inf: the untouched model may do so too."""
-        if _is_finite(whole):
+        if is_finite(whole):
             self._lose(helper, "its output holds NaN or Inf, the head's own does not")
         return whole
 
@@ -434,7 +479,7 @@ class Team:
             if any(v.is_inference() for v in guess.values.values() if isinstance(v, torch.Tensor)):
                 guess = guess.own_copy()  # nothing would tell that somebody wrote to them
             helper = self._helpers[number % len(self._helpers)]
-            self._foretold[key] = guess, guess.versions, helper, helper.start(name, guess)
+            self._foretold[key] = guess, guess.versions, helper, self._start(helper, name, guess)
 
     def _taken(self, key: Key, run: Callable[..., Any], inputs: Inputs) -> Any:
         guess, versions, helper, answer = self._foretold.pop(key)
@@ -519,8 +564,3 @@ class _Shape:
 
 def _have_same_bits(ours: Any, theirs: Any) -> bool:
     return all(map(torch.equal, tensors_in(ours), tensors_in(theirs)))
-
-
-def _is_finite(output: Any) -> bool:
-    tensors = (tensor for tensor in tensors_in(output) if tensor.is_floating_point())
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

@@ -70,3 +70,18 @@ def test_nothing_of_a_call_is_kept_after_close() -> None:
     assert pair._ranks._cuts.calls
     pair.close()
     assert not pair._ranks._cuts.calls
+
+
+def test_what_helpers_served_is_told_by_the_runs_clock() -> None:
+    case = tiny.CASES["wan"]
+    with parastep.parallelize(case.build(), [("cpu", "cpu")] * 2, max_stride=1) as pairs:
+        run(pairs, case)
+        run(pairs, case)
+        report = pairs.report
+    for rank, team in enumerate(report.teams):
+        assert team.served and {share.device for share in team.served} == {1}
+        spans = {r.step: (r.begin, r.end) for r in report.timeline if r.rank == rank}
+        for share in team.served:
+            begin, end = spans[share.step]
+            assert begin - 0.01 < share.begin < share.end and share.begin < end
+    assert type(report).from_dict(report.to_dict()).teams == report.teams

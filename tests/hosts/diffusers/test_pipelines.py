@@ -5,6 +5,8 @@ forwards where the report says, and nothing left behind.
 from __future__ import annotations
 
 import math
+import pathlib
+import runpy
 from typing import Any
 
 import pytest
@@ -156,6 +158,13 @@ def test_tolerance_between(name: str) -> None:
     assert distance(result, alone.result) < 0.02
     finite = [drift for drift in report.drift if math.isfinite(drift)]
     assert 0 < max(finite) and sum(report.accepted) == 40
+
+
+def test_the_page_has_a_line_for_every_pipeline() -> None:
+    """That of docs/diffusers.md, which table.py writes."""
+    folder = pathlib.Path(__file__).parent
+    table = runpy.run_path(str(folder / "table.py"))
+    assert table["named"](table["PAGE"].read_text()) >= set(tiny.CASES)
 
 
 @pytest.mark.parametrize("name", ["sd", "flux"])
