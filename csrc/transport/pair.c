@@ -285,6 +285,7 @@ static ps_status start(ps_pair *pair, bool send, void *p, size_t bytes, int *res
 {
   int peer = pair->role == PS_LEADS ? 1 : 0;
   ps__scope scope;
+  *result = PS__NCCL_OK;
   if (pair->comm == NULL) {
     return ps__pair_lose(pair, "the connection was given up");
   }
