@@ -37,6 +37,7 @@ class Kind(enum.IntEnum):
     BYE = 14  # both: nothing more will come
     PAIR = 15  # down: NCCL could carry the latents; what the leader has of it
     PAIRED = 16  # up: the id to meet under, or why not
+    NEXT = 17  # down: the run is over, and another loop of the call begins
 
 
 class Frame(NamedTuple):

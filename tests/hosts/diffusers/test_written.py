@@ -134,10 +134,6 @@ def step_first(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
     return x
 
 
-def two_loops(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
-    return plain(pipe, steps, generator) + plain(pipe, steps, generator)
-
-
 def changing_shape(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
     x = begin(pipe, steps, generator)
     for i, t in enumerate(pipe.scheduler.timesteps):
@@ -239,7 +235,6 @@ class Stranger(diffusers.configuration_utils.ConfigMixin):
     [
         (lambda: written(two_steps), "two steps"),
         (lambda: written(step_first), "before a denoiser"),
-        (lambda: written(two_loops), "second sampling loop"),
         (lambda: written(changing_shape), "the latents became"),
         (lambda: written(own_scheduler), "did not step"),
         (lambda: written(gradients), "gradients"),
