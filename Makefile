@@ -35,7 +35,7 @@ BINDING_SRC := $(sort $(wildcard csrc/python/*.c))
 TEST_SRC := $(sort $(wildcard tests/c/*.c))
 PROGRAM_SRC := $(sort $(wildcard workflows/c/*.c))
 FAKE_SRC := $(sort $(wildcard tests/gpu/fake/*.c))
-HEADERS := $(sort $(wildcard include/*.h csrc/*/*.h tests/c/*.h tests/gpu/fake/*.h))
+HEADERS := $(sort $(wildcard include/*.h csrc/*/*.h tests/c/*.h tests/gpu/*.h tests/gpu/*/*.h))
 
 # ---- environment ---------------------------------------------------------------------------------
 
@@ -293,24 +293,39 @@ bench: $(EDITABLE_STAMP) bench-c ## Run tests/bench/*.py, except those whose nam
 
 # ---- GPUs ----------------------------------------------------------------------------------------
 
-# Self-contained: this tree, a C compiler, nvcc and a Python with torch and CUDA, which need not be
-# .venv; nothing is downloaded.  Without a GPU it says so and succeeds; GPU_ARGS=--dry runs it there
-# all the same, small, on the CPU and on the stand-ins.
+# Self-contained: this tree, a C compiler, nvcc and a Python with its headers, torch with CUDA and
+# setuptools, which need not be .venv; what else PYTHONPATH names (diffusers as a wheel) is found too.
+# Nothing is downloaded.  GPU_ARGS="--out DIR --budget 420": where results go, each as soon as it is
+# there, and the seconds for all of it, this build included.  Without a GPU it says so and succeeds;
+# GPU_ARGS=--dry runs it there all the same, small, on the CPU and on the stand-ins.
 GPU_PYTHON ?= $(PYTHON)
 GPU_ARGS ?=
-GPU_PROGRAMS := $(addprefix build/c/gpu/,kernels plain nccl) \
+GPU_JOBS ?= $(shell nproc)
+GPU_PROGRAMS := $(addprefix build/c/gpu/,kernels cases plain nccl) \
   $(addprefix build/c/fake/,libcuda.so.1 libcublas.so.13 libnccl.so.2)
 
-.PHONY: gpu check-abi
-gpu: $(GPU_PROGRAMS) ## Run everything that needs a GPU; writes out/gpu.json and out/gpu.txt
-	@$(GPU_PYTHON) setup.py --quiet build --build-base build/gpu --build-lib build/gpu/lib \
-	  > build/gpu.log 2>&1 || { cat build/gpu.log; exit 1; }
-	@PYTHONPATH=$(CURDIR)/build/gpu/lib PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1 \
-	  $(GPU_PYTHON) tests/gpu/run.py --programs build/c/gpu $(GPU_ARGS)
+.PHONY: gpu gpu-package check-abi check-ptx
+gpu: ## Run everything that needs a GPU; writes out/gpu.json and out/gpu.txt
+	@began=$$(date +%s); mkdir -p build; \
+	$(GPU_PYTHON) tests/gpu/needs.py || exit 1; \
+	$(MAKE) --no-print-directory --output-sync -j$(GPU_JOBS) $(GPU_PROGRAMS) gpu-package > build/gpu.log 2>&1 \
+	  || { cat build/gpu.log; exit 1; }; \
+	PYTHONPATH=$(CURDIR)/build/gpu/lib$${PYTHONPATH:+:$$PYTHONPATH} PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1 \
+	  $(GPU_PYTHON) tests/gpu/run.py --programs build/c/gpu --began $$began $(GPU_ARGS)
 
-build/c/gpu/%: build/c/obj/tests/gpu/%.o build/c/libparastep.a
+# The package with the kernels that the programs have, which are compiled once.
+gpu-package: $(if $(NVCC),build/kernels.fatbin)
+	@mkdir -p build/gpu
+	@PARASTEP_KERNELS=$(if $(NVCC),$(CURDIR)/build/kernels.fatbin) PARASTEP_NVCC= \
+	  $(GPU_PYTHON) setup.py --quiet build --build-base build/gpu --build-lib build/gpu/lib
+
+build/c/gpu/%: build/c/obj/tests/gpu/%.o build/c/obj/tests/gpu/device.o build/c/libparastep.a
 	@mkdir -p $(@D)
 	@$(CC) $(CFLAGS) -pthread $^ -ldl -lm -o $@
+
+# The programs with whatever kernels there are: the driver that they run on has those of the PTX.
+check-ptx: build/c/gpu/kernels build/c/gpu/cases ## Execute the kernels' PTX on the CPU, where nvcc is
+	@$(PYTHON) tests/gpu/ptx/check.py --nvcc "$(NVCC)" --programs build/c/gpu --build build/ptx
 
 # Declarations of ours against the real headers, wherever there are any: beside nvcc, and in the
 # wheels that bring libraries of CUDA.
@@ -343,8 +358,8 @@ check-abi: ## Hold our declarations of libraries against their real headers
 
 # ---- lint ----------------------------------------------------------------------------------------
 
-C_FILES := $(CORE_SRC) $(BINDING_SRC) $(TEST_SRC) $(FAKE_SRC) $(PROGRAM_SRC) $(sort $(wildcard tests/bench/*.c tests/fuzz/*.c \
-  tests/gpu/*.c))
+C_FILES := $(CORE_SRC) $(BINDING_SRC) $(TEST_SRC) $(FAKE_SRC) $(PROGRAM_SRC) $(sort \
+  $(wildcard tests/bench/*.c tests/fuzz/*.c tests/gpu/*.c tests/gpu/ptx/*.c))
 CUDA_FILES := $(sort $(wildcard csrc/backend/*.cu csrc/backend/*.cuh))
 
 .PHONY: lint lint-format lint-tidy lint-py format

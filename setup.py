@@ -66,7 +66,9 @@ class BuildSideBySide(build_ext):
             super().build_extensions()
 
     def kernels(self) -> "Path | None":
-        """The file that nvcc made of them."""
+        """The file that nvcc made of them, now or, by PARASTEP_KERNELS, before."""
+        if os.environ.get("PARASTEP_KERNELS"):
+            return Path(os.environ["PARASTEP_KERNELS"])
         nvcc = os.environ.get("PARASTEP_NVCC", shutil.which("nvcc"))
         if not nvcc:
             return None

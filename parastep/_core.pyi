@@ -137,7 +137,14 @@ class Inbox:
 
 @final
 class Pair:
-    def __new__(cls, id: bytes, leads: bool, device: int, seconds: float) -> Pair: ...
+    def __new__(
+        cls,
+        id: bytes,
+        leads: bool,
+        device: int,
+        seconds: float,
+        check: Callable[[], object] | None = None,
+    ) -> Pair: ...
     def lost(self, reason: str, /) -> None: ...
     def close(self) -> None: ...
     @property

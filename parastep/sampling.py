@@ -15,8 +15,9 @@ from .messages import SerialWarning, describe, warn_of
 from .options import Options
 from .quiet import thread_name
 from .report import Report
+from .speculation import CROWDED, give_room, out_of_memory, with_room
 from .stacking import Stacking
-from .threads import HostContext
+from .threads import HostContext, Task
 from .tolerance import Tolerance
 
 Denoiser = Callable[[Any, Any, int], Any]
@@ -59,6 +60,10 @@ def _give_noise(leader: _core.Leader, noise: Any, given: int, step: int) -> int:
     return max(given, leader.horizon)
 
 
+def _create(program: _core.Program, x: Any, options: Options, **ranks: Any) -> _core.Leader:
+    return with_room(partial(_core.Leader, program, x, **ranks, **options.for_core()))
+
+
 def _steps_shown(steps: int, progress: bool) -> Iterable[int]:
     """The numbers of the steps, with a bar of tqdm's if one is wanted: it counts steps, of which
     a round takes several at once.
@@ -90,13 +95,26 @@ def _slots_of(slots: int | Sequence[int] | str, ranks: int, x: Any) -> list[int]
     return found
 
 
+def _one_with_room(leader: _core.Leader, denoiser: Stacking, x: Any, step: int) -> Any:
+    """The output at x; where the others have left no memory for it, they are done with."""
+    try:
+        return denoiser.one(x, step, 0)
+    except out_of_memory():
+        if denoiser.alone:
+            raise
+    leader.stop(CROWDED)
+    denoiser.wait_until_idle()
+    give_room()
+    return denoiser.one(x, step, 0)
+
+
 def _evaluate(leader: _core.Leader, denoiser: Stacking, x: Any, step: int, shares: bool) -> Any:
     """The leader's output at x, and beside it those of its further slots, handed in."""
     ahead = leader.work()
     if ahead and shares:
         m, *outputs = denoiser.all([(step, x), *ahead], 0)
     else:
-        m = denoiser.one(x, step, 0)
+        m = _one_with_room(leader, denoiser, x, step)
         outputs = denoiser.all(ahead, 0) if ahead else []
     if ahead:
         leader.fill(outputs)
@@ -181,7 +199,7 @@ def sample(
     x = _core.copy(x)  # taken in once, which is all that a DLPack capsule allows
     each = None if slots == 1 else _slots_of(slots, ranks, x)
     ranks = 1 if slots == "batch" else ranks
-    create = partial(_core.Leader, program, x, **options.for_core())
+    create = partial(_create, program, x, options)
     asked = ranks
     if options.untouched:
         _core.Leader(program, np.zeros(1, np.float32), ranks=ranks, slots=each)  # only checked
@@ -194,8 +212,9 @@ def sample(
         stacking.verify(x, first, max(each), len(program))
         leader = leader if stacking.unbatched is None else create(ranks=ranks)
     steps = _steps_shown(len(program), progress)
+    stacking.alone = ranks == 1
     context = HostContext()
-    lanes: dict[int, threading.Thread] = {}
+    lanes: dict[int, threading.Thread | Task] = {}
     try:
         for rank in range(1, ranks):
             follower = leader.follower(rank)

@@ -5,10 +5,44 @@ Used by `diffusers.leader` (a pipeline's loop) and `comfy.sampling` (a sampler f
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from . import _core
+
+Made = TypeVar("Made")
+
+CROWDED = "the device has no memory for the leader's forward beside the others on it"
+
+
+def out_of_memory() -> type[BaseException]:
+    """What torch raises where a device is full; a class of nothing without torch."""
+    torch: Any = sys.modules.get("torch")
+    found = getattr(torch, "OutOfMemoryError", None) or getattr(
+        getattr(torch, "cuda", None), "OutOfMemoryError", None
+    )
+    return found if isinstance(found, type) else _Never
+
+
+class _Never(Exception):
+    pass
+
+
+def give_room() -> None:
+    """torch gives memory back to the device that it only keeps for later."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def with_room(make: Callable[[], Made]) -> Made:
+    """What `make` makes of the core's; once more where the device is full at first."""
+    try:
+        return make()
+    except _core.OutOfMemoryError:
+        give_room()
+    return make()
 
 
 class Speculation:

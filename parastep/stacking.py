@@ -15,6 +15,8 @@ import numpy as np
 
 from . import _core
 
+_PATIENCE = 10.0  # seconds for calls in progress
+
 Work = Sequence[tuple[int, Any]]
 
 # How far an output may differ, alone and in a batch, relative to its largest value.
@@ -49,14 +51,27 @@ class Stacking:
     def __init__(self, denoiser: Callable[[Any, Any, int], Any]) -> None:
         self.forwards = 0
         self.unbatched: str | None = None  # why steps are not put into one call
+        self.alone = True  # no other thread calls it
+        self._busy = 0  # calls of it in progress
         self._denoiser = denoiser
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
 
     def one(self, x: Any, step: int | tuple[int, ...], rank: int) -> Any:
         """A call of the denoiser."""
-        with self._lock:
+        with self._changed:
             self.forwards += 1
-        return self._denoiser(x, step, rank)
+            self._busy += 1
+        try:
+            return self._denoiser(x, step, rank)
+        finally:
+            with self._changed:
+                self._busy -= 1
+                self._changed.notify_all()
+
+    def wait_until_idle(self) -> None:
+        """Until all calls in other threads have returned; one that hangs is not waited for."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._busy == 0, _PATIENCE)
 
     def all(self, work: Work, rank: int) -> list[Any]:
         """The outputs of [(step, point), ...], by one call."""

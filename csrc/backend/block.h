@@ -69,7 +69,7 @@ TARGET static const void *NAME(load)(void *scratch, const void *from, ps_dtype d
   return scratch;
 }
 
-/* Rounds once: REAL is double for PS_F64 alone, so no half is ever made from a double. */
+/* A half is made from a float, which a double is rounded to first. */
 TARGET static void NAME(store)(void *to, ps_dtype dtype, const void *from, size_t n)
 {
   const REAL *value = from;
@@ -79,6 +79,10 @@ TARGET static void NAME(store)(void *to, ps_dtype dtype, const void *from, size_
   } else if (dtype == PS_F16) {
     for (size_t i = 0; i < n; i++) {
       half[i] = ps__float_to_f16((float)value[i]);
+    }
+  } else if (dtype == PS_F32) {
+    for (size_t i = 0; i < n; i++) {
+      ((float *)to)[i] = (float)value[i];
     }
   } else {
     for (size_t i = 0; i < n; i++) {

@@ -1,12 +1,15 @@
 #!/bin/sh
 # compile_kernels.sh NVCC OUT - kernels.cu for GPUs that this nvcc knows, and PTX of the oldest one
 # that is meant, from which drivers make code for all others.  setup.py and the Makefile call it.
+# With a third argument, as 90, the PTX for that architecture alone; without OUT the names of all that
+# this nvcc knows.
 #
 # PARASTEP_CUDA_ARCHS says which GPUs: "all" for a release, or numbers as "80 90".  Each takes about
 # a second, so that without it they are those of this machine, or two common ones where it has none.
 set -e
 nvcc=$1
 out=$2
+only=$3
 here=$(dirname "$0")
 all="75 80 86 89 90 100 120"
 meant=${PARASTEP_CUDA_ARCHS-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
@@ -18,16 +21,27 @@ esac
 meant=$(echo "${meant:-80 90}" | tr ',;' '  ')
 known=" $(echo $("$nvcc" --list-gpu-code)) "
 flags=
+archs=
 for arch in $all; do
   case $known in
-  *" sm_$arch "*) flags="-gencode=arch=compute_$arch,code=compute_$arch" && break ;;
+  *" sm_$arch "*) archs="$archs $arch" ;;
   esac
 done
+if [ -z "$out" ]; then
+  echo $archs
+  exit
+fi
+oldest=$(echo $archs | cut -d ' ' -f 1)
+flags="-gencode=arch=compute_$oldest,code=compute_$oldest"
 for arch in $meant; do
   case $known in
   *" sm_$arch "*) flags="$flags -gencode=arch=compute_$arch,code=sm_$arch" ;;
   esac
 done
+if [ -n "$only" ]; then
+  flags="-ptx -arch=compute_$only"
+else
+  flags="-fatbin --threads 0 -Xfatbin -compress-all $flags"
+fi
 # Nothing is contracted, so that results have the bits of the CPU backend; see kernels.cu.
-exec "$nvcc" -fatbin -O3 -fmad=false -std=c++17 --threads 0 -Xfatbin -compress-all $flags \
-  -I "$here" -o "$out" "$here/kernels.cu"
+exec "$nvcc" -O3 -fmad=false -std=c++17 $flags -I "$here" -o "$out" "$here/kernels.cu"

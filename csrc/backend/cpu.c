@@ -2,8 +2,7 @@
  *
  * It is the specification that other backends are held to.  The core calls it through the
  * ps_backend that registry.c hands out.  Every input element is read and converted to the
- * accumulator's type once, and every output rounded once.  The accumulator is double where the
- * output is PS_F64, else float: an input of another type is converted first.
+ * accumulator's type once.  The accumulator is double where an operand is PS_F64, else float.
  */
 #include <float.h>
 #include <math.h>
@@ -110,18 +109,17 @@ typedef struct arithmetic {
 #define PS__CPU_SUPPORTS(feature) __builtin_cpu_supports(feature)
 #endif
 
-/* What combines to an output of this dtype. */
-static const arithmetic *find_arithmetic(ps_dtype dtype)
+static const arithmetic *find_arithmetic(bool wide)
 {
 #if defined(__x86_64__)
   if (PS__CPU_SUPPORTS("avx512f")) {
-    return dtype == PS_F64 ? &arithmetic_double_avx512 : &arithmetic_float_avx512;
+    return wide ? &arithmetic_double_avx512 : &arithmetic_float_avx512;
   }
   if (PS__CPU_SUPPORTS("avx2")) {
-    return dtype == PS_F64 ? &arithmetic_double_avx2 : &arithmetic_float_avx2;
+    return wide ? &arithmetic_double_avx2 : &arithmetic_float_avx2;
   }
 #endif
-  return dtype == PS_F64 ? &arithmetic_double : &arithmetic_float;
+  return wide ? &arithmetic_double : &arithmetic_float;
 }
 
 static size_t smaller(size_t a, size_t b)
@@ -214,7 +212,11 @@ static ps_status lincomb(const ps_backend *backend, size_t n, int outs, int term
     return status;
   }
   combination all = {(size_t)outs, (size_t)terms, weight, in, out, out_dtype, NULL, false};
-  all.real = find_arithmetic(out_dtype);
+  bool wide = out_dtype == PS_F64;
+  for (int j = 0; j < terms; j++) {
+    wide = wide || (in[j].data && in[j].dtype == PS_F64);
+  }
+  all.real = find_arithmetic(wide);
   all.direct = !in_place && all.real->dtype == out_dtype;
   for (size_t k = 0; k < (size_t)outs; k += OUTS_AT_ONCE) {
     combination some = all;
@@ -256,9 +258,9 @@ static void measure_block(const ps_sweep *s, const arithmetic *real, size_t at, 
 
 /* The answer m + slope moved; moved is NULL where it is m itself. */
 static void answer_block(const ps_sweep *s, const arithmetic *real, size_t at, size_t n,
-                         const block *moved, ps_dtype moved_dtype, item_sums *sums)
+                         const block *moved, item_sums *sums)
 {
-  block m_scratch, moved_scratch, answer;
+  block m_scratch, answer;
   const void *m = real->load(&m_scratch, element(s->m, at, s->m_dtype), s->m_dtype, n);
   sums->not_finite += real->count_not_finite(m, n);
   if (!moved) {
@@ -266,7 +268,7 @@ static void answer_block(const ps_sweep *s, const arithmetic *real, size_t at, s
     copy_elements(s->keep_m, at, s->m, s->m_dtype, n);
     return;
   }
-  real->shift(&answer, m, real->load(&moved_scratch, moved, moved_dtype, n), s->slope, n);
+  real->shift(&answer, m, moved, s->slope, n);
   if (s->out) {
     real->store(element(s->out, at, s->m_dtype), s->m_dtype, &answer, n);
   }
@@ -286,23 +288,24 @@ static bool is_whole(const ps_sweep *s, const arithmetic *real)
 /* Elements from at on of one item; outputs are written after the inputs they may be were read. */
 static item_sums sweep_item(const ps_sweep *s, size_t item)
 {
-  const arithmetic *x_real = find_arithmetic(s->x_dtype), *m_real = find_arithmetic(s->m_dtype);
+  bool wide = (s->x && s->x_dtype == PS_F64) || (s->m && s->m_dtype == PS_F64);
+  const arithmetic *real = find_arithmetic(wide);
   item_sums sums = {0, 0, 0};
   block moved;
-  bool whole = is_whole(s, x_real);
+  bool whole = is_whole(s, real);
   for (size_t i = 0; i < s->size; i += BLOCK) {
     size_t at = item * s->size + i, n = smaller(BLOCK, s->size - i);
     if (whole && n == BLOCK) {
-      x_real->sweep(s, at, &sums);
+      real->sweep(s, at, &sums);
       continue;
     }
     if (s->guess) {
-      measure_block(s, x_real, at, n, &moved, &sums);
+      measure_block(s, real, at, n, &moved, &sums);
     }
     copy_elements(s->keep_x, at, s->x, s->x_dtype, n);
     if (s->m) {
       const block *shift = s->guess && s->slope != 0 ? &moved : NULL;
-      answer_block(s, m_real, at, n, shift, x_real->dtype, &sums);
+      answer_block(s, real, at, n, shift, &sums);
     }
   }
   return sums;

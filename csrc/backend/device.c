@@ -112,6 +112,18 @@ static void load_kernels(ps__device *device)
   device->compiled = true;
 }
 
+/* Some devices (shares of one) make pools and allocate nothing from them.  Where it is full just
+ * now, the pool is as good as any. */
+static bool gives_memory(const ps__device *device)
+{
+  CUdeviceptr p = 0;
+  CUresult result = ps__cuda.pool_alloc(&p, 64, device->pool, device->taking);
+  if (result == PS__CUDA_OK) {
+    result = ps__cuda.pool_free(p, device->taking);
+  }
+  return result == PS__CUDA_OK || result == PS__CUDA_NO_MEMORY;
+}
+
 /* A pool of our own: the host's keeps its limits and its peers.  Memory that one stream has given
  * back is never handed to another on condition, which would let a device that hangs hold up a new
  * run. */
@@ -130,6 +142,12 @@ static void make_pool(ps__device *device)
     return;
   }
   ps__cuda.pool_attribute(device->pool, PS__CUDA_REUSE_WAITING, &never);
+  if (!gives_memory(device)) {
+    if (ps__cuda.pool_destroy != NULL) {
+      ps__cuda.pool_destroy(device->pool);
+    }
+    device->pool = NULL;
+  }
 }
 
 /* With the context current. */

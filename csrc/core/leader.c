@@ -394,15 +394,22 @@ static void record_own(ps_leader *leader, const void *m, int64_t began_ns)
   }
 }
 
-/* The host's own output at x_j, be it asked for or given in place of what lay ahead. */
-static ps_status take_exact(ps_leader *leader, const void *m)
+/* The host's output is only on its way where it works on a device: what counts is when it is there,
+ * for the followers' deadline and for the report. */
+static ps_status await_output(ps_leader *leader, const void *m)
 {
-  ps_status status = keep_output(leader, m);
+  const ps_wait wait = {0, leader->options.check, leader->options.check_ctx};
+  return m != NULL ? keep_output(leader, m) : leader->backend->settle(leader->backend, &wait);
+}
+
+/* The host's own output at x_j, be it asked for or given in place of what lay ahead. */
+static ps_status take_exact(ps_leader *leader)
+{
   if (leader->node[0].record >= 0 && is_exact(&leader->node[0])) {
     leader->timeline[leader->node[0].record].accepted = 1;
   }
   count_step(leader);
-  return status == PS_OK ? make_anchor(leader, leader->step) : status;
+  return make_anchor(leader, leader->step);
 }
 
 ps_status ps_leader_submit(ps_leader *leader, const void *m, ps_dtype m_dtype, int64_t began_ns)
@@ -414,12 +421,15 @@ ps_status ps_leader_submit(ps_leader *leader, const void *m, ps_dtype m_dtype, i
   if (status == PS_OK) {
     status = settle_dtype(leader, m_dtype);
   }
+  if (status == PS_OK) {
+    status = await_output(leader, m);
+  }
   if (status != PS_OK) {
     return status;
   }
   record_own(leader, m, began_ns);
   if (m != NULL) {
-    status = take_exact(leader, m);
+    status = take_exact(leader);
   } else {
     --leader->step; /* the host asks for it again */
   }

@@ -77,6 +77,8 @@ typedef struct psb_state {
     PyObject *is_neg;                 /* "is_neg" */
     PyObject *requires_grad;          /* "requires_grad" */
     PyObject *detach;                 /* "detach" */
+    PyObject *contiguous;             /* "contiguous" */
+    PyObject *ascontiguousarray;      /* "ascontiguousarray" */
     PyObject *array_namespace;        /* "__array_namespace__" */
     PyObject *module;                 /* "__module__" */
     PyObject *from_dlpack;            /* "from_dlpack" */

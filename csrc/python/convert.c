@@ -159,6 +159,47 @@ static int take(psb_intake *in, PyObject *obj)
   return rc;
 }
 
+/* A contiguous copy by the library that the tensor is of, on its own stream: torch and others have
+ * a method, and array namespaces a function.  NULL without an exception where there is neither. */
+static PyObject *contiguous_copy(const psb_intake *in, PyObject *obj)
+{
+  PyObject *method = NULL, *space = NULL, *copy = NULL;
+  int rc = psb__lookup(obj, in->st->names.contiguous, &method);
+
+  if (rc > 0) {
+    copy = PyObject_CallNoArgs(method);
+  } else if (rc == 0 && psb__lookup(obj, in->st->names.array_namespace, &method) > 0) {
+    space = PyObject_CallNoArgs(method);
+    if (space)
+      copy = PyObject_CallMethodOneArg(space, in->st->names.ascontiguousarray, obj);
+    if (!copy && PyErr_ExceptionMatches(PyExc_AttributeError))
+      PyErr_Clear();
+  }
+  Py_XDECREF(space);
+  Py_XDECREF(method);
+  return copy;
+}
+
+/* Takes such a copy in where obj lies scattered in a device's memory, which nothing here reads; the
+ * view holds the copy until it is released. */
+static int take_contiguous(psb_intake *in, PyObject *obj)
+{
+  int device = in->view->device_id, rc = -1;
+  PyObject *copy = contiguous_copy(in, obj);
+
+  if (copy) {
+    psb_view_release(in->view);
+    in->strided = false;
+    rc = take(in, copy) > 0 ? psb__settle(in) : -1;
+    Py_DECREF(copy);
+  }
+  if (rc != 0 && !PyErr_Occurred())
+    psb_raise(in->st, PS_INVALID,
+              "%s is not contiguous in the memory of cuda:%d; give %s.contiguous()", in->name,
+              device, in->name);
+  return rc == 0 ? 0 : -1;
+}
+
 int psb_view_from(psb_state *st, PyObject *obj, const char *name, int flags, const psb_place *place,
                   psb_view *view)
 {
@@ -170,8 +211,8 @@ int psb_view_from(psb_state *st, PyObject *obj, const char *name, int flags, con
   if (taken > 0 && view->device_type != DL_CUDA && psb__wanted_device(place) >= 0)
     psb_raise(st, PS_DEVICE, "%s lies on the host, but the run is on cuda:%d; move it there", name,
               place->device);
-  else if (taken > 0)
-    rc = psb__settle(&in);
+  else if (taken > 0 && (rc = psb__settle(&in)) > 0)
+    rc = take_contiguous(&in, obj);
   else if (taken == 0)
     psb_raise(
         st, PS_DTYPE,

@@ -249,9 +249,7 @@ int psb__settle(psb_intake *in)
   } else if (view->count == 0 || (is_contiguous(in) && is_aligned(view) && !in->swapped)) {
     rc = 0;
   } else if (view->device_type == DL_CUDA && !writable) {
-    psb_raise(in->st, PS_INVALID,
-              "%s is not contiguous in the memory of cuda:%d; give %s.contiguous()", in->name,
-              view->device_id, in->name);
+    rc = 1;
   } else if (writable) {
     psb_raise(in->st, PS_INVALID,
               "%s is written in place and so must be C-contiguous, aligned and in native byte "

@@ -23,7 +23,8 @@ int psb__take_ndim(psb_intake *in, int64_t ndim);
 /* Refuses a view that is filled in but not where the run is. */
 int psb__check_device(const psb_intake *in);
 
-/* Judges a view that is filled in, and copies what is not plain memory; -1 where it is refused. */
+/* Judges a view that is filled in, and copies what is not plain memory; -1 where it is refused, 1
+ * where it lies on a device and is not plain there: its library is to copy it. */
 int psb__settle(psb_intake *in);
 
 /* The DLPack part, dlpack_in.c.  Both fill the view without judging strides; 1 filled, -1 refused,

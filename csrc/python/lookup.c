@@ -16,6 +16,8 @@ static int make_names(struct psb_names *names)
   names->is_neg = PyUnicode_InternFromString("is_neg");
   names->requires_grad = PyUnicode_InternFromString("requires_grad");
   names->detach = PyUnicode_InternFromString("detach");
+  names->contiguous = PyUnicode_InternFromString("contiguous");
+  names->ascontiguousarray = PyUnicode_InternFromString("ascontiguousarray");
   names->array_namespace = PyUnicode_InternFromString("__array_namespace__");
   names->module = PyUnicode_InternFromString("__module__");
   names->from_dlpack = PyUnicode_InternFromString("from_dlpack");
@@ -42,6 +44,8 @@ void psb_lookup_clear(psb_state *st)
   Py_CLEAR(names->is_neg);
   Py_CLEAR(names->requires_grad);
   Py_CLEAR(names->detach);
+  Py_CLEAR(names->contiguous);
+  Py_CLEAR(names->ascontiguousarray);
   Py_CLEAR(names->array_namespace);
   Py_CLEAR(names->module);
   Py_CLEAR(names->from_dlpack);

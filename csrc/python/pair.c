@@ -37,11 +37,25 @@ PyObject *psb_nccl_id(PyObject *module, PyObject *unused)
 
 /* ---- life ------------------------------------------------------------------------------------ */
 
+/* What the caller's check raises ends the wait, as Ctrl-C does. */
+static int check_caller(void *check)
+{
+  int stop = psb__check_signals(NULL);
+  if (!stop && check != Py_None) {
+    PyGILState_STATE gil = PyGILState_Ensure();
+    PyObject *answer = PyObject_CallNoArgs(check);
+    stop = answer == NULL;
+    Py_XDECREF(answer);
+    PyGILState_Release(gil);
+  }
+  return stop;
+}
+
 static ps_status connect_pair(const unsigned char *id, ps_role role, int device, double seconds,
-                              ps_pair **pair)
+                              PyObject *check, ps_pair **pair)
 {
   const ps_backend *backend;
-  ps_wait wait = {ps_now_ns() + (int64_t)(seconds * 1e9), psb__check_signals, NULL};
+  ps_wait wait = {ps_now_ns() + (int64_t)(seconds * 1e9), check_caller, check};
   ps_status status = ps_cuda_open(device, &backend);
   if (status == PS_OK) {
     status = ps_nccl_connect(id, role, backend, &wait, pair);
@@ -52,14 +66,15 @@ static ps_status connect_pair(const unsigned char *id, ps_role role, int device,
 
 static PyObject *pair_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-  static char *keywords[] = {"id", "leads", "device", "seconds", NULL};
+  static char *keywords[] = {"id", "leads", "device", "seconds", "check", NULL};
+  PyObject *check = Py_None;
   psb_state *st = psb_state_of(type);
   const char *id;
   Py_ssize_t length;
   int leads, device;
   double seconds;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y#pid:Pair", keywords, &id, &length, &leads,
-                                   &device, &seconds)) {
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y#pid|O:Pair", keywords, &id, &length, &leads,
+                                   &device, &seconds, &check)) {
     return NULL;
   }
   if (length != PS_NCCL_ID_BYTES || !(seconds > 0.0 && seconds < 1e9)) {
@@ -74,7 +89,7 @@ static PyObject *pair_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
   ps_status status;
   Py_BEGIN_ALLOW_THREADS;
   status = connect_pair((const unsigned char *)id, leads ? PS_LEADS : PS_FOLLOWS, device, seconds,
-                        &self->pair);
+                        check, &self->pair);
   Py_END_ALLOW_THREADS;
   if (psb__judge(st, status) < 0) {
     Py_CLEAR(self);
@@ -157,9 +172,10 @@ static PyGetSetDef getters[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-PyDoc_STRVAR(pair_doc, "Pair(id, leads, device, seconds)\n--\n\n"
+PyDoc_STRVAR(pair_doc, "Pair(id, leads, device, seconds, check=None)\n--\n\n"
                        "Waits until the process with the other end of this id has come, seconds "
-                       "at most.  device: the\nCUDA device of this end.  DeadlineError, LostError, "
+                       "at most.  device: the\nCUDA device of this end.  check is called now and "
+                       "then: what it raises ends the wait.\nDeadlineError, LostError, "
                        "UnsupportedError: there is no pair.");
 
 static PyType_Slot type_slots[] = {

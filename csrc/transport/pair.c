@@ -6,8 +6,10 @@
  */
 #include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "transport/pair.h"
 
@@ -68,6 +70,45 @@ void ps_nccl_lost(ps_pair *pair, const char *why)
   }
 }
 
+/* How many communicators are being aborted by threads that nobody joins. */
+static struct {
+  pthread_mutex_t lock;
+  pthread_cond_t changed;
+  pthread_once_t registered;
+  pid_t process; /* whose threads they are: a forked child has none of them */
+  int count;
+} aborts = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_ONCE_INIT, 0, 0};
+
+/* At the process's exit, ahead of the libraries' own: NCCL at work while those of CUDA are torn
+ * down would crash what has done its work.  One that hangs is not waited for longer than that. */
+static void await_aborts(void)
+{
+  struct timespec until;
+  int error = 0;
+  clock_gettime(CLOCK_REALTIME, &until);
+  until.tv_sec += 2;
+  pthread_mutex_lock(&aborts.lock);
+  while (aborts.process == getpid() && aborts.count > 0 && error == 0) {
+    error = pthread_cond_timedwait(&aborts.changed, &aborts.lock, &until);
+  }
+  pthread_mutex_unlock(&aborts.lock);
+}
+
+/* Those registered last are called first, and the libraries were loaded before this. */
+static void await_aborts_at_exit(void)
+{
+  atexit(await_aborts);
+}
+
+static void count_aborts(int more)
+{
+  pthread_mutex_lock(&aborts.lock);
+  aborts.count = more + (aborts.process == getpid() ? aborts.count : 0);
+  aborts.process = getpid();
+  pthread_cond_broadcast(&aborts.changed);
+  pthread_mutex_unlock(&aborts.lock);
+}
+
 typedef struct doomed {
   ncclComm_t comm;
   const ps__device *device;
@@ -82,6 +123,7 @@ static void *abort_comm(void *ctx)
     nccl.abort(it.comm);
     ps__device_leave(&scope);
   }
+  count_aborts(-1);
   return NULL;
 }
 
@@ -96,9 +138,12 @@ static void abort_apart(ps_pair *pair)
   }
   *it = (doomed){pair->comm, pair->rank->device};
   pair->comm = NULL;
+  pthread_once(&aborts.registered, await_aborts_at_exit);
+  count_aborts(1);
   if (pthread_create(&thread, NULL, abort_comm, it) == 0) {
     pthread_detach(thread);
   } else {
+    count_aborts(-1);
     ps__free(it);
   }
 }
@@ -138,6 +183,7 @@ void ps_nccl_close(ps_pair *pair)
       abort_apart(pair);
     }
     __atomic_store_n(&pair->closed_ns, ps_now_ns(), __ATOMIC_RELEASE);
+    ps__bury(NULL); /* the last run's end holds the pair too, until it is looked at again */
     ps__pair_release(pair);
   }
 }
@@ -231,10 +277,8 @@ static ps_status finish_call(ps_pair *pair, int result, const ps_wait *wait, con
 }
 
 /* May wait for this process's own threads. */
-ps_status ps__pair_transfer(ps_pair *pair, bool send, void *p, size_t bytes)
+static ps_status transfer(ps_pair *pair, bool send, void *p, size_t bytes, const ps_wait *wait)
 {
-  const int64_t patience_ns = INT64_C(10) * 1000000000;
-  ps_wait wait = {ps_now_ns() + patience_ns, NULL, NULL};
   int peer = pair->role == PS_LEADS ? 1 : 0;
   ps__scope scope;
   if (pair->comm == NULL) {
@@ -247,8 +291,15 @@ ps_status ps__pair_transfer(ps_pair *pair, bool send, void *p, size_t bytes)
   int result = send ? nccl.send(p, bytes, PS__NCCL_BYTES, peer, pair->comm, pair->stream)
                     : nccl.recv(p, bytes, PS__NCCL_BYTES, peer, pair->comm, pair->stream);
   ps__device_leave(&scope);
-  status = finish_call(pair, result, &wait, send ? "sending" : "receiving");
+  status = finish_call(pair, result, wait, send ? "sending" : "receiving");
   return status == PS_DEADLINE ? ps__pair_lose(pair, ps_last_error()) : status;
+}
+
+ps_status ps__pair_transfer(ps_pair *pair, bool send, void *p, size_t bytes)
+{
+  const int64_t patience_ns = INT64_C(10) * 1000000000;
+  const ps_wait wait = {ps_now_ns() + patience_ns, NULL, NULL};
+  return transfer(pair, send, p, bytes, &wait);
 }
 
 /* ---- connecting ------------------------------------------------------------------------------ */
@@ -292,7 +343,7 @@ ps_status ps__pair_mark(const ps_pair *pair, CUevent event)
   return status;
 }
 
-/* The first messages connect for good, which a round should not wait for. */
+/* The first messages connect for good and load NCCL's code, which a round should not wait for. */
 static ps_status greet(ps_pair *pair, const ps_wait *wait)
 {
   enum { BYTES = 64 };
@@ -306,9 +357,9 @@ static ps_status greet(ps_pair *pair, const ps_wait *wait)
   }
   status = ps__device_alloc(device, BYTES, &block);
   if (status == PS_OK) {
-    status = ps__pair_transfer(pair, leads, (void *)(uintptr_t)block, BYTES);
+    status = transfer(pair, leads, (void *)(uintptr_t)block, BYTES, wait);
     status =
-        status == PS_OK ? ps__pair_transfer(pair, !leads, (void *)(uintptr_t)block, BYTES) : status;
+        status == PS_OK ? transfer(pair, !leads, (void *)(uintptr_t)block, BYTES, wait) : status;
     ps_status marked =
         ps__pair_mark(pair, done); /* the block is freed behind it, whatever came of these */
     status = status == PS_OK ? marked : status;

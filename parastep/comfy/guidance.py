@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..threads import finish_work
 from ..tracing.kdiffusion import AFTER_GUIDANCE, UNGUIDED_TOO, Function
 
 Array = npt.NDArray[np.float64]
@@ -61,8 +62,9 @@ def telling(options: dict[str, Any], function: Function) -> Iterator[None]:
 class Guidance:
     """q in one run: what of it the rows use, by what has been evaluated so far."""
 
-    def __init__(self, b: Array, e: Array) -> None:
-        """b and e (N, H): the rows' weights of d_{j-k} and q_{j-k}."""
+    def __init__(self, b: Array, e: Array, home: torch.device) -> None:
+        """b and e (N, H): the rows' weights of d_{j-k} and q_{j-k}. `home`: the leader's device."""
+        self._home = home
         self._rows = e, e - b  # of the two parts; the core has b (d + q) in the second already
         self._kept = e.shape[1] + 1  # calls that rows and slopes look back on
         self._q: dict[int, torch.Tensor] = {}
@@ -70,7 +72,9 @@ class Guidance:
     def take(self, step: int, output: torch.Tensor) -> None:
         """An output (d, d + q) of this call; or of a guess of it, until the call comes."""
         guided, unguided = output.chunk(2)
-        self._q[step] = unguided - guided
+        q = unguided - guided
+        finish_work(q.device)  # the leader's thread reads it, on another stream
+        self._q[step] = q
 
     def ahead(self, first: int, end: int) -> list[torch.Tensor]:
         """What q adds to the latents (x, x) in rows first .. end - 1."""
@@ -83,7 +87,7 @@ class Guidance:
         rows = [
             [self._weights(part[j], j, steps) for part in self._rows] for j in range(first, end)
         ]
-        known = torch.stack([self._q[step] for step in steps])
+        known = torch.stack([self._q[step].to(self._home) for step in steps])
         matrix = torch.tensor(rows, dtype=known.dtype, device=known.device)
         made = torch.tensordot(matrix, known, 1).flatten(1, 2)
         return list(torch.nan_to_num(made, posinf=0.0, neginf=0.0))  # by one that was refused

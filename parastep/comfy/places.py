@@ -21,7 +21,7 @@ def devices_of(model: Any, devices: str | Sequence[str | torch.device]) -> list[
             others = model_management.get_all_torch_devices()
         elif home.type == "cuda":
             others = [torch.device("cuda", k) for k in range(torch.cuda.device_count())]
-        return [home, *(other for other in others if _indexed(other) != _indexed(home))]
+        return [home, *(_numbered(o) for o in others if _indexed(o) != _indexed(home))]
     names = devices.replace(",", " ").split() if isinstance(devices, str) else list(devices)
     if not 0 < len(names) <= 256:
         raise _core.InvalidError(f"devices: {devices!r}: write 'auto', or as 'cuda:0, cuda:1'")
@@ -34,7 +34,7 @@ def devices_of(model: Any, devices: str | Sequence[str | torch.device]) -> list[
         if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
             there = ", ".join(f"cuda:{k}" for k in range(count)) or "no CUDA device"
             raise _core.DeviceError(f"devices: there is no {device}: PyTorch sees {there}")
-    return [home if _indexed(device) == _indexed(home) else device for device in found]
+    return [home if _indexed(device) == _indexed(home) else _numbered(device) for device in found]
 
 
 def _device(name: str | torch.device, home: torch.device) -> torch.device:
@@ -60,6 +60,11 @@ def _is_device(name: str) -> bool:
         return torch.device(name) is not None
     except RuntimeError:
         return False
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """With its index, which tensors there will have: the first, where none was given."""
+    return torch.device(device.type, device.index or 0) if device.type == "cuda" else device
 
 
 def _indexed(device: torch.device) -> tuple[str, int]:

@@ -25,9 +25,9 @@ from ..options import Options
 from ..quiet import thread_name
 from ..report import Report
 from ..sampling import serve
-from ..speculation import Speculation
+from ..speculation import CROWDED, Speculation, give_room, out_of_memory, with_room
 from ..stacking import Stacking
-from ..threads import HostContext
+from ..threads import HostContext, Task
 from ..tracing.kdiffusion import (
     Traced,
     added_functions,
@@ -100,10 +100,10 @@ class Sampling(Speculation):
         self.calls = 0  # of the model, by the sampler
         self.evaluated = 0  # times that it ran
         self._interrupted: BaseException | None = None  # in a follower's thread
-        self._threads: dict[int, threading.Thread] = {}
+        self._threads: dict[int, threading.Thread | Task] = {}
         self._arguments: dict[str, Any] = {}
         self._values: list[float] = []  # (N,) noise levels of the calls
-        self._sigmas = torch.empty(0)  # (N, B) the same, on the device of the latents
+        self._sigmas: dict[torch.device, torch.Tensor] = {}  # (N, B) the same, on each device
         self._noise: list[torch.Tensor] | None = None
         self._noise_given = 0
         self._guidance: Guidance | None = None  # of a sampler that uses the unguided output as well
@@ -175,22 +175,26 @@ class Sampling(Speculation):
             if not self._lanes and not program.strides:
                 return
             if rows.e is not None:
-                self._guidance = Guidance(rows.b, rows.e)
-            devices = [x.device, *(getattr(lane, "device", x.device) for lane in self._lanes)]
+                self._guidance = Guidance(rows.b, rows.e, x.device)
+            devices = [x.device, *(self._place_of(lane, x.device) for lane in self._lanes)]
             places = [d.index if d.type == "cuda" else -1 for d in devices]
-            self.core = _core.Leader(
-                program,
-                self._latents(x),
-                ranks=len(devices),
-                devices=places if x.is_cuda else None,
-                **self._options.for_core(),
+            self.core = with_room(
+                partial(
+                    _core.Leader,
+                    program,
+                    self._latents(x),
+                    ranks=len(devices),
+                    devices=places if x.is_cuda else None,
+                    **self._options.for_core(),
+                )
             )
         except (NotTraceableError, _core.Error) as error:
             self.give_up(str(error))
             return
         self._arguments = dict(extra_args)
         self._values = rows.levels.tolist()
-        self._sigmas = rows.levels.to(x.device)[:, None].repeat(1, len(x))
+        sigmas = rows.levels[:, None].repeat(1, len(x))
+        self._sigmas = {device: sigmas.to(device) for device in dict.fromkeys(devices)}
         context = HostContext()
         for rank, lane in enumerate(self._lanes, 1):
             follow = Stacking(partial(self._follow, lane))
@@ -198,9 +202,18 @@ class Sampling(Speculation):
             # The leader keeps its own number of threads, which its bits may depend on.
             intraop = 1 if devices[rank].type == "cpu" else None
             try:
-                self._threads[rank] = context.start(body, thread_name(rank), intraop, devices[rank])
+                self._threads[rank] = context.start(
+                    body, thread_name(rank), intraop, devices[rank], home=x.device
+                )
             except RuntimeError as error:  # no more threads
                 self.core.leave_out(rank, describe(error))
+
+    @staticmethod
+    def _place_of(lane: Lane, home: torch.device) -> torch.device:
+        """Where a lane's tensors are; the host may leave out the number of the leader's device."""
+        device: torch.device = getattr(lane, "device", home)
+        unnumbered = device.type == "cuda" and device.index is None
+        return torch.device("cuda", 0) if unnumbered else device
 
     def _close(self) -> None:
         """Followers leave. Where the user cancelled, those at work are made to stop as well: the
@@ -264,7 +277,7 @@ class Sampling(Speculation):
         return torch.cat([d, to_d(x, sigma, unguided.seen.to(x.device))])
 
     def _sigma(self, step: int, x: torch.Tensor) -> torch.Tensor:
-        return self._sigmas[step].to(x.device, copy=True)
+        return self._sigmas[x.device][step].clone()
 
     # ---- the model that the sampler calls --------------------------------------------------------
 
@@ -319,6 +332,23 @@ class Sampling(Speculation):
         arguments: dict[str, Any],
     ) -> torch.Tensor:
         self.evaluated += 1
+        try:
+            return self._call_model(x, sigma, unguided, arguments)
+        except out_of_memory():
+            if not any(getattr(lane, "device", x.device) == x.device for lane in self._lanes):
+                raise
+        self.give_up(CROWDED)
+        self._close()  # those at work are through then
+        give_room()
+        return self._call_model(x, sigma, unguided, arguments)
+
+    def _call_model(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        unguided: Unguided | None,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
         if unguided is None:
             return self._model(x, sigma, **arguments)
         with telling(arguments["model_options"], unguided):

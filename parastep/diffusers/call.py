@@ -8,6 +8,7 @@ let go: at the latest when the leader's call ends.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import torch
 
 from .. import _core
 from ..options import Options
+from ..speculation import with_room
 from .batching import Meeting
 from .helpers import Helper
 from .leaving import Leave
@@ -112,6 +114,12 @@ class Call:
         return self.devices[0]
 
     @property
+    def shares_home(self) -> bool:
+        """Whether others evaluate on the leader's device in this process."""
+        here = [rank for rank in range(1, self.ranks) if rank not in self.remote]
+        return self.lane or any(self.devices[rank] == self.home for rank in here)
+
+    @property
     def transports(self) -> list[str]:
         """What takes the latents to each rank; nothing to rank 0."""
         others = range(1, self.ranks)
@@ -134,14 +142,17 @@ class Call:
         carriers = {rank: remote.carrier() for rank, remote in self.remote.items()}
         places = [d.index if d.type == "cuda" else -1 for d in self.devices[: self.ranks]]
         devices = places if x.is_cuda and len(places) == self.ranks else None
-        return _core.Leader(
-            program,
-            x,
-            ranks=self.ranks,
-            lane=self.lane,
-            carriers=carriers,
-            devices=devices,
-            **options.for_core(),
+        return with_room(
+            functools.partial(
+                _core.Leader,
+                program,
+                x,
+                ranks=self.ranks,
+                lane=self.lane,
+                carriers=carriers,
+                devices=devices,
+                **options.for_core(),
+            )
         )
 
     def tell_encoded(self, key: tuple[str, str], output: Any) -> None:

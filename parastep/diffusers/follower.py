@@ -18,8 +18,9 @@ from .. import _core
 from ..messages import describe
 from .arguments import inputs_in, named_arguments
 from .call import Call
+from .compiling import is_compiled
 from .draws import OwnDraws
-from .hooks import Hooks, is_compiled_in_place
+from .hooks import Hooks
 from .leaving import GoBack, Leave
 from .listening import Listening
 from .parts import denoisers_of
@@ -138,7 +139,7 @@ class Follower:
         return hook
 
     def _forward_of(self, name: str, module: torch.nn.Module) -> Any:
-        compiled = is_compiled_in_place(module) or hasattr(module, "_orig_mod")
+        compiled = is_compiled(module)
 
         def hook(run: Any, *args: Any, **kwargs: Any) -> Any:
             if self.call.over:

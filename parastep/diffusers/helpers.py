@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ..quiet import thread_name
-from ..threads import HostContext, finish_work
+from ..threads import HostContext, Task, finish_work
+from .compiling import is_compiled
 from .draws import OwnDraws
 from .forwards import Inputs, tensors_in
-from .hooks import is_compiled_in_place
 from .parts import denoisers_of
 from .tensors import map_tensors
 
@@ -62,7 +62,7 @@ class LocalHelper:
         self._home = home
         self._modules = denoisers_of(replica)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | Task | None = None
         self._lock = threading.Lock()
         self._brought: dict[str, dict[Any, tuple[torch.Tensor, torch.Tensor]]] = {}
 
@@ -99,7 +99,7 @@ class LocalHelper:
     def _evaluate(self, job: _Job, random: torch.Generator) -> Served:
         module = self._modules[job.name]
         inputs = self._bring(job)
-        if job.watched and not (is_compiled_in_place(module) or hasattr(module, "_orig_mod")):
+        if job.watched and not is_compiled(module):
             with OwnDraws(random) as draws, draws.forbidden():
                 output = module(*inputs.args, **inputs.kwargs)
         else:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .compiling import is_compiled_in_place
 from .parts import encoders_of
 
 _ENCODER_METHODS = ("encode", "get_text_features", "get_image_features")
@@ -208,8 +209,3 @@ def _begin_without() -> None:
 
 
 os.register_at_fork(after_in_child=_begin_without)
-
-
-def is_compiled_in_place(module: torch.nn.Module) -> bool:
-    """Whether `module.compile()` was called."""
-    return getattr(module, "_compiled_call_impl", None) is not None

@@ -19,7 +19,7 @@ import torch
 from .. import _core
 from ..messages import describe
 from ..options import Options
-from ..speculation import Speculation
+from ..speculation import CROWDED, Speculation, give_room, out_of_memory
 from ..tracing.noise import NoiseAhead
 from ..tracing.program import Traced, trace_rows
 from .arguments import first_times, inputs_in, latent_in, named_arguments, sample_in
@@ -83,7 +83,7 @@ class Leader(Speculation):
         self.shared = 0  # and which were evaluated together with other ranks'
         self.loops: list[Ended] = []  # of this call that are over
         self.watch: Watch | None = None
-        self._began = time.perf_counter()
+        self.began = time.perf_counter()
         self._listening = Listening()
         self._started = self._lane_started = False  # followers are
         self._team_open = False
@@ -208,15 +208,33 @@ class Leader(Speculation):
                 self.shared += first
                 return self.call.meeting.call(LEADER, name, ordinal, first, run, args, kwargs)
             if self.steps > 0:
-                return run(*args, **kwargs)
+                return self._with_room(run, args, kwargs)
             given = Inputs(args, kwargs).own_copy() if self.call.meeting is not None else None
-            output = run(*args, **kwargs)
+            output = self._with_room(run, args, kwargs)
             self._outputs.keep(module, ordinal, inputs, output)
             if given is not None and self.call.meeting is not None:
                 self.call.meeting.tell_exact(name, ordinal, given, output)
             return output
 
         return hook
+
+    def _with_room(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What the model returns; where others on its device have left no memory for that, as it
+        returns it alone.
+        """
+        try:
+            return run(*args, **kwargs)
+        except out_of_memory():
+            if self.team is not None or not self.call.shares_home:
+                raise
+        self.give_up(CROWDED)
+        if self.core is not None:
+            self.core.finish()
+        self.call.end()
+        for some in self._followers:  # those at work are through then
+            some.gather(set())
+        give_room()
+        return run(*args, **kwargs)
 
     def _share_out(
         self, first: bool, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any
@@ -498,7 +516,7 @@ class Leader(Speculation):
         for some in self._followers if lane and not self._lane_started else ():
             some.start_lane()
         self._lane_started = self._lane_started or lane
-        self.opened = time.perf_counter() - self._began
+        self.opened = time.perf_counter() - self.began
         patience = self.options.deadline or max(60.0, 10 * self.opened)
         self.call.open(self.core, result, patience)
         self._told(self.core.ask, 0, x)

@@ -12,7 +12,7 @@ import torch
 
 from ..messages import describe
 from ..quiet import thread_name
-from ..threads import HostContext, finish_work
+from ..threads import HostContext, Task, finish_work
 from ..tracing.draws import cloned_global_generator
 from .call import Call
 from .follower import Follower
@@ -41,7 +41,7 @@ class LocalFollowers:
         self._arguments = own_copy(given)
         self._context = HostContext()
         self._random = cloned_global_generator(call.home).get_state()
-        self._threads: dict[int, threading.Thread] = {}
+        self._threads: dict[int, threading.Thread | Task] = {}
 
     def start(self) -> None:
         """When the leader is about to evaluate: by then it has encoded, warned and logged, or has
@@ -66,11 +66,13 @@ class LocalFollowers:
         intraop, stream = (1 if device.type == "cpu" else None), None
         if self._call.meeting is not None:  # one calls for all, each as the leader would
             intraop = self._context.threads
-            stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        if device.type == "cuda" and (self._call.meeting is not None or rank == 0):
+            # The lane evaluates in turn with the leader: memory is cached for a stream.
+            stream = torch.cuda.current_stream(device)
         self.ranks[rank] = follower
         try:
             self._threads[rank] = self._context.start(
-                body, thread_name(rank), intraop, device, stream
+                body, thread_name(rank), intraop, device, stream, self._call.home
             )
         except RuntimeError as error:  # no more threads
             self._call.fail(rank, describe(error))

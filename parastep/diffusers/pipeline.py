@@ -60,7 +60,8 @@ def parallelize(
             the call is guided, so that there is something to share, else one, each call anew.
             "none": one. None: "auto" where `devices` is None, else "none".
         tolerance, policy, max_stride, warmup, order, deadline, on_failure: as in
-            `parastep.options.Options`; tolerance 0, or "exact", is the pipeline untouched.
+            `parastep.options.Options`; tolerance 0, or "exact", is the pipeline untouched, but that
+            a team's helpers are given calls of it, bit for bit.
         mode: "threads", "processes" (workers that are spawned by us, with the first call) or
             "auto": processes where every rank has a CUDA device of its own, since launching kernels
             holds Python's lock, and threads elsewhere, or where the pipeline cannot be sent.

@@ -126,6 +126,9 @@ def _devices_of(home: torch.device, devices: Sequence[Place] | None) -> list[tor
         count = kind.device_count() if kind is not None and hasattr(kind, "device_count") else 1
         own = home.index or 0
         order = [own, *(k for k in range(count) if k != own)]
+        if home.type == "cuda":  # like with like: teams are made of neighbours
+            names = {k: torch.cuda.get_device_name(k) for k in order}
+            order.sort(key=lambda k: (names[k] != names[own], names[k] if k != own else ""))
         devices = [torch.device(home.type, k) if count > 1 else home for k in order]
     if isinstance(devices, (str, torch.device)) or not 0 < len(devices) <= 256:
         raise _core.InvalidError(f"devices: {devices!r}: a list is needed, as ['cuda:0', 'cuda:1']")

@@ -18,6 +18,7 @@ from ..messages import FollowerWarning, describe
 from ..options import Options
 from .batching import Meeting
 from .call import Call, Followers, Given
+from .compiling import unfit_for_threads
 from .helpers import LocalHelper
 from .local import LocalFollowers
 from .memory import free_on, without_room
@@ -120,8 +121,12 @@ class Ranks:
                 self._replicas.clear()  # nobody will need them, and they hold memory
         if reason is not None:
             return Call(1), [], reason
+        in_threads = unfit_for_threads(pipe)
+        lane = lane and in_threads is None
         try:
             self._refresh_remote(pipe)
+            if self._remote is None and in_threads is not None:
+                return Call(1), [], in_threads
             self._refresh(pipe, options, lane)
         except Exception as error:  # a component that cannot be copied
             reason = f"replicas of the pipeline cannot be made: {describe(error)}"

@@ -9,13 +9,16 @@ before any hook is placed: a copy of a hooked module would keep the original's c
 from __future__ import annotations
 
 import copy
+import types
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ..marks import elements_of
 from .changes import plain
+from .compiling import compile_parts, compiled_parts
 from .hooks import attributes_of
 from .offload import (
     forget_hooks,
@@ -30,6 +33,8 @@ from .parts import denoisers_of, encoders_of, is_scheduler
 from .quantised import is_written, move_scales, own_copy
 
 Memo = dict[int, Any]  # of a deep copy
+
+_OF_MODULES = ("_parameters", "_buffers", "_modules")
 
 
 def unfit(pipe: Any) -> str | None:
@@ -60,8 +65,7 @@ def _share(
     module: torch.nn.Module, device: torch.device, own_weights: bool, lane: bool, memo: Memo
 ) -> None:
     """Parameters of a denoiser's copy: the same ones on the same device, else moved ones. Buffers
-    are its own, for modules that write to them, and so is what a part computes anew in each
-    forward and keeps as an attribute, which a deep copy would refuse.
+    are its own, for modules that write to them.
 
     Offloaded ones are moved under who else holds them when the leader calls its module. They stay
     on a GPU by the time that a lane runs, which has the same ones.
@@ -73,16 +77,49 @@ def _share(
             memo[id(weight)] = own_copy(weight, device)
         else:
             memo[id(weight)] = weight if shared and not own_weights else _moved(weight, device)
-    computed = (v for part in module.modules() for v in vars(part).values() if _is_computed(v))
-    for tensor in (*module.buffers(), *computed):
+    for tensor in module.buffers():
         memo[id(tensor)] = _moved(tensor, device)
 
 
-def _is_computed(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not value.is_leaf
+def going_along(pipe: Any) -> list[torch.Tensor]:
+    """Tensors that parts of denoisers keep as plain attributes, or in containers and objects among
+    them (what quantised weights are scaled by): those that are where the weights are, which a deep
+    copy would leave there, and those computed anew in each forward, which it would refuse.
+    """
+    found: dict[int, torch.Tensor] = {}
+    for module in denoisers_of(pipe).values():
+        home = next((weight.device for weight in module.parameters()), None)
+        for part in module.modules():
+            own = (value for name, value in vars(part).items() if name not in _OF_MODULES)
+            for tensor in (tensor for value in own for tensor in _tensors_in(value)):
+                if tensor.device == home or not tensor.is_leaf:
+                    found[id(tensor)] = tensor
+    return list(found.values())
+
+
+def _tensors_in(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth and not isinstance(value, (torch.nn.Module, type, types.ModuleType)):
+        if not isinstance(value, (list, tuple, set, dict)):
+            try:
+                value = vars(value)
+            except Exception:  # there is none, or an object of the user's own does not tell
+                return
+        for item in list(value.values() if isinstance(value, dict) else value):
+            yield from _tensors_in(item, depth - 1)
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy. Weights of a class of their own that torch's operations do not keep (bitsandbytes')
+    are copied whole first: they know by themselves what else they have to move.
+    """
+    if type(tensor.detach()) is not type(tensor) and type(tensor) is not torch.nn.Parameter:
+        moved = copy.deepcopy(tensor).to(device)
+        if type(moved) is not type(tensor) or moved.device.type != device.type:
+            name = type(tensor).__name__
+            raise RuntimeError(f"weights of class {name} do not move to {device} as they are")
+        return moved
     copied = tensor.detach().to(device, copy=True)
     if isinstance(tensor, torch.nn.Parameter) and not isinstance(copied, torch.nn.Parameter):
         return torch.nn.Parameter(copied, requires_grad=tensor.requires_grad)
@@ -110,11 +147,16 @@ def twin_of(module: Any, memo: dict[int, Any], old: Any = None) -> Any:
 
 
 def replicate(
-    pipe: Any, device: torch.device, own_weights: bool = False, lane: bool = False
+    pipe: Any,
+    device: torch.device,
+    own_weights: bool = False,
+    lane: bool = False,
+    along: Sequence[torch.Tensor] | None = None,
 ) -> Any:
     """A pipeline of the same class with its own modules and schedulers, for a follower; `as_made`
     brings its denoisers back to what they are now. With its own weights on the pipe's device too,
-    for code that may write to them. A `lane` is on the leader's device.
+    for code that may write to them. A `lane` is on the leader's device. `along`: as `going_along`
+    has it, where the pipe itself can no longer tell.
     """
     memo: Memo = {}
     forget_hooks(pipe, memo)
@@ -122,10 +164,14 @@ def replicate(
         twin_of(module, memo)
     for module in denoisers_of(pipe).values():
         _share(module, device, own_weights, lane, memo)
+    for tensor in going_along(pipe) if along is None else along:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _moved(tensor, device)
     replica = copy.deepcopy(pipe, memo)
     unhook_denoisers(replica)
     for module in denoisers_of(replica).values():
         move_scales(module, device)
+    compile_parts(replica, compiled_parts(pipe))
     _without_bars(replica)
     cls = type(pipe)
     # Its encoders stay where the leader's are, so it cannot tell its own device from them, which

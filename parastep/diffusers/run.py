@@ -119,7 +119,7 @@ class Run:
         leading = [team for team in (call.team, call.teams.get(0)) if team is not None]
         others = [[team] for rank, team in sorted(call.teams.items()) if rank > 0]
         for rank, teams in enumerate([leading, *others]) if leading else ():
-            report.teams.append(teams[0].record(teams[1:]))
+            report.teams.append(teams[0].record(teams[1:]).since(self._leader.began))
             for lost in (line for team in teams for line in team.losses):
                 text = f"its helper on {lost.device} was lost: {lost.why}"
                 report.failures.append(Failure(rank, lost.step, HELPER_LOST, text))

@@ -16,7 +16,7 @@ import torch
 
 from .arguments import first_times
 from .hooks import Hooks
-from .tensors import map_tensors
+from .tensors import map_tensors, private
 
 
 class Skipping:
@@ -96,7 +96,8 @@ class Outputs:
 
     def keep(self, module: Any, ordinal: int, inputs: list[torch.Tensor], output: Any) -> None:
         shape = inputs[0].shape if inputs else None
-        self._kept[id(module), ordinal] = (shape, map_tensors(torch.Tensor.detach, output))
+        # A copy: what a module returned may be memory that its next run writes to, or takes back.
+        self._kept[id(module), ordinal] = (shape, map_tensors(private, output))
 
     def fake(self, module: Any, ordinal: int, inputs: list[torch.Tensor]) -> Any:
         """An output for this call; None where none can be made and the caller must evaluate."""

@@ -23,7 +23,8 @@ import torch
 from ..messages import describe
 from ..reach import package_of
 from .changes import Changes, Seen
-from .hooks import attributes_of, is_compiled_in_place
+from .compiling import is_compiled
+from .hooks import attributes_of
 from .parts import denoisers_of, modules_of
 from .reach import STRUCTURE, Footprint, Path, Reach, code_of, foreign_code, is_foreign
 from .replicas import made_by_hooks
@@ -184,7 +185,7 @@ class _Look:
     def begin(self) -> None:
         self._begun = True
         for name, module in self._denoisers.items():
-            if not _has_compiled(module):
+            if not is_compiled(module):
                 self._place(name, module)
         self._before = self._whole()
 
@@ -379,17 +380,6 @@ def _are_same(a: list[Foreign], b: list[Foreign] | None) -> bool:
     if b is None or len(a) != len(b):
         return False
     return all(one.is_same(other) for one, other in zip(a, b))
-
-
-def _has_compiled(module: torch.nn.Module) -> bool:
-    """Whether code was compiled that would trace into a hook of ours."""
-    parts = list(module.modules())
-    return any(
-        is_compiled_in_place(part)
-        or hasattr(part, "_orig_mod")
-        or hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable")
-        for part in parts
-    )
 
 
 def averages(pipe: Any) -> str | None:

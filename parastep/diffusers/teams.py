@@ -6,10 +6,10 @@ A rank's hooks call `Team.call` in place of a denoiser. Two ways to share a step
   one a device, and the outputs are joined. Whether and how a forward can be cut is tried at step 0,
   beside the whole one. Equal to rounding, so never at tolerance 0.
 - Calls are foretold: where guidance makes several calls a step, the later ones' arguments are
-  guessed from the first one's and the iteration before, which at step 0 is one of the call before
-  with as many words and pixels, and evaluated by helpers meanwhile. When
-  the host makes the call, its real arguments are compared bit for bit: the same ones take the
-  helper's output, which is what the head itself would give; others are evaluated as ever.
+  guessed from the first one's and the iteration before (at step 0 the pipeline's call before, if
+  that was given as many words and pixels), and evaluated by helpers meanwhile. When the host makes
+  the call, its real arguments are compared bit for bit: the same ones take the helper's output,
+  which is what the head itself would give; others are evaluated as ever.
 
 A helper that is lost costs speed. Nothing here knows of rounds or of the core.
 """
@@ -28,7 +28,7 @@ import torch
 
 from .. import _core
 from ..messages import describe
-from ..report import TeamRecord
+from ..report import Share, TeamRecord
 from .forwards import RULES, Apart, Inputs, check_output, form_of, is_same, joined, tensors_in
 from .helpers import Helper, Served
 from .leaving import Leave
@@ -125,6 +125,7 @@ class Team:
         self._reason: str | None = None  # why it shares nothing, in this whole call
         self._shared: Counter[str] = Counter()  # forwards, by how
         self._missed = self._unsplit = 0
+        self._log: list[Share] = []  # of what helpers served
         self._step = 0
         self._shape: _Shape | None = None
         self._ordinals: Counter[str] = Counter()
@@ -135,6 +136,9 @@ class Team:
         self._misses: Counter[Key] = Counter()
         self._trials: list[_Trial] = []
         self._made: dict[int, _Made] = {}  # in this iteration, by the whole's id
+        kinds = dict.fromkeys(map(_kind_of, devices))
+        if exact and len(kinds) > 1:
+            self.dissolve(f"tolerance 0 needs devices of one kind: {' and '.join(kinds)}")
 
     # ---- for the rank ----------------------------------------------------------------------------
 
@@ -143,10 +147,8 @@ class Team:
         self._shape, self._ready = _Shape(denoisers), True
 
     def dissolve(self, reason: str) -> None:
-        """From here on the head evaluates alone; the first reason counts."""
+        """From here on the head evaluates alone; the first reason counts. From any thread."""
         self._reason = self._reason or reason
-        self._foretold.clear()
-        self._trials.clear()
 
     def begin(self, step: int) -> None:
         """An iteration: its denoisers are about to be called."""
@@ -188,7 +190,7 @@ class Team:
         return self._whole(key, run, inputs)
 
     def record(self, others: Sequence[Team] = ()) -> TeamRecord:
-        """For the report; `others` are of the same devices."""
+        """For the report, by the clock of `time.perf_counter`; `others` are of the same devices."""
         teams = (self, *others)
         how = [_WORDS[kind] for kind in sorted(set().union(*(team.kinds for team in teams)))]
         return TeamRecord(
@@ -198,6 +200,7 @@ class Team:
             shared=sum(sum(team._shared.values()) for team in teams),
             missed=sum(team._missed for team in teams),
             whole=sum(team._unsplit for team in teams),
+            served=tuple(share for team in teams for share in team._log),
         )
 
     @property
@@ -235,6 +238,19 @@ class Team:
         if found is None and self._exact:
             found = "one call a step, which at tolerance 0 is not cut: a share rounds differently"
         return found or "one call a step, of one item: there is nothing to share"
+
+    def _start(
+        self, helper: Helper, name: str, inputs: Inputs, watched: bool = False
+    ) -> Future[Served]:
+        """Has a helper evaluate, and notes when it did."""
+        device, step, began = 1 + self._all.index(helper), self._step, time.perf_counter()
+
+        def note(_: Future[Served]) -> None:
+            self._log.append(Share(device, step, began, time.perf_counter()))
+
+        answer = helper.start(name, inputs, watched)
+        answer.add_done_callback(note)
+        return answer
 
     def _wait(self, helper: Helper, answer: Future[Served]) -> None:
         """Until there is an output or an error; a helper without one in time is lost."""
@@ -309,7 +325,7 @@ class Team:
         for number, share in enumerate(shares):
             helper = helpers[number % len(helpers)]
             places.append(helper.place)
-            answers.append(helper.start(name, share.own_copy(), watched=True))
+            answers.append(self._start(helper, name, share.own_copy(), watched=True))
         return _Trial(cut, rule, places, answers, [], inputs.of_lists)
 
     def _settle(self, trial: _Trial) -> None:
@@ -355,7 +371,7 @@ class Team:
         """
         count = min(inputs.items, 1 + len(self._helpers))
         first, *others = self._cut(inputs, count, rule)
-        pairs = [(h, h.start(key[0], share)) for h, share in zip(self._helpers, others)]
+        pairs = [(h, self._start(h, key[0], s)) for h, s in zip(self._helpers, others)]
         own = run(*first.args, **first.kwargs)
         try:
             served = [self._served(*pair) for pair in pairs]
@@ -433,10 +449,12 @@ class Team:
             if any(v.is_inference() for v in guess.values.values() if isinstance(v, torch.Tensor)):
                 guess = guess.own_copy()  # nothing would tell that somebody wrote to them
             helper = self._helpers[number % len(self._helpers)]
-            self._foretold[key] = guess, guess.versions, helper, helper.start(name, guess)
+            self._foretold[key] = guess, guess.versions, helper, self._start(helper, name, guess)
 
     def _taken(self, key: Key, run: Callable[..., Any], inputs: Inputs) -> Any:
         guess, versions, helper, answer = self._foretold.pop(key)
+        if self._reason is not None:
+            return self._whole(key, run, inputs)
         if guess.versions != versions or not guess.is_same(inputs):
             self._missed += 1
             self._misses[key] += 1
@@ -455,6 +473,11 @@ class Team:
         self._cuts.calls = {**self._cuts.calls, **self._now}
         self._shared["calls"] += 1
         return served.output
+
+
+def _kind_of(device: torch.device) -> str:
+    """Of one kind compute the same bits."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _links_between(first: Inputs, last: Inputs) -> Links:

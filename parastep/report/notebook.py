@@ -10,12 +10,12 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
-from .plot import COLOURS, LABELS, drifts
+from .plot import COLOURS, LABELS, drawn, drifts, rows
 from .record import Record
 
 _WIDTH, _LEFT = 760, 52  # pixels; what is left of the pictures' own area
 _ROW = 18
-_LABELLED_RANKS = 32  # above it the rows are too many for numbers
+_LABELLED_ROWS = 32  # above it they are too many for numbers
 _TEXT = 'fill="currentColor" font-size="10" font-family="sans-serif"'
 
 
@@ -81,24 +81,25 @@ def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
 
 
 def _timeline(report: Record) -> str:
-    """A row a rank, seconds to the right; one path a kind, which keeps long runs small."""
-    seconds = max(report.seconds, max(record.end for record in report.timeline), 1e-9)
+    """A row a device, seconds to the right; one path a kind, which keeps long runs small."""
+    shown, (names, _) = drawn(report), rows(report)
+    seconds = max(report.seconds, max(end for *_, end, _ in shown), 1e-9)
     scale = (_WIDTH - _LEFT - 8) / seconds
     paths: dict[str, list[str]] = {kind: [] for kind in COLOURS}
     numbers = []
-    for record, kind in zip(report.timeline, report.evaluated):
-        x, width = _LEFT + record.begin * scale, (record.end - record.begin) * scale
-        y = record.rank * _ROW + 2
+    for row, step, begin, end, kind in shown:
+        x, width = _LEFT + begin * scale, (end - begin) * scale
+        y = row * _ROW + 2
         paths[kind].append(f"M{x:.1f} {y}h{max(width - 0.5, 0.3):.1f}v{_ROW - 4}H{x:.1f}z")
-        if width >= 7 * len(str(record.step)) and report.ranks <= _LABELLED_RANKS:
-            numbers.append(_text(x + width / 2, y + 11, str(record.step), "middle"))
+        if width >= 7 * len(str(step)) and len(names) <= _LABELLED_ROWS:
+            numbers.append(_text(x + width / 2, y + 11, str(step), "middle"))
     parts = [f'<path d="{"".join(d)}" fill="{COLOURS[k]}"/>' for k, d in paths.items() if d]
-    apart = 1 + (report.ranks - 1) // _LABELLED_RANKS
-    rows = [_text(0, k * _ROW + 13, f"rank {k}") for k in range(0, report.ranks, apart)]
-    foot = report.ranks * _ROW + 12
+    apart = 1 + (len(names) - 1) // _LABELLED_ROWS
+    labels = [_text(0, k * _ROW + 13, names[k]) for k in range(0, len(names), apart)]
+    foot = len(names) * _ROW + 12
     ends = [_text(_LEFT, foot, "0 s"), _text(_WIDTH - 8, foot, f"{seconds:.3g} s", "end")]
-    label = "timeline: which rank evaluated which step when"
-    return _svg(foot + 4, [*parts, *numbers, *rows, *ends], label)
+    label = "timeline: which device evaluated which step when"
+    return _svg(foot + 4, [*parts, *numbers, *labels, *ends], label)
 
 
 def _drift(report: Record) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import Any
 
 from .record import Record
@@ -20,10 +21,17 @@ LABELS = {
     "rejected": "guess, not used",
 }
 
+_LINES = 8  # of what teams did, above the pictures
+
 
 def report(report: Record, figure: Any = None) -> Any:
     """Timeline, drift, steps taken in each round; returns the figure."""
     figure = _own_figure() if figure is None else figure
+    lines = report.team_lines[:_LINES]
+    if lines:
+        more = len(report.teams) - len(lines)
+        lines += [f"and {more} ranks more"] * (more > 0)
+        figure.suptitle("\n".join(lines), x=0.01, horizontalalignment="left", fontsize=8)
     axes = figure.subplots(3, 1, height_ratios=[2, 1.5, 1])
     timeline(report, axes[0])
     drift(report, axes[1])
@@ -32,19 +40,47 @@ def report(report: Record, figure: Any = None) -> Any:
 
 
 def timeline(report: Record, axes: Any) -> None:
-    """Draws a report's evaluations on matplotlib axes: a row a rank, seconds to the right."""
-    for record, kind in zip(report.timeline, report.evaluated):
-        width, look = record.end - record.begin, {"color": COLOURS[kind], "linewidth": 0}
-        axes.barh(record.rank, width, left=record.begin, height=0.8, **look)
-        middle = record.begin + width / 2
-        axes.text(middle, record.rank, str(record.step), ha="center", va="center", fontsize=6)
-    axes.set_yticks(range(report.ranks))
-    axes.set_ylabel("rank")
+    """Draws a report's evaluations on matplotlib axes: a row a device, seconds to the right."""
+    for row, step, begin, end, kind in drawn(report):
+        width, look = end - begin, {"color": COLOURS[kind], "linewidth": 0}
+        axes.barh(row, width, left=begin, height=0.8, **look)
+        axes.text(begin + width / 2, row, str(step), ha="center", va="center", fontsize=6)
+    names, _ = rows(report)
+    axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("seconds (numbers are steps)")
     axes.invert_yaxis()
     _finish(axes, ["exact", "accepted", "rejected"])
-    title = "\n".join([f"{report.steps} steps in {report.rounds} rounds", *report.team_lines])
-    axes.set_title(title, loc="left", fontsize=10 if not report.teams else 8)
+    axes.set_title(f"{report.steps} steps in {report.rounds} rounds", loc="left", fontsize=10)
+
+
+def rows(report: Record) -> tuple[list[str], dict[tuple[int, int], int]]:
+    """The names of the timeline's rows, and which one a rank's head (0) and its helpers have."""
+    names: list[str] = []
+    places = {}
+    for rank in range(report.ranks):
+        served = report.teams[rank].served if rank < len(report.teams) else ()
+        for device in range(1 + max((share.device for share in served), default=0)):
+            places[rank, device] = len(names)
+            names.append(f"rank {rank}" if device == 0 else "helper")
+    return names, places
+
+
+def drawn(report: Record) -> list[tuple[int, int, float, float, str]]:
+    """(row, step, begin, end, kind) of all that the timeline shows; what a helper served is of the
+    kind of its rank's evaluation.
+    """
+    _, places = rows(report)
+    pairs = list(zip(report.timeline, report.evaluated))
+    found = [(places[r.rank, 0], r.step, r.begin, r.end, kind) for r, kind in pairs]
+    kinds = defaultdict(list)
+    for record, kind in pairs:
+        kinds[record.rank, record.step].append((record.begin, kind))
+    for rank, team in enumerate(report.teams[: report.ranks]):
+        for device, step, begin, end in team.served:
+            near = [(abs(first - begin), kind) for first, kind in kinds[rank, step]]
+            kind = min(near, default=(0.0, "rejected"))[1]
+            found.append((places[rank, device], step, begin, end, kind))
+    return found
 
 
 def drifts(report: Record) -> list[tuple[int, float, str]]:

@@ -38,11 +38,23 @@ class Failure(NamedTuple):
         return "goes on without a helper" if self.status == HELPER_LOST else "was left out"
 
 
+class Share(NamedTuple):
+    """A forward, or a share of one, that a helper served: which of its team's devices it is (1 and
+    up, the head being 0), for which step, and in seconds since the run began when it was asked and
+    when it had answered.
+    """
+
+    device: int
+    step: int
+    begin: float
+    end: float
+
+
 class TeamRecord(NamedTuple):
     """What the devices of one rank did together: those, the head's first; how forwards were shared
     out ("calls (bit for bit)", "batch (to rounding)"), or None and the reason why they were not;
     forwards that were shared, calls that were foretold wrongly, forwards that the head made whole,
-    a trial's at step 0 among them. `str` is one line of it.
+    a trial's at step 0 among them; all that helpers served. `str` is one line of it.
     """
 
     devices: list[str]
@@ -51,6 +63,23 @@ class TeamRecord(NamedTuple):
     shared: int
     missed: int
     whole: int
+    served: tuple[Share, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<TeamRecord: {self}>"
+
+    def since(self, began: float) -> TeamRecord:
+        """With times from then on."""
+        shares = (Share(device, step, a - began, b - began) for device, step, a, b in self.served)
+        return self._replace(served=tuple(shares))
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._asdict() | {"served": [share._asdict() for share in self.served]}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> TeamRecord:
+        served = tuple(Share(**share) for share in plain.get("served", []))
+        return cls(**plain | {"served": served})
 
     def __str__(self) -> str:
         devices = " + ".join(self.devices)
@@ -159,7 +188,7 @@ class Record:
             plain["tolerance"] = "inf"
         plain["timeline"] = [record._asdict() for record in self.timeline]
         plain["failures"] = [line._asdict() for line in self.failures]
-        plain["teams"] = [team._asdict() for team in self.teams]
+        plain["teams"] = [team.to_dict() for team in self.teams]
         return plain
 
     @classmethod
@@ -172,7 +201,7 @@ class Record:
                 found["tolerance"] = float(found["tolerance"])
             found["timeline"] = [Evaluation(**record) for record in found["timeline"]]
             found["failures"] = [Failure(**line) for line in found["failures"]]
-            found["teams"] = [TeamRecord(**team) for team in found.get("teams", [])]
+            found["teams"] = [TeamRecord.from_dict(team) for team in found.get("teams", [])]
             return cls(**found)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the dict of a report: {error!r}") from error

@@ -4,6 +4,8 @@ Rounds: one run of the demo's image model on 8 ranks is the profile, other ranks
 and seeds are predicted; the same of strided runs of the image and the video model, from one run on
 4 ranks and from three runs.  Wall time: a denoiser that only waits, on ranks that share one link,
 which waits too, once for each latent in either direction; the profile is such a run without a link.
+What to do with so many devices: what `plan` gives, from all strided runs in 50 steps at the default
+tolerance.
 
     python tests/bench/plan.py
 """
@@ -102,6 +104,28 @@ def strided_rounds(name: str, count: int, runs: Any) -> tuple[list[list[Any]], l
     return rows, off
 
 
+DEVICES = (1, 2, 4, 8, 16)
+
+
+def uses(runs: Any) -> list[list[Any]]:
+    """Speed-ups of ranks and of pairs on so many devices, with the rounds that they take, from the
+    runs of a model: a forward of a second, latents of 1 MB, PCIe.
+    """
+    profile = [r for key, found in runs.items() if key[1:] == (0.02, 50) for r in found]
+    given = {"profile": profile, "forward": 1, "latents": 1e6, "overhead": 0}
+    ranks = parastep.plan(50, ranks=DEVICES, **given)
+    exact = parastep.plan(50, ranks=1, split=2, tolerance="exact", **given)[0].speedup
+    rows = [[1, _told(ranks[0]), "", ""]]
+    for devices, single in list(zip(DEVICES, ranks))[1:]:
+        (pairs,) = parastep.plan(50, ranks=devices // 2, split=2, **given)
+        rows.append([devices, _told(single), _told(pairs), f"{exact:.1f}x"])
+    return rows
+
+
+def _told(plan: Any) -> str:
+    return f"{plan.speedup:.1f}x ({plan.rounds})"
+
+
 class Way:
     """One direction of a link, which carries one latent at a time."""
 
@@ -166,6 +190,8 @@ def main() -> None:
         print(f"off by {mean:.1%} on average, {max(off):.0%} at worst: {verdict(mean, GOAL)}")
     for name in ("image", "video"):
         runs = strided_runs(name)
+        columns = ["devices", "ranks of one", "pairs, .9", "exact, a pair"]
+        show(f"what to do with devices, {name}: told (rounds)", columns, uses(runs))
         for count in (1, len(TOLD)):
             rows, off = strided_rounds(name, count, runs)
             columns = ["model", "steps", "tolerance", *(f"{p} ranks" for p in (1, 2, 4, 8))]

@@ -335,6 +335,22 @@ TEST(out_of_memory_says_so)
   fakes_end(fake);
 }
 
+/* As on shares of a device: a pool can be made, and gives nothing. */
+TEST(a_pool_that_gives_no_memory)
+{
+  enum { NOT_SUPPORTED = 801 };
+  const fake_api *fake = fakes_begin(&plain, 1);
+  fake->fake_fail("cuMemAllocFromPoolAsync", 1, NOT_SUPPORTED);
+  const ps_backend *cuda = open_rank(0);
+  fake->fake_fail("cuMemAllocFromPoolAsync", 1, NOT_SUPPORTED);
+  void *p = cuda->alloc(cuda, 64);
+  CHECK(p != NULL);
+  cuda->free(cuda, p);
+  fake->fake_fail("", 0, 0);
+  cuda->release(cuda);
+  fakes_end(fake);
+}
+
 /* An error that comes only while work is done is told by whatever is asked next. */
 TEST(an_error_that_comes_later)
 {
@@ -347,7 +363,9 @@ TEST(an_error_that_comes_later)
   CHECK_STATUS(cuda->settle(cuda, NULL), PS_DEVICE);
   CHECK(strstr(ps_last_error(), "ILLEGAL_ADDRESS") != NULL);
   CHECK_STATUS(cuda->copy(cuda, block, block + 64, 64), PS_DEVICE);
-  fake->fake_break(0, 0);
+  fake->fake_break(0, 0); /* which no device comes back from */
+  CHECK_OK(cuda->copy(cuda, block, block + 64, 64));
+  CHECK_OK(cuda->settle(cuda, NULL));
   cuda->free(cuda, block);
   cuda->release(cuda);
   fakes_end(fake);

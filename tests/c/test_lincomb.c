@@ -2,6 +2,7 @@
  * double within rounding.
  */
 #include <math.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -54,6 +55,15 @@ static ps_status solve(problem *p, const ps_backend *backend)
                           p->out_dtype);
 }
 
+static bool is_wide(const problem *p)
+{
+  bool wide = p->out_dtype == PS_F64;
+  for (int j = 0; j < p->terms; j++) {
+    wide = wide || (p->term[j].data && p->term[j].dtype == PS_F64);
+  }
+  return wide;
+}
+
 /* The specification, element by element: what out[k][i] must be, and the sum of magnitudes. */
 static double expected(const problem *p, int k, size_t i, double *exact, double *magnitude)
 {
@@ -70,12 +80,12 @@ static double expected(const problem *p, int k, size_t i, double *exact, double 
       *magnitude += fabs(w * x);
     }
   }
-  return p->out_dtype == PS_F64 ? wide : (double)narrow;
+  return is_wide(p) ? wide : (double)narrow;
 }
 
 static void check_solution(problem *p)
 {
-  double accumulated = (p->terms + 3) * unit(p->out_dtype == PS_F64 ? PS_F64 : PS_F32);
+  double accumulated = (p->terms + 3) * unit(is_wide(p) ? PS_F64 : PS_F32);
   for (int k = 0; k < p->outs; k++) {
     for (size_t i = 0; i < p->n; i++) {
       double exact, magnitude, bits = 0;
@@ -245,11 +255,14 @@ TEST(is_not_contracted)
   }
 }
 
-/* The accumulator is chosen by the output: 1 + 2^-40 is lost in float, and kept in double. */
-TEST(accumulates_in_the_output_s_type)
+/* The accumulator is chosen by the widest: 1 + 2^-40 is lost in float, and kept in double. */
+TEST(accumulates_in_the_widest_type)
 {
   const double x[] = {1 + 0x1p-40}, one[] = {1}, weight[] = {1, -1};
   const ps_term in[] = {{x, PS_F64}, {one, PS_F64}};
+  const float big[] = {0x1p24f}, small[] = {1}, minus[] = {-0x1p24f};
+  const double sum[] = {1, 1, 1};
+  const ps_term floats[] = {{big, PS_F32}, {small, PS_F32}, {minus, PS_F32}};
   double wide;
   float narrow;
   void *out = &wide;
@@ -257,7 +270,12 @@ TEST(accumulates_in_the_output_s_type)
   CHECK_EQ(wide, 0x1p-40);
   out = &narrow;
   CHECK_OK(cpu()->lincomb(cpu(), 1, 1, 2, weight, in, &out, PS_F32));
+  CHECK_EQ(narrow, 0x1p-40f);
+  CHECK_OK(cpu()->lincomb(cpu(), 1, 1, 3, sum, floats, &out, PS_F32));
   CHECK_EQ(narrow, 0);
+  out = &wide;
+  CHECK_OK(cpu()->lincomb(cpu(), 1, 1, 3, sum, floats, &out, PS_F64));
+  CHECK_EQ(wide, 1);
 }
 
 TEST(refuses_nonsense)

@@ -44,18 +44,19 @@ static int equal(buffer *a, buffer *b)
   return memcmp(data_of(a), data_of(b), a->n * ps_dtype_size(a->dtype)) == 0;
 }
 
-/* out is m + slope (x - guess), every operation in the type of its operand that is wider: bits. */
+/* out is m + slope (x - guess), every operation in double where x or m is, else in float: bits. */
 static void check_answer(stroke *s)
 {
   const ps_sweep *w = &s->sweep;
   for (size_t i = 0; i < w->items * w->size; i++) {
     double x = get(w->x, w->x_dtype, i), guess = get(w->guess, w->x_dtype, i);
     double m = get(w->m, w->m_dtype, i), bits = 0;
-    double moved = w->x_dtype == PS_F64 ? x - guess : (double)((float)x - (float)guess);
-    if (w->m_dtype == PS_F64) {
-      put(&bits, PS_F64, 0, m + w->slope * moved);
+    float moved = (float)x - (float)guess;
+    if (w->x_dtype == PS_F64 || w->m_dtype == PS_F64) {
+      double answer = m + w->slope * (x - guess);
+      put(&bits, w->m_dtype, 0, w->m_dtype == PS_F64 ? answer : (double)(float)answer);
     } else {
-      put(&bits, w->m_dtype, 0, (double)((float)m + (float)w->slope * (float)moved));
+      put(&bits, w->m_dtype, 0, (double)((float)m + (float)w->slope * moved));
     }
     size_t bytes = ps_dtype_size(w->m_dtype);
     CHECK(memcmp(&bits, (char *)w->out + i * bytes, bytes) == 0);

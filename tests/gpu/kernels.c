@@ -10,47 +10,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "parastep_backend.h"
+#include "device.h"
 
 enum { TERMS = 24, OUTS = 8, MB = 1 << 20, REPEATS = 50 };
-
-static const ps_backend *gpu, *cpu;
-static ps_mirror *way; /* between the device and the host */
-static size_t way_bytes;
-
-static void need(ps_status status, const char *what)
-{
-  if (status != PS_OK) {
-    fprintf(stderr, "%s: %s\n", what, ps_last_error());
-    exit(1);
-  }
-}
-
-static void *new_vector(size_t bytes)
-{
-  void *p = gpu->alloc(gpu, bytes);
-  need(p != NULL ? PS_OK : PS_NO_MEMORY, "memory");
-  return p;
-}
-
-/* ---- host and device ------------------------------------------------------------------------- */
-
-static void to_device(void *to, const void *from, size_t bytes)
-{
-  memcpy(way->memory[PS_FAR], from, bytes);
-  need(way->ops->send(way, PS_FAR, 0, bytes), "send");
-  need(way->ops->receive(way, PS_NEAR), "receive");
-  need(gpu->copy(gpu, to, way->memory[PS_NEAR], bytes), "copy");
-  need(gpu->settle(gpu, NULL), "settle");
-}
-
-static void to_host(void *to, const void *from, size_t bytes)
-{
-  need(gpu->copy(gpu, way->memory[PS_NEAR], from, bytes), "copy");
-  need(way->ops->send(way, PS_NEAR, 0, bytes), "send");
-  need(way->ops->settle(way, PS_NEAR, NULL), "settle");
-  memcpy(to, way->memory[PS_FAR], bytes);
-}
 
 /* Small integers over 64 are exact in every dtype; sums of them are not, which is what is tested.
  */
@@ -326,16 +288,11 @@ int main(int argc, char **argv)
   char found[256];
   ps_cuda_describe(found, sizeof found);
   printf("{\"found\": \"%s\"}\n", found);
-  cpu = ps_backend_find("cpu");
-  way_bytes = (size_t)MB;
-  need(ps_cuda_open(device, &gpu), "open");
-  need(gpu->mirror(gpu, cpu, way_bytes, &way), "mirror");
+  open_device(device);
   int wrong = check_all();
   if (argc < 3) {
     bench_all(device);
   }
-  way->ops->close(way, PS_NEAR);
-  way->ops->close(way, PS_FAR);
-  gpu->release(gpu);
+  close_device();
   return wrong != 0;
 }

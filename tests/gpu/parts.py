@@ -7,6 +7,7 @@ A part prints one JSON object a line and fails by raising.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from parastep.stacking import Stacking
 from parastep.threads import HostContext
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # not there by itself in a safe path
 DRY = "--dry" in sys.argv
 HOME = "cpu" if DRY else "cuda:0"
 if DRY:
@@ -91,16 +93,19 @@ def exact(count: int) -> None:
     about(count)
     torch.use_deterministic_algorithms(True, warn_only=True)
     wrong = []
-    for name in EXACT[:1] if DRY else EXACT:
+    for name in EXACT:
         case = tiny.CASES[name]
-        pipe = case.build().to(HOME)
-        own = tiny.run(pipe, _moved(case.kwargs()))
-        again = tiny.run(pipe, _moved(case.kwargs()))
+        pipe, steps = case.build().to(HOME), 3 if DRY else None
+
+        def kwargs(case: Any = case, steps: Any = steps) -> Any:
+            return _moved(case.kwargs(steps=steps))
+
+        own, again = tiny.run(pipe, kwargs()), tiny.run(pipe, kwargs())
         for where in sorted({1, max(count, 1)}):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 parallel = parastep.parallelize(pipe, places(4, where), tolerance="rehearse")
-                result = tiny.run(parallel, _moved(case.kwargs()))
+                result = tiny.run(parallel, kwargs())
                 report = parallel.report
                 parallel.close()
             same = torch.equal(own, result)
@@ -128,11 +133,29 @@ def _moved(value: Any) -> Any:
 # ---- what the host does around its own forward ---------------------------------------------------
 
 
+class Replayed:
+    """In place of a graph where there is none: what was captured is done again, in its memory."""
+
+    def __init__(self, net: Any, x: torch.Tensor, m: torch.Tensor) -> None:
+        self.net, self.x, self.m = net, x, m
+
+    def replay(self) -> None:
+        self.m.copy_(self.net(self.x))
+
+
 class Graphed:
     """A network whose forward was captured as a CUDA graph, with memory of its own."""
 
     def __init__(self, net: Any, like: torch.Tensor) -> None:
-        self.x, here = like.clone(), torch.cuda.current_stream()
+        self.x = like.clone()
+        if DRY:
+            self.m = net(self.x)
+            self.graph: Any = Replayed(net, self.x, self.m)
+        else:
+            self._capture(net)
+
+    def _capture(self, net: Any) -> None:
+        here = torch.cuda.current_stream()
         aside = torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
@@ -208,10 +231,14 @@ def hosts(count: int) -> None:
         return m
 
     failed = _held("caching allocator", _greedy(net), plain, x)
-    if not DRY:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            failed += _held("a stream of its own", plain, plain, x)
-        graphs = [Graphed(net, x) for _ in range(4)]
+    with contextlib.nullcontext() if DRY else torch.cuda.stream(torch.cuda.Stream()):
+        failed += _held("a stream of its own", plain, plain, x)
+        halves = lambda x, step, rank: torch.cat((net(x), x), dim=1).chunk(2, dim=1)[0]  # noqa: E731
+        failed += _held("an output that is not contiguous", halves, plain, x)
+    graphs = [Graphed(net, x) for _ in range(4)]
+    if DRY:
+        failed += _held("CUDA graphs", lambda x, step, rank: graphs[rank](x), plain, x)
+    else:
         refused = _refused_while_capturing(x)
         failed += _held("CUDA graphs", lambda x, step, rank: graphs[rank](x), plain, x,
                         refused_while_capturing=refused)  # fmt: skip
@@ -278,6 +305,39 @@ def rounds(count: int) -> None:
                 failures=len(report.failures),
             )
         show(dtype=str(kind), MB=x.nbytes / 2**20, us_an_ask_from_python=_ask_us(x))
+    _engine(program)
+
+
+def _engine(program: Any) -> None:
+    """A denoiser that only waits, on the device itself: wall time over rounds times that."""
+    x = torch.randn((1, 4, 32, 32), device=HOME)
+    wait_ms = 2.0 if DRY else 20.0
+    cycles = 0 if DRY else int(wait_ms * _cycles_a_ms())
+
+    def waits(x: Any, step: int, rank: int) -> Any:
+        time.sleep(wait_ms / 1e3) if DRY else torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+        return x * 0.5
+
+    for ranks in (1, 2, 4):
+        options: Any = {"ranks": ranks, "tolerance": "rehearse", "max_stride": 1}
+
+        def run(options: Any = options) -> Any:
+            return parastep.sample(program, waits, x, **options)
+
+        _, report = run()
+        seconds = timed(run, 3)
+        ideal = report.rounds * wait_ms / 1e3
+        show(ranks=ranks, rounds=report.rounds, forward_ms=wait_ms,
+             wall_over_rounds=seconds / ideal, failures=len(report.failures))  # fmt: skip
+
+
+def _cycles_a_ms() -> float:
+    torch.cuda._sleep(1000000)
+    wait()
+    began = time.perf_counter()
+    torch.cuda._sleep(20000000)
+    wait()
+    return 20000000 / (1e3 * (time.perf_counter() - began))
 
 
 # ---- fidelity in half precision ------------------------------------------------------------------
@@ -296,9 +356,9 @@ def half(count: int) -> None:
     """
     from parastep import demo
 
-    names, seeds, steps = (("image",), 1, 8) if DRY else (demo.NAMES, 4, 50)
-    kinds = (torch.float32, torch.bfloat16, torch.float16)[: 2 if DRY else 3]
-    for name in names:
+    seeds, steps = (1, 3) if DRY else (4, 50)
+    kinds = (torch.float32, torch.bfloat16, torch.float16)
+    for name in demo.NAMES:
         model = demo.load(name)
         program = parastep.trace(model.make_scheduler(), steps)
         single: dict[int, torch.Tensor] = {}
@@ -368,7 +428,7 @@ def one_gpu(count: int) -> None:
 
     alone = timed(lambda: call(pipe), 3)
     show(ranks=1, seconds=alone)
-    for ranks in (2,) if DRY else (2, 4, 8):
+    for ranks in (2, 4, 8):
         ways = [("auto", where) for where in sorted({1, max(count, 1)})] + [("batch", 1)]
         for slots, where in ways:
             row: dict[str, Any] = {"ranks": ranks, "devices": where, "slots": slots}
@@ -382,8 +442,65 @@ def one_gpu(count: int) -> None:
                 seconds = timed(lambda parallel=parallel: call(parallel), 3)
             report = parallel.report
             show(**row, rounds=report.rounds, seconds=seconds, of_one=seconds / alone,
-                 failures=len(report.failures), fallback=report.fallback)  # fmt: skip
+                 forwards=report.forwards, unbatched=report.unbatched,
+                 failures=[line.text for line in report.failures],
+                 fallback=report.fallback)  # fmt: skip
             parallel.close()
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def _reserved() -> float:
+    """GiB that torch holds on all devices; dry: none."""
+    counts = range(0 if DRY else torch.cuda.device_count())
+    return sum(torch.cuda.memory_reserved(k) for k in counts) / 2**30
+
+
+def memory(count: int) -> None:
+    """What is held after the first, the second and the eighth call: it must not grow."""
+    pipe, steps = _half_idle(), 16 if DRY else 20
+
+    def call(which: Any) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        return which(batch_size=2, num_inference_steps=steps, generator=generator,
+                     output_type="np")  # fmt: skip
+
+    call(pipe)
+    ways: dict[str, Any] = {
+        "a lane": {"devices": [HOME]},
+        "ranks in threads": {"devices": [HOME] * 2, "max_stride": 1},
+        "a batch": {"devices": [HOME] * 2, "slots": "batch"},
+    }
+    if count > 1:
+        ways["threads on all devices"] = {"devices": places(count, count), "mode": "threads"}
+    for name, options in ways.items():
+        held = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with parastep.parallelize(pipe, **options) as parallel:
+                for number in range(1, 9):
+                    call(parallel)
+                    held += [_reserved()] if number in (1, 2, 8) else []
+        growth = held[2] / held[1] if held[1] else 1.0
+        show(ranks=name, reserved_GiB=held, after_calls=[1, 2, 8], growth=growth,
+             fallback=parallel.report.fallback)  # fmt: skip
+
+
+def end_to_end(count: int) -> None:
+    """The three systems' own pipelines with denoisers of full size: see models.py."""
+    import models
+
+    models.measure(show, timed_call, HOME, DRY)
+
+
+def timed_call(body: Callable[[], Any]) -> float:
+    """Seconds of one call, with all that it has given to the devices."""
+    wait()
+    began = time.perf_counter()
+    body()
+    wait()
+    return time.perf_counter() - began
 
 
 # ---- the paper's denoisers -----------------------------------------------------------------------
@@ -502,8 +619,8 @@ def denoisers(count: int) -> None:
         raise SystemExit("\n".join(failed))
 
 
-PARTS = {"exact": exact, "hosts": hosts, "rounds": rounds, "one_gpu": one_gpu,
-         "half": half, "denoisers": denoisers}  # fmt: skip
+PARTS = {"exact": exact, "hosts": hosts, "rounds": rounds, "one_gpu": one_gpu, "half": half,
+         "denoisers": denoisers, "memory": memory, "end_to_end": end_to_end}  # fmt: skip
 
 if __name__ == "__main__":
     PARTS[sys.argv[1]](int(sys.argv[2]))

@@ -1,6 +1,6 @@
 """The parts of `make gpu` with a process for each rank; run.py runs each in a process of its own.
 
-    python tests/gpu/processes.py spawned|group DEVICES [--dry]
+    python tests/gpu/processes.py workers|group DEVICES [--dry]
 
 Tolerance 0 against the untouched pipeline, bit for bit, twice; and what took the latents there.
 """
@@ -26,7 +26,7 @@ import parastep
 CASE = "sd"
 
 
-def spawned(count: int) -> None:
+def workers(count: int) -> None:
     """Followers in processes of ours: on one device through the host, on several by NCCL."""
     for where in sorted({1, max(count, 1)}):
         ranks = places(max(where, 2), where)
@@ -86,4 +86,4 @@ def moved(value: Any, home: str) -> Any:
 
 
 if __name__ == "__main__":
-    {part.__name__: part for part in (spawned, group, member)}[sys.argv[1]](int(sys.argv[2]))
+    {part.__name__: part for part in (workers, group, member)}[sys.argv[1]](int(sys.argv[2]))

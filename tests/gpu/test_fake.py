@@ -205,6 +205,30 @@ def test_a_device_that_hangs_is_a_follower_lost(fake: Any) -> None:
     assert not thread.is_alive() and len(errors) == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_ends_with_the_devices_work(fake: Any, kind: Any) -> None:
+    """Not with its launch: by it followers are waited for, and the report tells it."""
+    x, released = kind.of(latents()), []
+    leader = _core.Leader(euler(), x)
+    leader.ask(0, x)
+    m = on_device(kind)(x, 0, 0)
+    began = _core.now_ns()
+    fake.fake_hang(0)
+
+    def release() -> None:
+        time.sleep(0.05)
+        released.append(_core.now_ns())
+        fake.fake_hang(-1)
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    leader.submit(m, began)
+    thread.join()
+    leader.finish()
+    [record] = leader.report()["timeline"]
+    assert 1e9 * (record[4] - record[3]) >= released[0] - began - 1e3
+
+
 @pytest.mark.parametrize("function", ["cuMemAllocFromPoolAsync", "cuLaunchKernel", "cuMemcpyAsync"])
 def test_a_failing_driver_is_an_error_and_the_next_run_is_fine(fake: Any, function: str) -> None:
     x = latents()
@@ -225,6 +249,36 @@ def test_a_failing_driver_is_an_error_and_the_next_run_is_fine(fake: Any, functi
     np.testing.assert_array_equal(result.numpy(), expected)
     assert report.failures == []
     assert failed or function == "cuLaunchKernel"  # a build without kernels launches none
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["f4", "f2", "f8"])
+def test_scattered_tensors_are_copied_by_their_library(fake: Any, kind: Any, dtype: str) -> None:
+    """As on the host: x, outputs of all ranks, noise; what is to be written must be contiguous."""
+    program, noise, x = drawing(STEPS, 0.1), noise_of(STEPS, (2, 3, 50)), latents(dtype)
+    noise = [z.astype(dtype) for z in noise]
+    settings: Any = {"ranks": 3, "max_stride": 1}
+    expected, _ = parastep.sample(program, smooth, x, noise=noise, **settings)
+
+    def denoiser(x: Any, step: int, rank: int) -> Any:
+        return kind.scattered(smooth(x.numpy(), step, rank), x.device)
+
+    there = [kind.scattered(z) for z in noise]
+    result, report = parastep.sample(program, denoiser, kind.scattered(x), noise=there, **settings)
+    np.testing.assert_array_equal(result.numpy(), expected)
+    assert report.failures == []
+    leader = _core.Leader(euler(), kind.of(x))
+    with pytest.raises(_core.InvalidError, match="written in place"):
+        leader.ask(0, kind.of(x), kind.scattered(x))
+
+
+def test_scattered_tensors_that_nobody_copies(fake: Any) -> None:
+    class Helpless(Plain):
+        def __array_namespace__(self) -> Any:
+            return object()
+
+    with pytest.raises(_core.InvalidError, match=r"x is not contiguous in the memory of cuda:0"):
+        _core.copy(Helpless.scattered(latents()))
 
 
 def test_what_was_found_is_told(fake: Any) -> None:

@@ -7,13 +7,20 @@ what they tell each other beside NCCL goes through a socket, in the frames of tw
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
+import pathlib
 import queue
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import fake_arrays
 import numpy as np
 import pytest
 from cases import smooth
@@ -26,7 +33,7 @@ from parastep import _core
 torch = pytest.importorskip("torch")
 
 from parastep.diffusers.call import Call  # noqa: E402
-from parastep.diffusers.remote import link, serving  # noqa: E402
+from parastep.diffusers.remote import groups, link, serving, workers  # noqa: E402
 from parastep.processes import pairs  # noqa: E402
 from parastep.processes.frames import Kind  # noqa: E402
 from parastep.processes.streams import SocketStream  # noqa: E402
@@ -259,8 +266,8 @@ class Processes:
 
     def close(self) -> None:
         self.conduct = None
-        closing, _ = in_thread(self.link.peer.close)  # each end waits for the other's goodbye
-        self.follower.peer.close()
+        closing, _ = in_thread(self.link.close)  # each end waits for the other's goodbye
+        self.follower.close(1.0)
         for thread in (closing, self.thread):
             thread.join(20)
             assert not thread.is_alive()
@@ -402,8 +409,6 @@ def stop_in_the_middle(leader: Any, x: Any) -> Any:
         ("absent there", "NCCL was not found"),
         ("version", "versions of NCCL differ, 9.99.99 here and 2.29.7 there"),
         ("device", "the leader's own device"),
-        ("init", ""),  # which end that happens to, and who is the first to say so, is open
-        ("nobody", ""),
     ],
 )
 def test_without_a_pair(
@@ -416,26 +421,114 @@ def test_without_a_pair(
     words: str,
 ) -> None:
     """Latents go through the host, and one line says so."""
-    monkeypatch.setattr(pairs, "PATIENCE", 1.0)
+    monkeypatch.setattr(pairs, "PATIENCE", (1.0, 1.0))
     if what.startswith("absent"):
         monkeypatch.setattr(_core, "nccl_version", absent(after=what.count("there")))
     elif what == "version":
         versions = iter([22907])
         monkeypatch.setattr(_core, "nccl_version", lambda: next(versions, 99999))
-    elif what == "device":
-        monkeypatch.setattr(pairs, "identity", lambda device: "the same")
-    elif what == "init":
-        nccl.fake_nccl_fail(b"ncclCommInitRankConfig", 1, 5)
     else:
-        accept = pairs.accept
-        ignored = lambda offer, device, answer: accept(offer, device, answer) and None  # noqa: E731
-        monkeypatch.setattr(pairs, "accept", ignored)
-        monkeypatch.setattr(_core, "Pair", only_leads(_core.Pair))
-    for _ in range(2):
+        monkeypatch.setattr(pairs, "identity", lambda device: "the same")
+    for _ in range(3):
         check(processes, expected, "host")
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1 and "rank 1: latents go through the host" in lines[0]
     assert words in lines[0]
+
+
+@pytest.mark.parametrize("ready_after", [1, 2, 3])
+def test_a_pair_that_is_late(
+    processes: Processes,
+    expected: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ready_after: int,
+) -> None:
+    """The other end does not come in time: the next call tries again, and the last one gives up."""
+    monkeypatch.setattr(pairs, "PATIENCE", (20.0, 10.0))
+    tried: list[float] = []
+    make = _core.Pair
+
+    def pair(name: bytes, leads: bool, device: int, seconds: float, check: Any) -> Any:
+        if not leads:
+            tried.append(seconds)
+            if len(tried) < ready_after:
+                raise _core.LostError("it does not come")
+        return make(name, leads, device, seconds, check)
+
+    monkeypatch.setattr(_core, "Pair", pair)
+    ways = []
+    for _ in range(4):
+        result, failed, by = processes.run()
+        np.testing.assert_array_equal(result, expected)
+        assert failed == []
+        ways.append(by)
+    late = min(ready_after - 1, 2)
+    assert ways == ["host"] * late + ["nccl" if ready_after < 3 else "host"] * (4 - late)
+    assert tried == [20.0, 10.0][: min(ready_after, 2)] and len(caplog.records) == late
+
+
+def test_an_end_that_fails_at_once(nccl: Any, processes: Processes, expected: Any) -> None:
+    """Which end that happens to, and who is the first to say so, is open."""
+    nccl.fake_nccl_fail(b"ncclCommInitRankConfig", 1, 5)
+    check(processes, expected, "host")
+    check(processes, expected)
+
+
+def test_closing_ends_the_communicators(
+    nccl: Any, processes: Processes, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And does not leave that to the collector of garbage, which may never come."""
+    check(processes, expected)
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    gc.disable()
+    try:
+        assert nccl.fake_nccl_live() == 2
+        ours, theirs = processes.link, processes.follower
+        closing, _ = in_thread(lambda: groups._close_all([theirs], os.getpid()))
+        worker = workers._Worker.__new__(workers._Worker)
+        worker._process = SimpleNamespace(end=lambda: None)  # type: ignore[assignment]
+        worker.link = ours
+        worker.end()
+        closing.join(20)
+        for _ in range(200):
+            if nccl.fake_nccl_live() == 0:
+                break
+            time.sleep(0.01)
+        assert nccl.fake_nccl_live() == 0
+    finally:
+        gc.enable()
+
+
+LEAVES = """
+import ctypes, sys, threading
+sys.path[:0] = {path!r}
+import fake_arrays
+from fake_arrays import Array
+Array.fake = fake_arrays.load({driver!r})
+Array.fake.fake_set(fake_arrays.Setting(2, 1, 1, 7))
+nccl = ctypes.CDLL({nccl!r}, mode=ctypes.RTLD_GLOBAL)
+from parastep import _core
+name = _core.nccl_id()
+there = []
+thread = threading.Thread(target=lambda: there.append(_core.Pair(name, False, 1, 20.0)))
+thread.start()
+here = _core.Pair(name, True, 0, 20.0)
+thread.join()
+nccl.fake_nccl_abort_takes({ms})
+here.close()
+"""
+
+
+def test_a_process_that_ends_while_a_communicator_does(
+    library: Any, nccl_library: Any, tmp_path: pathlib.Path
+) -> None:
+    """It waits for that, though not for ever."""
+    path = [str(pathlib.Path(fake_arrays.__file__).parent), *sys.path]
+    for ms, code in ((300, 0), (30000, 3)):
+        script = LEAVES.format(path=path, driver=library._name, nccl=nccl_library._name, ms=ms)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
 
 
 def absent(after: int) -> Callable[[], int]:
@@ -448,12 +541,3 @@ def absent(after: int) -> Callable[[], int]:
         raise _core.UnsupportedError("NCCL was not found")
 
     return version
-
-
-def only_leads(pair: Any) -> Callable[..., Any]:
-    def make(name: bytes, leads: bool, device: int, seconds: float) -> Any:
-        if not leads:
-            raise _core.LostError("it does not come")
-        return pair(name, leads, device, seconds)
-
-    return make

@@ -15,7 +15,7 @@ import pytest
 
 import parastep
 from parastep.options import Options
-from parastep.report import HELPER_LOST, Evaluation, Failure, TeamRecord
+from parastep.report import HELPER_LOST, Evaluation, Failure, Share, TeamRecord
 from parastep.report.plot import COLOURS
 
 STEPS = 12
@@ -44,12 +44,13 @@ def strided():
     )  # fmt: skip
 
 
-PAIR = TeamRecord(["cuda:0", "cuda:1"], "calls (bit for bit)", None, 19, 1, 2)
+SERVED = Share(1, 0, 0.1, 0.8), Share(1, 2, 1.1, 1.9), Share(1, 6, 2.0, 2.4)
+PAIR = TeamRecord(["cuda:0", "cuda:1"], "calls (bit for bit)", None, 19, 1, 2, SERVED)
 ALONE = TeamRecord(["cuda:2", "cuda:3"], None, "unet cannot be\ncut: <another> shape", 0, 0, 7)
 
 
 def teamed(**changes):
-    return dataclasses.replace(strided(), teams=[PAIR, ALONE], **changes)
+    return dataclasses.replace(strided(), **{"teams": [PAIR, ALONE]} | changes)
 
 
 class Checker(html.parser.HTMLParser):
@@ -116,16 +117,38 @@ def test_a_line_for_each_rank_of_several_devices():
 def test_teams_are_told_where_a_report_is_shown():
     page = Checker(teamed()._repr_html_())
     assert all(line in page.text for line in str(teamed()).splitlines())
+    assert "another" not in page.seen
+    assert "rank 0helperrank 1rank 2" in page.text
+    paths = drawings(teamed()._repr_html_())[0].iter("path")
+    # Four evaluations; of the helper's three shares two are of them, one is of none.
+    counts = {path.get("fill"): path.get("d").count("M") for path in paths}
+    found = [counts[COLOURS[kind]] for kind in ("exact", "accepted", "rejected")]
+    assert found == [2, 3, 2] and sum(counts.values()) == 7
     pytest.importorskip("matplotlib")
-    titles = [axes.get_title(loc="left") for axes in teamed().plot().axes]
-    assert all(line in titles[0] for line in teamed().team_lines)
-    assert "rank" not in strided().plot().axes[0].get_title(loc="left")
+    figure = teamed().plot()
+    assert figure.get_suptitle().splitlines() == teamed().team_lines
+    timeline = figure.axes[0]
+    assert [label.get_text() for label in timeline.get_yticklabels()] == [
+        "rank 0",
+        "helper",
+        "rank 1",
+        "rank 2",
+    ]
+    rows = [patch.get_y() + patch.get_height() / 2 for patch in timeline.patches]
+    assert sorted(map(round, rows)) == [0, 0, 1, 1, 1, 2, 3]
+    many = teamed(ranks=20, teams=[PAIR] * 20).plot().get_suptitle().splitlines()
+    assert len(many) == 9 and many[-1] == "and 12 ranks more"
+    alone = strided().plot()
+    assert alone.get_suptitle() == ""
+    labels = [label.get_text() for label in alone.axes[0].get_yticklabels()]
+    assert labels == ["rank 0", "rank 1", "rank 2"]
 
 
 def test_a_helper_is_no_rank():
     helper = Failure(0, 3, HELPER_LOST, "its helper on cuda:1 was lost: no output within 60 s")
     left = Failure(1, 3, "FAILED", "it raised")
-    assert teamed(failures=[helper]).line.endswith("1 helper lost")
+    line = teamed(failures=[helper]).line
+    assert line.endswith("1 helper lost") and "left out" not in line
     assert "1 rank left out, 2 helpers lost" in teamed(failures=[helper, left, helper]).line
     assert "helper" not in teamed(failures=[left]).line
     assert helper.text in Checker(teamed(failures=[helper])._repr_html_()).text

@@ -112,6 +112,7 @@ class Array:
     def __init__(self, address: int, owner: Any, device: int, shape: Any, dtype: Any) -> None:
         self.address, self.owner, self.device = address, owner, device
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
+        self.order = "C"  # or "F", of its elements in memory
 
     @classmethod
     def of(cls, values: Any, device: int = 0) -> Any:
@@ -121,12 +122,19 @@ class Array:
         return cls(block.address, block, device, values.shape, values.dtype)
 
     @classmethod
+    def scattered(cls, values: Any, device: int = 0) -> Any:
+        """Of these values, in the other order: what `.T`, chunks and channels_last come to."""
+        made = cls.of(np.ascontiguousarray(np.asarray(values).T), device)
+        made.shape, made.order = np.shape(values), "F"
+        return made
+
+    @classmethod
     def current(cls, device: int) -> Any:
         """The stream on which the library works in this thread; None: it is always done."""
         return None
 
     def numpy(self) -> Any:
-        values = np.empty(self.shape, self.dtype)
+        values = np.empty(self.shape, self.dtype, order=self.order)
         assert self.fake.fake_read(values.ctypes.data, self.address, values.nbytes) == 0
         return values
 
@@ -158,7 +166,7 @@ class Taken:
 
 
 def describe(tensor: DLTensor, array: Array) -> None:
-    strides = np.empty(array.shape, array.dtype).strides
+    strides = np.empty(array.shape, array.dtype, order=array.order).strides
     tensor.data, tensor.device_type, tensor.device_id = array.address, CUDA, array.device
     tensor.ndim = len(array.shape)
     tensor.code, tensor.bits, tensor.lanes = 2, 8 * array.dtype.itemsize, 1
@@ -168,6 +176,8 @@ def describe(tensor: DLTensor, array: Array) -> None:
 
 
 class Plain(Array):
+    """Its namespace makes contiguous copies; `Exchanged` has a method for that."""
+
     streams: list[Any] = []  # what consumers asked for
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -178,7 +188,10 @@ class Plain(Array):
         return new_capsule(ctypes.addressof(self.managed()), NAMES[True], None)
 
     def __array_namespace__(self) -> Any:
-        return SimpleNamespace(from_dlpack=Plain.from_dlpack)
+        return SimpleNamespace(
+            from_dlpack=Plain.from_dlpack,
+            ascontiguousarray=lambda array: Plain.of(array.numpy(), array.device),
+        )
 
     @classmethod
     def from_dlpack(cls, producer: Any) -> Any:
@@ -194,6 +207,9 @@ def _array(address: int) -> Any:
 
 class Exchanged(Array):
     local = threading.local()  # each thread has streams of its own
+
+    def contiguous(self) -> Any:
+        return Exchanged.of(self.numpy(), self.device)
 
     @classmethod
     def current(cls, device: int) -> Any:

@@ -26,7 +26,6 @@ from ... import _core
 from ..._version import __version__
 from ...messages import describe
 from ...processes.frames import Frame, Kind, Stream, read_frame, write_frame
-from ...processes.peer import Peer
 from ...processes.streams import MpiStream, TorchStream
 from ...report import Report
 from ..call import Call
@@ -151,8 +150,8 @@ class Group:
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # calls, results, and the end
         self._replica: Any = None
         self._made_from: int | None = None
-        self._peers: list[Peer] = []
-        self._close = weakref.finalize(self, _close_all, self._peers, os.getpid())
+        self._ends: list[Link | Server] = []
+        self._close = weakref.finalize(self, _close_all, self._ends, os.getpid())
 
     def open(self, device: torch.device) -> None:
         """Greets the others and begins to listen."""
@@ -160,12 +159,12 @@ class Group:
             same_clock = _greet(stream, leads=self.rank == 0)
             if self.rank == 0:
                 self._links[peer] = Link(stream, f"parastep-rank-{peer}", same_clock)
-                self._peers.append(self._links[peer].peer)
+                self._ends.append(self._links[peer])
             else:
                 jobs = self._jobs
                 follower = Server(stream, self.rank, device, jobs, jobs.put, jobs.put)
                 self._follower = follower
-                self._peers.append(follower.peer)
+                self._ends.append(follower)
 
     def close(self) -> None:
         self._close()
@@ -249,15 +248,15 @@ class Group:
         return value, report
 
 
-def _close_all(peers: list[Peer], process: int) -> None:
+def _close_all(ends: list[Link | Server], process: int) -> None:
     """Says goodbye to all at once, so that one who is busy is waited for only once."""
     if os.getpid() == process:
-        closing = [threading.Thread(target=peer.close, args=(_PATIENCE,)) for peer in peers]
+        closing = [threading.Thread(target=end.close, args=(_PATIENCE,)) for end in ends]
         for thread in closing:
             thread.start()
         for thread in closing:
             thread.join()
-    peers.clear()
+    ends.clear()
 
 
 def _greet(stream: Stream, leads: bool) -> bool:

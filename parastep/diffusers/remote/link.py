@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from ... import _core
-from ...messages import describe
 from ...processes import pairs
 from ...processes.frames import Frame, Kind, Stream
 from ...processes.peer import Peer
@@ -130,40 +129,59 @@ class Link:
         self.current: RemoteRank | None = None  # the call that it is in, or has not left yet
         self.loaded: str | None = None  # what it said of the last model: "" where all went well
         self.pair: _core.Pair | None = None  # what carries the latents, in place of frames
-        self.unpaired: str | None = None  # why there is none, and none will be
+        self.unpaired: str | None = None  # why there is none in this call
+        self._tries = len(pairs.PATIENCE)  # that are left, since a slow start is none for ever
+        self._patience = 0.0  # seconds that the one at hand may take
         self._home: torch.device | None = None  # the leader's, where a pair was offered
+        self._joining: pairs.Joining | None = None  # our end of it
         self.peer = Peer(stream, name, self._handle, self._gone)
 
     @property
     def alive(self) -> bool:
         return self.peer.lost is None
 
-    def offer_pair(self, home: torch.device) -> None:
-        """Where the leader is on a device and there is no pair yet; `wait_for_pair` follows."""
+    def offer_pair(self, home: torch.device) -> float:
+        """Where the leader is on a device and there is no pair yet; `wait_for_pair` follows. The
+        seconds that it may take.
+        """
         if self.pair is not None and not self.pair.alive:
             self.pair.close()
             self.pair = None
-        if home.type == "cuda" and self.pair is None and self.unpaired is None:
-            self._home = home
+        if home.type == "cuda" and self.pair is None and self._tries > 0:
+            self._home, self.unpaired = home, None
+            self._patience = pairs.PATIENCE[-self._tries]
+            self._tries -= 1
             try:
-                self.peer.send(Kind.PAIR, 0, pairs.offer(home))
+                self.peer.send(Kind.PAIR, 0, pairs.offer(home, self._patience))
             except _core.Error as error:
-                self._pair_up(None, str(error))
+                self._pair_up(None, str(error), for_ever=True)
+            return self._patience
+        return 0.0
 
     def wait_for_pair(self, rank: int, until: float) -> None:
         if self._home is None:
             return
         settled = self.wait(lambda: (self.pair or self.unpaired) is not None, until)
         if not settled or not self.alive:
-            self._pair_up(None, self.peer.lost or "the rank did not answer in time")
+            self._give_up_pair(self.peer.lost or "the rank did not answer in time")
         if self.pair is None and self.alive:
             _log.warning("rank %d: latents go through the host: %s", rank, self.unpaired)
         self._home = None
 
-    def _pair_up(self, pair: _core.Pair | None, why: str | None) -> None:
+    def _pair_up(self, pair: _core.Pair | None, why: str | None, for_ever: bool = False) -> None:
         with self.changed:
             self.pair, self.unpaired = pair, why
+            if pair is not None:  # another one, where this is lost some day, has all tries again
+                self._tries = len(pairs.PATIENCE)
+            elif for_ever:
+                self._tries = 0
             self.changed.notify_all()
+
+    def _give_up_pair(self, why: str, for_ever: bool = False) -> None:
+        joining, self._joining = self._joining, None
+        if joining is not None:
+            joining.give_up()
+        self._pair_up(None, why, for_ever)
 
     def _handle(self, frame: Frame) -> None:
         current = self.current
@@ -172,7 +190,7 @@ class Link:
                 self.loaded = frame.words
                 self.changed.notify_all()
         elif frame.kind == Kind.PAIRED:
-            self._meet(frame.body, self._home)
+            self._meet(frame.body)
         elif current is not None and frame.call == current.number:
             current.handle(frame)
             if frame.kind == Kind.LEFT:
@@ -180,13 +198,19 @@ class Link:
                     self.current = None
                     self.changed.notify_all()
 
-    def _meet(self, answer: bytes | bytearray, home: torch.device | None) -> None:
-        if home is None:  # nobody waits for it any more
+    def _meet(self, answer: bytes | bytearray) -> None:
+        home, refused = self._home, pairs.refusal(answer)
+        if refused is not None and self.pair is not None:  # it failed when ours was through
+            self.pair.lost(refused[0])
+        elif home is None:  # nobody waits for it any more
             return
-        try:
-            self._pair_up(pairs.meet(answer, home), None)
-        except Exception as error:
-            self._pair_up(None, describe(error))
+        elif refused is not None:
+            self._give_up_pair(refused[0], for_ever=not refused[1])
+        else:
+            self._joining = pairs.meet(answer, home, self._patience, self._joined)
+
+    def _joined(self, joining: pairs.Joining) -> None:
+        self._pair_up(joining.pair, joining.why, for_ever=not joining.late)
 
     def _gone(self, why: str) -> None:
         if self._ending is not None:
@@ -198,6 +222,16 @@ class Link:
             current.fail(why)
         if pair is not None:
             pair.lost(why)
+
+    def close(self, patience: float = 1.0) -> None:
+        """No more calls will come. Not left to the last reference: a communicator holds memory of
+        the device, and threads.
+        """
+        with self.changed:
+            pair, self.pair = self.pair, None
+        if pair is not None:
+            pair.close()
+        self.peer.close(patience)
 
     def wait(self, condition: Callable[[], bool], until: float) -> bool:
         """Until the condition holds or the process is gone; False at the deadline."""
@@ -259,9 +293,8 @@ class RemoteFollowers:
 def _pair_all(links: Mapping[int, Link], home: torch.device) -> None:
     """All at once: each takes as long as NCCL needs to find the other end."""
     free = {rank: link for rank, link in links.items() if link.current is None}
-    for link in free.values():
-        link.offer_pair(home)
-    until = time.monotonic() + pairs.PATIENCE
+    patience = max((link.offer_pair(home) for link in free.values()), default=0.0)
+    until = time.monotonic() + patience
     for rank, link in free.items():
         link.wait_for_pair(rank, until)
 

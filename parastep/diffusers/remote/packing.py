@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from ... import _core
+from ..compiling import compile_parts, compiled_parts
 from ..offload import forget_hooks, unhook_denoisers
 from ..parts import denoisers_of, encoders_of
 from ..quantised import sendable
-from ..replicas import replicate, twin_of
+from ..replicas import going_along, replicate, twin_of
 
 _CALLS = ("forward", "encode", "get_text_features", "get_image_features")
 
@@ -70,7 +71,8 @@ def pipeline_to_memory(pipe: Any) -> int:
     memory = os.memfd_create("parastep-pipeline", os.MFD_CLOEXEC)
     try:
         with os.fdopen(os.dup(memory), "wb") as file:
-            torch.save(_hollow(pipe), file)
+            hollow = _hollow(pipe)
+            torch.save((hollow, compiled_parts(pipe), going_along(hollow)), file)
     except BaseException:
         os.close(memory)
         raise
@@ -81,8 +83,11 @@ def pipeline_from_memory(memory: int, device: torch.device) -> Any:
     """A replica on `device`, of what the descriptor holds."""
     path = f"/proc/self/fd/{memory}"
     with _importable():
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    replica = replicate(loaded, device)
+        loaded, compiled, along = torch.load(
+            path, map_location="cpu", mmap=True, weights_only=False
+        )
+    replica = replicate(loaded, device, along=along)
+    compile_parts(replica, compiled)
     for name, module in encoders_of(replica).items():
         for method in _CALLS:
             if hasattr(module, method):
@@ -99,6 +104,8 @@ def _hollow(pipe: Any) -> Any:
     for module in denoisers_of(pipe).values():
         memo |= dict(sendable(module.parameters()))
         memo |= {id(tensor): tensor for tensor in module.buffers()}
+    for tensor in going_along(pipe):
+        memo.setdefault(id(tensor), tensor.detach())
     for part in encoders.values():
         _forget_functions(part)
         for tensor in _tensors_in(part):

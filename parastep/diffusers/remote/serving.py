@@ -22,12 +22,15 @@ from ...processes import pairs
 from ...processes.frames import Frame, Kind, Stream
 from ...processes.peer import Peer
 from ...quiet import thread_name
+from ...speculation import with_room
 from ...threads import finish_work
 from ..call import Call, Loop
 from ..follower import Follower
 from ..replicas import refresh
 from ..tensors import own_copy
 from .packing import unpack
+
+_MOMENT = 10.0  # seconds
 
 
 class RemoteCall(Call):
@@ -39,12 +42,16 @@ class RemoteCall(Call):
         number: int,
         arguments: bytes | bytearray,
         peer: Peer,
-        pair: _core.Pair | None,
+        joining: pairs.Joining | None,
     ) -> None:
         super().__init__(rank + 1)
         self.rank, self.number, self.arguments, self._peer = rank, number, arguments, peer
-        self._pair = pair
+        self._joining = joining
         self._told: _core.Inbox | _core.Pair | None = None  # where the leader is lost
+
+    @property
+    def _pair(self) -> _core.Pair | None:
+        return None if self._joining is None else self._joining.pair
 
     def arrive(self, rank: int) -> None:
         self._peer.send(Kind.ARRIVED, self.number)
@@ -88,11 +95,13 @@ class RemoteCall(Call):
         self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, paired: bool
     ) -> None:
         try:
-            if paired and self._pair is None:
+            # The leader's end is there, and so ours will be in a moment.
+            if paired and (self._joining is None or self._joining.wait(_MOMENT) is None):
                 raise _core.LostError("the connection that the leader uses is not there")
             way = self._pair if self._pair is not None and paired else self._peer.carry
             x = _latent(shape, dtype, device)
-            follower, self._told = _core.join(x, self.rank, 1, (way, True))
+            join = functools.partial(_core.join, x, self.rank, 1, (way, True))
+            follower, self._told = with_room(join)
         except Exception as error:  # no memory, a device that has failed, ...
             self._peer.send(Kind.FAILED, self.number, describe(error).encode())
             return
@@ -136,19 +145,27 @@ class Server:
         self.rank, self.device = rank, device
         self._calls, self._other, self._on_gone = calls, other, gone
         self._current: RemoteCall | None = None
-        self._pair: _core.Pair | None = None
+        self._joining: pairs.Joining | None = None  # the end of a pair, kept from call to call
         self.peer = Peer(stream, thread_name(rank), self._handle, self._gone)
+
+    def close(self, patience: float) -> None:
+        """No more calls will come."""
+        self._let_go()
+        self.peer.close(patience)
+
+    def _let_go(self) -> None:
+        joining, self._joining = self._joining, None
+        if joining is not None:
+            joining.give_up()
 
     def _handle(self, frame: Frame) -> None:
         if frame.kind == Kind.CALL:
-            self._current = RemoteCall(self.rank, frame.call, frame.body, self.peer, self._pair)
+            self._current = RemoteCall(self.rank, frame.call, frame.body, self.peer, self._joining)
             self._calls.put(self._current)
         elif frame.kind == Kind.PAIR:
-            if self._pair is not None:
-                self._pair.close()  # the leader has let go of it
-                self._pair = None
+            self._let_go()  # the leader has let go of it
             answer = functools.partial(self.peer.send, Kind.PAIRED, 0)
-            self._pair = pairs.accept(frame.body, self.device, answer)
+            self._joining = pairs.accept(frame.body, self.device, answer)
         elif self._current is not None and frame.call == self._current.number:
             self._current.handle(frame, self.device)
             if frame.kind == Kind.END:
@@ -172,7 +189,7 @@ class Server:
                 random.set_state(state)
             intraop = 1 if self.device.type == "cpu" else None
             finish_work(self.device)  # replica and arguments, for a stream of its own
-            with context.entered(intraop, self.device):
+            with context.entered(thread_name(self.rank), intraop, self.device):
                 loop.run(lambda: own_copy(arguments), random)
         except BaseException as error:  # it could not begin, or could not even say why it failed
             call.fail(self.rank, describe(error))

@@ -144,4 +144,4 @@ class _Worker:
     def end(self) -> None:
         """Its pipe ends and it is killed."""
         self._process.end()
-        self.link.peer.close()
+        self.link.close()

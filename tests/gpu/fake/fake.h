@@ -75,6 +75,8 @@ typedef struct fake_blas_api {
   X(void, fake_nccl_fail, (const char *function, int n, int result))                               \
   /* The n-th message that arrives from now on is not quite what was sent; 0: none. */             \
   X(void, fake_nccl_spoil, (int n))                                                                \
+  /* Milliseconds that aborting takes. */                                                          \
+  X(void, fake_nccl_abort_takes, (int ms))                                                         \
   X(int, fake_nccl_live, (void)) /* communicators that were not aborted */
 
 typedef struct fake_nccl_api {

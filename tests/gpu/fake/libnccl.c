@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "engine.h"
@@ -36,6 +37,8 @@ static struct ncclComm *comms;
 static int made, live;
 static char failing[64];
 static int fail_at, fail_result, broken, spoil_at;
+static int aborting;
+static int abort_ms;
 
 void fake_nccl_fail(const char *function, int n, int result)
 {
@@ -45,6 +48,21 @@ void fake_nccl_fail(const char *function, int n, int result)
   fail_result = result;
   broken = 0;
   fake_unlock();
+}
+
+void fake_nccl_abort_takes(int ms)
+{
+  abort_ms = ms;
+}
+
+/* On a GPU that is a crash, some of the time. */
+__attribute__((destructor)) static void end_library(void)
+{
+  if (__atomic_load_n(&aborting, __ATOMIC_SEQ_CST) > 0) {
+    static const char words[] = "the libraries end while a communicator is being aborted\n";
+    (void)!write(STDERR_FILENO, words, sizeof words - 1);
+    _exit(3);
+  }
 }
 
 void fake_nccl_spoil(int n)
@@ -196,9 +214,13 @@ API int ncclCommGetAsyncError(ncclComm_t comm, int *state)
   return leave(PS__NCCL_OK);
 }
 
-/* What waits for the other end is over. */
+/* What waits for the other end is over.  It takes its time, outside of the lock. */
 API int ncclCommAbort(ncclComm_t comm)
 {
+  const struct timespec time = {abort_ms / 1000, abort_ms % 1000 * 1000000L};
+  __atomic_add_fetch(&aborting, 1, __ATOMIC_SEQ_CST);
+  nanosleep(&time, NULL);
+  __atomic_sub_fetch(&aborting, 1, __ATOMIC_SEQ_CST);
   enter("ncclCommAbort");
   if (comm->aborted) {
     return leave(fake_complain(INVALID_USAGE, "aborting a communicator twice"));

@@ -12,6 +12,7 @@ import ksamplers
 import numpy as np
 import pytest
 import torch
+from crowded import Crowded
 
 import parastep
 from parastep.comfy.sampling import Host, Sampling
@@ -530,3 +531,21 @@ def drawing(function):
         return {}
     generator = torch.Generator().manual_seed(4)
     return {"noise_sampler": lambda *_: torch.randn(latents().shape, generator=generator)}
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_no_memory_beside_the_followers(at):
+    crowded = Crowded(at)
+
+    class Full(Model):
+        def __call__(self, x, sigma, **more):
+            with crowded(True):
+                return super().__call__(x, sigma, **more)
+
+    def lane(x, sigma, *functions):
+        with crowded(False):
+            return guided(x, sigma, functions)
+
+    result, sampling = run(ksamplers.SAMPLERS["euler"], ranks=3, lane=lane, model=Full())
+    assert torch.equal(result, own("euler")) and crowded.refused == 1
+    assert "no memory" in sampling.report.fallback

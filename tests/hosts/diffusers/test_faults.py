@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 
 import tiny  # noqa: E402
+from crowded import Crowded  # noqa: E402
 from hosting import (  # noqa: E402
     attributes,
     caught,
@@ -33,6 +34,7 @@ from hosting import (  # noqa: E402
 )
 
 import parastep  # noqa: E402
+from parastep.diffusers.leader import Leader  # noqa: E402
 from parastep.diffusers.replicas import fingerprint  # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)
@@ -478,3 +480,33 @@ def test_keyboard_interrupt() -> None:
     for interrupted, after in (lines[4:6], lines[6:]):  # whose forward runs a batch is not settled
         assert interrupted.startswith("interrupted at"), run.stdout
         assert after.startswith("True") and after.endswith(" []"), run.stdout
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_no_memory_for_the_leader_beside_its_followers(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone there would be: they leave, and it goes on."""
+    crowded, together, plain = Crowded(at), ready(), Leader._with_room
+
+    def beside(leads: bool) -> Callable[[Forward], Forward]:
+        def wrap(forward: Forward) -> Forward:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with crowded(leads):
+                    return forward(*args, **kwargs)
+
+            return run
+
+        return wrap
+
+    for rank in (1, 2):
+        poke(together, rank, beside(False))
+    with monkeypatch.context() as patch:
+        wrap = beside(True)
+        patch.setattr(Leader, "_with_room", lambda self, run, *a: plain(self, wrap(run), *a))
+        with caught() as texts:
+            result = tiny.run(together, tiny.CASES["sd"].kwargs(steps=6))
+    assert torch.equal(result, own("sd", 6).result)
+    assert crowded.refused == 1 and len(texts) == 1
+    assert "no memory" in together.report.fallback and threads() == []
+    together.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,16 @@ pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 
 import tiny  # noqa: E402
+from fake_streams import Streams  # noqa: E402
 from hosting import no_warnings, parallel  # noqa: E402
 
+from parastep.diffusers import local  # noqa: E402
+from parastep.diffusers.call import Call  # noqa: E402
+from parastep.diffusers.remote.packing import pipeline_to_memory  # noqa: E402
+from parastep.diffusers.replicas import going_along, replicate  # noqa: E402
+
+HOME, THERE = torch.device("cuda", 0), torch.device("cuda", 1)
+META = torch.device("meta")  # a replica's tensors can be told from the leader's there
 CALLS = 3
 
 
@@ -70,3 +79,96 @@ def test_hooks_on_a_replica_are_not_on_the_pipeline() -> None:
         assert all(a is b for a, b in weights)
         replica.text_encoder.register_forward_hook(lambda *given: None)
         assert not pipe.text_encoder._forward_hooks
+
+
+class Quantised(torch.nn.Parameter):
+    """As bitsandbytes' weights: torch's operations give plain tensors, and what they are scaled by
+    goes along in copies of the whole alone.
+    """
+
+    scales: Any
+
+    def __new__(cls, data: Any, scales: Any) -> Any:
+        made = torch.Tensor._make_subclass(cls, data, False)
+        made.scales = scales
+        return made
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return type(self)(self.data.clone(), self.scales.clone())
+
+    def to(self, device: Any) -> Any:
+        return type(self)(self.data.to(device), self.scales.to(device))
+
+
+class Stubborn(Quantised):
+    def to(self, device: Any) -> Any:
+        return self.data.to(device)
+
+
+def with_weights(cls: Any) -> Any:
+    """A pipeline with a layer of such weights, and what its layer keeps beside them."""
+    pipe = tiny.CASES["sd"].build()
+    layer = pipe.unet.time_embedding.linear_1
+    layer.weight = cls(layer.weight.data, torch.ones(3))
+    layer.state = SimpleNamespace(scale=torch.ones(2), nested=SimpleNamespace(code=torch.ones(4)))
+    layer.table = torch.arange(5.0)
+    return pipe
+
+
+def test_weights_of_a_class_of_their_own_on_another_device() -> None:
+    pipe = with_weights(Quantised)
+    for device, where in ((META, "meta"), (torch.device("cpu", 1), "cpu")):
+        replica = replicate(pipe, device)
+        layer = replica.unet.time_embedding.linear_1
+        assert type(layer.weight) is Quantised
+        for tensor in (layer.weight, layer.weight.scales, layer.table, layer.state.nested.code):
+            assert tensor.device.type == where
+        assert layer.weight is not pipe.unet.time_embedding.linear_1.weight
+        assert {p.device.type for p in replica.unet.parameters()} == {where}
+    own = pipe.unet.time_embedding.linear_1
+    assert own.weight.scales.device.type == own.state.scale.device.type == "cpu"
+    with pytest.raises(RuntimeError, match="weights of class Stubborn do not move to meta"):
+        replicate(with_weights(Stubborn), META)
+
+
+def test_what_goes_along_is_told_to_other_processes() -> None:
+    """A plain attribute that is where the weights are; not one that the user keeps elsewhere."""
+    pipe = tiny.CASES["sd"].build()
+    pipe.unet.conv_in.table, pipe.unet.conv_in.far = torch.ones(2), torch.ones(3, device=META)
+    assert [tensor.shape for tensor in going_along(pipe)] == [(2,)]
+    memory = pipeline_to_memory(pipe)
+    with open(memory, "rb") as file:
+        _, _, along = torch.load(f"/proc/self/fd/{file.fileno()}", weights_only=False)
+    assert [tensor.shape for tensor in along] == [(2,)]
+
+
+def test_streams_of_ranks_on_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lane works on the leader's own, for both share memory; others have one for all calls."""
+    streams = Streams(monkeypatch)
+    seen: dict[int, Any] = {}
+
+    class Looks:
+        def __init__(self, replica: Any, rank: int, call: Any, device: torch.device) -> None:
+            self.look = lambda: seen.update({rank: streams.current(device)})
+
+        def run(self, arguments: Any, random: Any) -> None:
+            self.look()
+
+    class OnHost(torch.Generator):
+        def __new__(cls, device: Any = None) -> Any:
+            return super().__new__(cls)
+
+    monkeypatch.setattr(local, "Follower", Looks)
+    monkeypatch.setattr(local, "cloned_global_generator", OnHost)
+    monkeypatch.setattr(torch, "Generator", OnHost)
+    for _ in range(2):
+        before, call = dict(seen), Call(3, [HOME, HOME, THERE], lane=True)
+        followers = local.LocalFollowers(
+            call, dict.fromkeys(range(3)), ((), {}), lambda *ranks: None
+        )
+        followers.start()
+        followers.start_lane()
+        followers.gather(set())
+        assert seen[0] is streams.default[HOME]
+        assert seen[1] is not seen[0] and seen[2].device == THERE
+        assert not before or before == seen

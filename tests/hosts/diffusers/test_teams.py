@@ -33,6 +33,7 @@ from hosting import (  # noqa: E402
 )
 
 import parastep  # noqa: E402
+from parastep.diffusers import places, teams  # noqa: E402
 
 PAIR = ("cpu", "cpu")
 STEPS = 6
@@ -112,7 +113,7 @@ def test_residuals_stay_where_they_were_made() -> None:
             with_kwargs=True,
         )
         together._ranks._made_from = None  # as if it had been made so
-        together._ranks._refresh = lambda pipe, options: None
+        together._ranks._refresh = lambda *given: None
         tiny.run(together, case.kwargs(steps=STEPS))
     assert len(made) == len(given) == STEPS
     assert all(ours is theirs for ours, theirs in zip(made, given))
@@ -486,3 +487,21 @@ def test_interrupted(count: int) -> None:
             assert torch.equal(
                 tiny.run(together, case.kwargs(steps=STEPS)), own("wan", STEPS).result
             )
+
+
+def test_devices_of_one_kind_are_neighbours(monkeypatch: Any) -> None:
+    """Where none are given: a team is as slow as its slowest, so like goes with like."""
+    names = ["small", "big", "small", "big", "big"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+    found = places._devices_of(torch.device("cuda", 1), None)
+    assert [device.index for device in found] == [1, 3, 4, 0, 2]
+
+
+def test_tolerance_0_needs_devices_of_one_kind() -> None:
+    """Another kind of device rounds in another way, if not in this forward, then in the next."""
+    devices = [torch.device("cpu"), torch.device("meta")]
+    for exact in (True, False):
+        team = teams.Team(devices, [], teams.Cuts(), exact, None)
+        unsplit = team.record().unsplit or ""
+        assert ("needs devices of one kind: cpu and meta" in unsplit) == exact

@@ -272,3 +272,50 @@ def test_memory_of_the_core_does_not_grow():
     before = resident_bytes()
     work(100)
     assert resident_bytes() - before < 30e6  # a link is 1 MB, an arena more
+
+
+@needs_torch
+@pytest.mark.parametrize("at", [0, 2])
+def test_no_memory_beside_the_followers(at):
+    """The leader goes on alone where they have left it no room; a lone one's error is its own."""
+    from crowded import Crowded
+
+    crowded, x = Crowded(at), latents(dtype="torch.float32")
+
+    def denoiser(x, step, rank):
+        with crowded(rank == 0):
+            return 0.3 * x
+
+    own, _ = parastep.sample(euler(), lambda x, step, rank: 0.3 * x, x, ranks=1, tolerance=0)
+    with pytest.warns(parastep.SerialWarning):
+        found, report = parastep.sample(euler(), denoiser, x, ranks=3, tolerance="rehearse")
+    assert torch.equal(found, own) and crowded.refused == 1
+    assert "no memory" in report.fallback
+
+    def full(x, step, rank):
+        raise torch.OutOfMemoryError("always")
+
+    with pytest.raises(torch.OutOfMemoryError, match="always"):
+        parastep.sample(euler(), full, x, ranks=1)
+
+
+@needs_torch
+def test_a_full_device_gives_back_what_torch_keeps(monkeypatch):
+    from parastep import speculation
+
+    emptied, tries = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+
+    def make():
+        tries.append(True)
+        if len(tries) < 2:
+            raise parastep.OutOfMemoryError("full")
+        return len(tries)
+
+    assert speculation.with_room(make) == 2 and len(emptied) == 1
+    tries[:] = []
+    with pytest.raises(parastep.OutOfMemoryError):
+        speculation.with_room(lambda: tries.append(1) or (_ for _ in ()).throw(
+            parastep.OutOfMemoryError("full")))  # fmt: skip
+    assert len(tries) == 2

@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from . import kept
+
+
+def _is_cuda(device: Any) -> bool:
+    return getattr(device, "type", None) == "cuda"
 
 
 def finish_work(*devices: Any) -> None:
@@ -20,7 +27,7 @@ def finish_work(*devices: Any) -> None:
     thread may read the results on a stream of its own.
     """
     torch: Any = sys.modules.get("torch")
-    for device in {d for d in devices if getattr(d, "type", None) == "cuda"}:
+    for device in {d for d in devices if _is_cuda(d)}:
         torch.cuda.current_stream(device).synchronize()
 
 
@@ -52,10 +59,17 @@ class HostContext:
 
     @contextlib.contextmanager
     def entered(
-        self, intraop: int | None = None, device: Any = None, stream: Any = None
+        self,
+        name: str,
+        intraop: int | None = None,
+        device: Any = None,
+        stream: Any = None,
+        home: Any = None,
     ) -> Iterator[None]:
         """The modes of the caller; `intraop` threads of torch here.  On a CUDA device this stream,
-        or one of this thread's own: ranks of one device are not in each other's order.
+        or the one of this name: ranks of one device are not in each other's order.  And on the
+        leader's device, `home`, another one: torch copies on a stream of where it copies from,
+        which would be the one that the leader works on.
 
         torch gives what one thread sets to threads that begin later: the number is set back.
         """
@@ -66,8 +80,11 @@ class HostContext:
                     stack.callback(self.torch.set_num_threads, self.threads)
                 if self.device.type != "cpu":
                     stack.enter_context(self.device)
-                if getattr(device, "type", None) == "cuda":
-                    stream = stream or self.torch.cuda.Stream(device)
+                if _is_cuda(device):
+                    if _is_cuda(home) and home != device:
+                        aside = kept.stream_of(home, f"{name}, away")
+                        stack.enter_context(self.torch.cuda.stream(aside))
+                    stream = stream or kept.stream_of(device, name)
                     stack.enter_context(self.torch.cuda.stream(stream))  # and on its device
                 stack.enter_context(self.torch.inference_mode(self.inference))
                 stack.enter_context(self.torch.set_grad_enabled(self.grad))
@@ -83,16 +100,21 @@ class HostContext:
         intraop: int | None = None,
         device: Any = None,
         stream: Any = None,
-    ) -> threading.Thread:
-        """Starts a daemon thread in this context: one that hangs does not keep the process."""
+        home: Any = None,
+    ) -> threading.Thread | kept.Task:
+        """Starts a daemon thread in this context: one that hangs does not keep the process.  On a
+        CUDA device the one that it was in calls before.
+        """
 
         def body() -> None:
-            with self.entered(intraop, device, stream):
+            with self.entered(name, intraop, device, stream, home):
                 target()
 
-        finish_work(device)
+        finish_work(device, home)
 
         variables = self.variables.copy()
+        if _is_cuda(device):
+            return kept.start(device, name, functools.partial(variables.run, body))
         thread = threading.Thread(target=variables.run, args=(body,), name=name, daemon=True)
         thread.start()
         return thread

@@ -1,0 +1,6 @@
+"""Followers as threads of this process: their context, and what of them outlives a run."""
+
+from .context import HostContext, finish_work
+from .kept import Task
+
+__all__ = ["HostContext", "Task", "finish_work"]
