@@ -58,7 +58,8 @@ class LocalHelper:
     """A thread of this process, from its first call to the end of the pipeline's."""
 
     def __init__(self, replica: Any, device: torch.device, home: torch.device, place: int) -> None:
-        self.device, self.place, self.lost = device, place, None
+        self.device, self.place = device, place
+        self.lost: str | None = None
         self._home = home
         self._modules = denoisers_of(replica)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -15,7 +15,7 @@ from .ranks import Ranks, Shares, ranks_at, shares_of
 from .remote.groups import Group, group_of
 from .replicas import split_over_processes
 
-Place = str | torch.device  # as a user names one
+Place: TypeAlias = str | torch.device  # as a user names one
 
 
 def ranks_of(

@@ -224,7 +224,7 @@ class AsMade:
 
     def __init__(self, pipe: Any) -> None:
         parts = (part for module in denoisers_of(pipe).values() for part in module.modules())
-        self._own: list[dict[str, Any]] = []
+        self._own: list[Any] = []
         for own in map(vars, parts):
             self._own += [own, *(v for v in own.values() if type(v) in (dict, OrderedDict))]
         self._content = list(map(dict, self._own))

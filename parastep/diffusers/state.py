@@ -318,7 +318,8 @@ def _place_of(thing: Any) -> str:
 
 def foreign_in(pipe: Any) -> list[Foreign]:
     """All that hangs in a pipeline's denoisers, and its guider, and is no code of the host's."""
-    found, classes = [], {}
+    found: list[Foreign] = []
+    classes: dict[type, None] = {}
     for name, module in denoisers_of(pipe).items():
         for part in module.modules():
             cls = type(part)
