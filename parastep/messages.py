@@ -25,8 +25,14 @@ def warn_of(report: Any, stacklevel: int = 3) -> None:
         warnings.warn(f"running serially: {report.fallback}", SerialWarning, stacklevel=stacklevel)
 
 
+class Told(RuntimeError):
+    """What was raised in another process, by the line that describes it there."""
+
+
 def describe(error: BaseException) -> str:
     """The one line of an exception that travels to the leader, whatever its message is made of."""
+    if isinstance(error, Told):
+        return str(error)
     try:
         text = str(error).strip()
     except Exception as worse:

@@ -94,7 +94,7 @@ class Call:
         self.over = False
         self.meeting: Meeting | None = None  # where evaluations share a batch
         self.team: Team | None = None  # of the leader, where its forwards are shared out
-        self.teams: dict[int, Team] = {}  # and of its followers, by rank
+        self.teams: dict[int, Any] = {}  # and of its followers, by rank: as a `Team` is told of
         self.helpers: list[Helper] = []  # of all of them
         self.made_from: int | None = None  # the denoisers' fingerprint that theirs have
         self.remote: dict[int, Remote] = {}  # ranks in other processes

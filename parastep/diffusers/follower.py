@@ -24,8 +24,9 @@ from .hooks import Hooks
 from .leaving import GoBack, Leave
 from .listening import Listening
 from .parts import denoisers_of
+from .replicas import denoisers_print
 from .skipping import Outputs, Skipping
-from .teams import Team
+from .teams import ALTERED, Team
 from .tensors import generators_in, is_rounded, map_tensors
 
 
@@ -35,7 +36,8 @@ class Follower:
     def __init__(self, replica: Any, rank: int, call: Call, device: torch.device) -> None:
         self.replica, self.rank, self.call, self.device = replica, rank, call, device
         self.evaluated = 0  # iterations whose denoisers ran
-        self._team = call.teams.get(rank)
+        self._team: Team | None = None
+        self._made_from: int | None = None  # its denoisers' fingerprint, until the loop begins
         self._outputs = [Outputs()]  # of each loop, the last one the run's own
         self._skipping = Skipping(replica)
         self._target = 0  # the step to evaluate next
@@ -52,6 +54,9 @@ class Follower:
         place of torch's global generator, which is the leader's alone.
         """
         state = random.get_state()
+        self._team = self.call.teams.get(self.rank)
+        if self._team is not None:
+            self._made_from = denoisers_print(self.replica)
         try:
             while self._enter(arguments(), random):
                 random.set_state(state)
@@ -177,6 +182,9 @@ class Follower:
 
     def _begin_in_team(self, team: Team) -> None:
         if not self._opened:
+            if self._made_from not in (None, denoisers_print(self.replica)):
+                team.dissolve(ALTERED)
+            self._made_from = None  # what forwards write counts for nothing
             team.open(denoisers_of(self.replica))
         self._opened = True
         team.begin(self._step)

@@ -17,7 +17,7 @@ from ..quiet import thread_name
 from ..threads import HostContext, Task, finish_work
 from .compiling import is_compiled
 from .draws import OwnDraws
-from .forwards import Inputs, tensors_in
+from .forwards import Inputs, is_finite
 from .parts import denoisers_of
 from .tensors import map_tensors
 
@@ -32,6 +32,10 @@ class Served(NamedTuple):
     kept: Any = None
 
 
+class CannotBeSent(Exception):
+    """A call that no helper elsewhere can be given; the text says why."""
+
+
 class Helper(Protocol):
     """`place`: which of the pipeline's devices it is on; `lost`: why it serves no more, or None."""
 
@@ -40,10 +44,26 @@ class Helper(Protocol):
     lost: str | None
 
     def start(self, name: str, inputs: Inputs, watched: bool = False) -> Future[Served]:
-        """Has the denoiser of this name called; `watched`: a random draw in it is an error."""
+        """Has the denoiser of this name called; `watched`: a random draw in it is an error.
+
+        The answer's exception is what the denoiser raised, CannotBeSent, or an error of
+        parastep's own where the helper is gone.
+        """
 
     def close(self, patience: float) -> bool:
         """Nothing more is asked for; whether its replica may be used again."""
+
+
+def evaluated(
+    module: torch.nn.Module, args: Any, kwargs: Any, watched: bool, random: torch.Generator
+) -> Served:
+    """What a helper's denoiser gives, where it is."""
+    if watched and not is_compiled(module):
+        with OwnDraws(random) as draws, draws.forbidden():
+            output = module(*args, **kwargs)
+    else:
+        output = module(*args, **kwargs)
+    return Served(output, is_finite(output), output)
 
 
 class _Job(NamedTuple):
@@ -98,18 +118,12 @@ class LocalHelper:
                     job.answer.set_exception(error)
 
     def _evaluate(self, job: _Job, random: torch.Generator) -> Served:
-        module = self._modules[job.name]
         inputs = self._bring(job)
-        if job.watched and not is_compiled(module):
-            with OwnDraws(random) as draws, draws.forbidden():
-                output = module(*inputs.args, **inputs.kwargs)
-        else:
-            output = module(*inputs.args, **inputs.kwargs)
-        tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
-        finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-        there = map_tensors(lambda tensor: tensor.to(self._home), output)
+        module = self._modules[job.name]
+        served = evaluated(module, inputs.args, inputs.kwargs, job.watched, random)
+        there = map_tensors(lambda tensor: tensor.to(self._home), served.output)
         finish_work(self.device, self._home)
-        return Served(there, finite, output)
+        return served._replace(output=there)
 
     def _bring(self, job: _Job) -> Inputs:
         """The inputs on this device; what came before, conditioning most of all, is there."""

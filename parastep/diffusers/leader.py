@@ -32,6 +32,7 @@ from .parts import denoisers_of
 from .replicas import denoisers_print
 from .skipping import Outputs
 from .state import State, averages
+from .teams import ALTERED
 from .tensors import is_rounded, map_tensors, private
 from .watch import Watch
 
@@ -292,7 +293,7 @@ class Leader(Speculation):
         if reason is not None:
             self.give_up(reason)
         if self.team is not None and self.call.made_from != denoisers_print(self.pipe):
-            self.call.dissolve("the pipeline alters its denoisers within its call")
+            self.call.dissolve(ALTERED)
         if self.state.begin(self.pipe):
             self._open_team()
             if reason is None:

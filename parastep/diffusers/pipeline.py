@@ -63,7 +63,7 @@ def parallelize(
             `parastep.options.Options`; tolerance 0, or "exact", is the pipeline untouched, but that
             a team's helpers are given calls of it, bit for bit.
         mode: "threads", "processes" (workers that are spawned by us, with the first call) or
-            "auto": processes where every rank has a CUDA device of its own, since launching kernels
+            "auto": processes where all are CUDA devices, each named once, since launching kernels
             holds Python's lock, and threads elsewhere, or where the pipeline cannot be sent.
         group: ranks are the processes of this group, which all call parallelize and then the
             pipeline: a torch.distributed group or an mpi4py communicator. None with devices None:

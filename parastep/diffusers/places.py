@@ -59,10 +59,7 @@ def ranks_of(
             "slots='batch': ranks that share a batch are of one device and have no helpers: leave "
             "out split, and tuples in devices"
         )
-    if helped and mode == "processes":
-        raise _core.UnsupportedError("mode='processes': helpers are threads so far: leave it out")
-    workers = not helped and by_workers(mode, places)
-    return ranks_at(places, workers, batch, mode == "auto", shares)
+    return ranks_at(places, by_workers(mode, places), batch, mode == "auto", shares)
 
 
 def _of_group(pipe: Any, group: Group, home: torch.device) -> Ranks:

@@ -19,7 +19,7 @@ from ..options import Options
 from .batching import Meeting
 from .call import Call, Followers, Given
 from .compiling import unfit_for_threads
-from .helpers import LocalHelper
+from .helpers import Helper, LocalHelper
 from .local import LocalFollowers
 from .memory import free_on, without_room
 from .offload import take_turns
@@ -60,6 +60,7 @@ class Ranks:
         self._replicas: dict[int, Any] = {}  # by place
         self._made_from: int | None = None
         self._cuts = Cuts()
+        self._makes: dict[int, int] = {}  # which worker has shown its bits, by place
         self._full: dict[int, str] = {}  # places without room, and why
         self._housed: set[int] = {0}  # places with it, for a pipe with this fingerprint
         self._housed_for: int | None = None
@@ -124,7 +125,7 @@ class Ranks:
         in_threads = unfit_for_threads(pipe)
         lane = lane and in_threads is None
         try:
-            self._refresh_remote(pipe)
+            self._refresh_remote(pipe, options)
             if self._remote is None and in_threads is not None:
                 return Call(1), [], in_threads
             self._refresh(pipe, options, lane)
@@ -140,17 +141,19 @@ class Ranks:
             call.meeting = Meeting(call.ranks, leads=not options.exact)
         self._make_teams(call, options)
         try:
-            return call, self._followers(call, pipe, given), None
+            return call, self._followers(call, pipe, given, options), None
         except Exception as error:
             reason = f"the arguments cannot be sent to other processes: {describe(error)}"
+        self.gather(call)
         if self._goes_on_in_threads(reason):
             return self.call(pipe, given, options, guidance)
         return Call(1), [], reason
 
-    def _followers(self, call: Call, pipe: Any, given: Given) -> list[Followers]:
+    def _followers(self, call: Call, pipe: Any, given: Given, options: Options) -> list[Followers]:
         found: list[Followers] = []
         if self._remote is not None and call.ranks > 1:
-            found.append(self._remote.followers(call, pipe, given))
+            shares = self.shares[: call.ranks]
+            found.append(self._remote.followers(call, pipe, given, shares, options))
         heads = {rank: share[0] for rank, share in enumerate(self.shares[: call.ranks])}
         here = {r: self._replicas[p] for r, p in heads.items() if p in self._replicas}
         if here:
@@ -160,8 +163,9 @@ class Ranks:
     def _drop(self, place: int) -> None:
         """A replica that may not be used again."""
         self._replicas.pop(place, None)
-        self._cuts.exact.discard(place)
-        self._cuts.close.discard(place)
+        self._cuts.drop(place)
+        if place > 0 and isinstance(self._remote, Workers):
+            self._remote.release(place)
 
     def gather(self, call: Call) -> None:
         """The call is over: its helpers leave."""
@@ -169,11 +173,11 @@ class Ranks:
             if not helper.close(_PATIENCE):
                 self._drop(helper.place)
 
-    def _refresh_remote(self, pipe: Any) -> None:
+    def _refresh_remote(self, pipe: Any, options: Options) -> None:
         """The replicas in other processes."""
         try:
             if self._remote is not None:
-                self._remote.refresh(pipe)
+                self._remote.refresh(pipe, sorted(self._places(options) - {0}))
         except Exception as error:
             if not self._goes_on_in_threads(describe(error)):
                 raise
@@ -201,10 +205,15 @@ class Ranks:
         for replica in self._replicas.values():
             refresh(replica, pipe)
 
-    def _places_here(self, options: Options, lane: bool) -> set[int]:
+    def _places(self, options: Options) -> set[int]:
+        """Those that the call works on."""
         shares = self.shares[: 1 if options.untouched else None]
-        found = {place for share in shares for place in share[self._remote is not None :]}
-        return found | {0} if lane else found - {0}
+        return {place for share in shares for place in share}
+
+    def _places_here(self, options: Options, lane: bool) -> set[int]:
+        """And has a replica on in this process: on the leader's own for a lane."""
+        found = self._places(options) - {0} if self._remote is None else set()
+        return found | {0} if lane else found
 
     def _look_for_room(self, pipe: Any) -> None:
         """Devices that a replica does not fit on are left out, until it does."""
@@ -240,12 +249,13 @@ class Ranks:
             self._unguided.add(guidance)
 
     def _make_teams(self, call: Call, options: Options) -> None:
-        """The leader and its lane take turns on the same helpers."""
+        """The leader and its lane take turns on the same helpers. Ranks in other processes make
+        teams of their own.
+        """
         for rank, share in enumerate(self.shares[: call.ranks]):
-            home = self.places[share[0]]
-            helpers = [LocalHelper(self._replicas[p], self.places[p], home, p) for p in share[1:]]
-            if not helpers:
+            if len(share) == 1 or (rank > 0 and self._remote is not None):
                 continue
+            helpers = [self._helper(place, self.places[share[0]]) for place in share[1:]]
             call.helpers += helpers
             devices = [self.places[place] for place in share]
             team = functools.partial(
@@ -256,6 +266,15 @@ class Ranks:
             if rank > 0 or call.lane:
                 leaves = functools.partial(call.has_others, rank) if rank > 0 else _never
                 call.teams[rank] = team(over=lambda: call.over, leaves=leaves)
+
+    def _helper(self, place: int, home: torch.device) -> Helper:
+        if not isinstance(self._remote, Workers):
+            return LocalHelper(self._replicas[place], self.places[place], home, place)
+        made = self._remote.made(place)
+        if self._makes.get(place) != made:
+            self._cuts.drop(place)
+        self._makes[place] = made
+        return self._remote.helper(place)
 
 
 def _never() -> bool:

@@ -117,8 +117,8 @@ class Run:
         """What devices did together, and which of them were lost."""
         call = self._leader.call
         leading = [team for team in (call.team, call.teams.get(0)) if team is not None]
-        others = [[team] for rank, team in sorted(call.teams.items()) if rank > 0]
-        for rank, teams in enumerate([leading, *others]) if leading else ():
+        others = {rank: [team] for rank, team in sorted(call.teams.items()) if rank > 0}
+        for rank, teams in {**({0: leading} if leading else {}), **others}.items():
             report.teams.append(teams[0].record(teams[1:]).since(self._leader.began))
             for lost in (line for team in teams for line in team.losses):
                 text = f"its helper on {lost.device} was lost: {lost.why}"

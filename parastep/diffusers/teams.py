@@ -29,11 +29,22 @@ import torch
 from .. import _core
 from ..messages import describe
 from ..report import Share, TeamRecord
-from .forwards import RULES, Apart, Inputs, check_output, form_of, is_same, joined, tensors_in
-from .helpers import Helper, Served
+from .forwards import (
+    RULES,
+    Apart,
+    Inputs,
+    check_output,
+    form_of,
+    is_finite,
+    is_same,
+    joined,
+    tensors_in,
+)
+from .helpers import CannotBeSent, Helper, Served
 from .leaving import Leave
 from .tensors import map_tensors
 
+ALTERED = "the pipeline alters its denoisers within its call"
 _WORDS = {"batch": "batch (to rounding)", "calls": "calls (bit for bit)"}
 _CALLS = 8  # of one denoiser in an iteration: more of them are no branches of guidance
 _MISSES = 2  # of a call, before it is foretold no more
@@ -63,6 +74,11 @@ class Cuts:
         self.exact: set[int] = set()  # places of helpers that have given the head's own bits
         self.close: set[int] = set()  # and those that came within rounding
         self.calls: dict[Key, Inputs] = {}  # the newest of an iteration that were foretold rightly
+
+    def drop(self, place: int) -> None:
+        """Whoever serves from there now has shown nothing yet."""
+        self.exact.discard(place)
+        self.close.discard(place)
 
 
 class Lost(NamedTuple):
@@ -204,6 +220,10 @@ class Team:
         )
 
     @property
+    def lost_places(self) -> list[int]:
+        return [helper.place for helper in self._all if helper.lost is not None]
+
+    @property
     def kinds(self) -> set[str]:
         """How it has shared forwards out: "batch", "calls"."""
         return set(self._shared)
@@ -271,9 +291,15 @@ class Team:
         self._wait(helper, answer)
         error = answer.exception()
         if error is not None:
-            self._lose(helper, describe(error))
+            self._unserved(helper, error)
             raise _Unserved from error
         return answer.result()
+
+    def _unserved(self, helper: Helper, error: BaseException) -> None:
+        if isinstance(error, CannotBeSent):
+            self.dissolve(str(error))
+        else:
+            self._lose(helper, str(error) if isinstance(error, _core.Error) else describe(error))
 
     def _lose(self, helper: Helper, why: str) -> None:
         if helper.lost is None:
@@ -337,6 +363,10 @@ class Team:
             try:
                 self._wait(here[place], answer)
             except _Unserved:
+                return
+            error = answer.exception()
+            if isinstance(error, (_core.Error, CannotBeSent)):  # no verdict on its denoiser
+                self._unserved(here[place], error)
                 return
         try:
             outputs = [answer.result().output for answer in trial.answers]
@@ -421,7 +451,7 @@ class Team:
 
     def _instead_of(self, helper: Helper, whole: Any) -> Any:
         """Where a helper gave NaN or Inf: the untouched model may do so too."""
-        if _is_finite(whole):
+        if is_finite(whole):
             self._lose(helper, "its output holds NaN or Inf, the head's own does not")
         return whole
 
@@ -534,8 +564,3 @@ class _Shape:
 
 def _have_same_bits(ours: Any, theirs: Any) -> bool:
     return all(map(torch.equal, tensors_in(ours), tensors_in(theirs)))
-
-
-def _is_finite(output: Any) -> bool:
-    tensors = (tensor for tensor in tensors_in(output) if tensor.is_floating_point())
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

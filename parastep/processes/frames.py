@@ -32,12 +32,18 @@ class Kind(enum.IntEnum):
     RUN = 9  # both: a message of the run, the core's business
     FAILED = 10  # up: this rank cannot go on
     END = 11  # down: the call is over; why the pair that it used is, if it is
-    LEFT = 12  # up: so it is here; how many steps were evaluated, and whether the pair is fine
+    LEFT = (
+        12  # up: so it is here; the steps evaluated, whether the pair is fine, and its team's work
+    )
     RESULT = 13  # down: what the leader's call returned or raised
     BYE = 14  # both: nothing more will come
     PAIR = 15  # down: NCCL could carry the latents; what the leader has of it
     PAIRED = 16  # up: the id to meet under, or why not
-    NEXT = 17  # down: the run is over, and another loop of the call begins
+    SERVE = 17  # down: who is at the other end of the socket that comes along has forwards for it
+    HELPER = 18  # down: and here: who is there serves this rank with forwards in this call
+    FORWARD = 19  # to a helper, over that socket: a denoiser's inputs
+    OUTPUT = 20  # from it: what the denoiser gave
+    NEXT = 21  # down: the run is over, and another loop of the call begins
 
 
 class Frame(NamedTuple):
@@ -59,9 +65,13 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
+def head_of(frame: Frame) -> bytes:
+    """What comes before its body."""
+    return _HEAD.pack(_MAGIC, frame.kind, 0, frame.call, len(frame.body))
+
+
 def write_frame(stream: Stream, frame: Frame, descriptor: int | None = None) -> None:
-    head = _HEAD.pack(_MAGIC, frame.kind, 0, frame.call, len(frame.body))
-    stream.put(head, descriptor)
+    stream.put(head_of(frame), descriptor)
     body = memoryview(frame.body)
     for begin in range(0, len(body), _PIECE):
         stream.put(body[begin : begin + _PIECE])
@@ -72,7 +82,7 @@ def read_frame(stream: Stream) -> Frame:
     magic, kind, reserved, call, count = _HEAD.unpack(stream.get(_HEAD.size))
     if magic != _MAGIC or reserved != 0 or count > _LONGEST or kind not in _KINDS:
         raise _core.ProtocolError("what arrived is not a frame of parastep, or of another version")
-    body = bytearray()
+    body = stream.get(min(count, _PIECE)) if count else bytearray()
     while len(body) < count:
         body += stream.get(min(count - len(body), _PIECE))
     return Frame(Kind(kind), call, body)

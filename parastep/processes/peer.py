@@ -12,7 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 from ..messages import describe
-from .frames import Frame, Kind, Stream, read_frame, write_frame
+from .frames import Frame, Kind, Stream, head_of, read_frame, write_frame
+
+
+class _Rest:
+    """Of what is on its way already."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
 
 
 class Peer:
@@ -36,6 +43,8 @@ class Peer:
         self._stream, self._handle, self._gone = stream, handle, gone
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._sending = threading.Lock()
+        self._behind = 0  # what did not go at once, and has to go first
         self._call = 0  # that messages of the run belong to
         self.lost: str | None = None  # why nothing more can be sent
         self._threads = [
@@ -54,6 +63,22 @@ class Peer:
         """Never waits. A descriptor is closed once it is on its way."""
         self._out.put((Frame(kind, call, body), descriptor))
 
+    def send_now(self, kind: Kind, call: int, body: bytes) -> None:
+        """In this thread, as far as the stream takes it without waiting, which is sooner: a socket
+        only, and all that it is sent but the goodbye.
+        """
+        frame = Frame(kind, call, body)
+        with self._sending:
+            rest: Any = head_of(frame) + body if self._behind else None
+            try:
+                if rest is None and self.lost is None:
+                    rest = self._stream.put_now(head_of(frame), body)  # type: ignore[attr-defined]
+            except OSError as error:
+                self._lose(describe(error))
+            if rest:
+                self._behind += 1
+                self._out.put(_Rest(rest))
+
     def close(self, patience: float = 1.0) -> None:
         """Says goodbye, and waits until the other end has said it too or is gone."""
         self._out.put(None)
@@ -71,6 +96,9 @@ class Peer:
     def _send(self) -> None:
         while (item := self._out.get()) is not None:
             frame, descriptor = (Frame(Kind.RUN, self._call, item), None)
+            if isinstance(item, _Rest):
+                self._catch_up(item)
+                continue
             if isinstance(item, tuple):
                 frame, descriptor = item
                 self._call = frame.call
@@ -84,6 +112,15 @@ class Peer:
                     os.close(descriptor)
         with contextlib.suppress(Exception):
             write_frame(self._stream, Frame(Kind.BYE, 0, b""))
+
+    def _catch_up(self, rest: _Rest) -> None:
+        try:
+            if self.lost is None:
+                self._stream.put(rest.data)
+        except Exception as error:
+            self._lose(describe(error))
+        with self._sending:
+            self._behind -= 1
 
     def _receive(self) -> None:
         try:

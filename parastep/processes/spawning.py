@@ -70,6 +70,10 @@ class Spawned:
                 self._words = lines[-1].replace("\0", "?") if lines else ""
             return self._words
 
+    def kill(self) -> None:
+        """From any thread; `end` reaps it."""
+        self._process.kill()
+
     def end(self) -> None:
         """Kills it: it holds nothing that would have to be put in order."""
         self._process.kill()

@@ -36,6 +36,15 @@ class SocketStream:
             sent = self._socket.sendmsg([data], ancillary)
             self._socket.sendall(memoryview(data)[sent:])
 
+    def put_now(self, *pieces: Any) -> memoryview:
+        """As much as goes without waiting; returns the rest."""
+        whole = sum(map(len, pieces))
+        try:
+            sent = self._socket.sendmsg(pieces, [], socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        return memoryview(b"".join(pieces) if sent < whole else b"")[sent:]
+
     def get(self, count: int) -> bytearray:
         data = bytearray(count)
         view, got = memoryview(data), 0

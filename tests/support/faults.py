@@ -6,12 +6,14 @@ the first worker that makes its n-th call since then takes the order and carries
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ class Faulty(torch.nn.Module):
         try:
             text = path.read_text()
             order = json.loads(text)
+            if order["who"] not in (None, "helper" if is_helper() else "head"):
+                return None
             self.calls = self.calls + 1 if text == self.seen else 1
             self.seen = text
             if order["call"] > self.calls:
@@ -54,10 +58,16 @@ def in_follower() -> bool:
     return sys.argv[0] == "-c" and any(name.endswith(".worker") for name in sys.argv[2:3])
 
 
-def order(folder: Path, fault: str, call: int) -> None:
+def is_helper() -> bool:
+    """Whether this forward is made for another process."""
+    return any(line.filename.endswith("helping.py") for line in traceback.extract_stack())
+
+
+def order(folder: Path, fault: str, call: int, who: str | None = None) -> None:
+    """`who`: of workers "head" or "helper" alone."""
     Path(folder, "taken").unlink(missing_ok=True)
     draft = Path(folder, "draft")
-    draft.write_text(json.dumps({"fault": fault, "call": call, "at": time.monotonic()}))
+    draft.write_text(json.dumps({"fault": fault, "call": call, "who": who, "at": time.monotonic()}))
     draft.rename(Path(folder, "order"))
 
 
@@ -88,6 +98,12 @@ def carry_out(fault: str, output: torch.Tensor) -> torch.Tensor:
         return output.double()
     if fault == "rubbish":
         os.write(int(sys.argv[1]), b"x" * 4096)  # onto the pipe, past everybody
+        time.sleep(600)
+    if fault == "babble":  # onto every other socket
+        for entry in list(Path("/proc/self/fd").iterdir()):
+            with contextlib.suppress(OSError):
+                if os.readlink(entry).startswith("socket:") and entry.name != sys.argv[1]:
+                    os.write(int(entry.name), b"x" * 4096)
         time.sleep(600)
     if fault == "silence":  # the pipe ends, the process does not
         socket.socket(fileno=int(sys.argv[1])).shutdown(socket.SHUT_RDWR)

@@ -179,10 +179,13 @@ class Group:
 
     # The leader.
 
-    def refresh(self, pipe: Any) -> None:
+    def refresh(self, pipe: Any, places: Any) -> None:
         """Nothing to be made: every rank has a pipeline of its own."""
 
-    def followers(self, call: Call, pipe: Any, given: Any) -> RemoteFollowers:
+    def followers(
+        self, call: Call, pipe: Any, given: Any, shares: Any, options: Any
+    ) -> RemoteFollowers:
+        """Each has one device."""
         return RemoteFollowers(self._links, self._number, call, pipe, given, self.drop)
 
     def drop(self, lost: set[int], stuck: set[int]) -> None:

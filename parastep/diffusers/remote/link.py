@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,21 +20,67 @@ from ... import _core
 from ...processes import pairs
 from ...processes.frames import Frame, Kind, Stream
 from ...processes.peer import Peer
+from ...report import TeamRecord
 from ...threads import HostContext
 from ...tracing.draws import cloned_global_generator
 from ..call import Call, Loop, Remote
 from ..parts import is_scheduler
+from ..teams import Lost
 from .packing import pack
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds for followers to leave a call that is over
 
 
-class RemoteRank(Remote):
-    """A rank in another process, during one call."""
+class RemoteTeam:
+    """Of a rank in another process, by what that tells when it leaves the call."""
 
-    def __init__(self, link: Link, rank: int, number: int, call: Call) -> None:
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        words = "its process has not told what it shared"
+        self._record = TeamRecord([str(device) for device in devices], None, words, 0, 0, 0)
+        self.losses: list[Lost] = []
+
+    def record(self, others: Sequence[Any] = ()) -> TeamRecord:
+        return self._record
+
+    def dissolve(self, reason: str) -> None:
+        """It finds out itself, and ends with the run."""
+
+    def told(self, record: dict[str, Any], losses: list[tuple[str, int, str]]) -> None:
+        self._record = TeamRecord.from_dict(record)
+        self.losses = [Lost(torch.device(device), step, why) for device, step, why in losses]
+
+
+class Serving:
+    """A worker that serves another one with forwards, during one call."""
+
+    def __init__(self, number: int, kill: Callable[[], None]) -> None:
+        self.number, self._kill = number, kill
+
+    def handle(self, frame: Frame) -> None:
+        """It has nothing to say but that it has left."""
+
+    def fail(self, why: str) -> None:
+        """Nobody hears from it any more: the one it serves is to know at once, by its socket."""
+        self._kill()
+
+
+class RemoteRank(Remote):
+    """A rank in another process, during one call. `helpers`: the links to those that serve it, by
+    place, with their devices.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        rank: int,
+        number: int,
+        call: Call,
+        helpers: Mapping[int, Link] | None = None,
+    ) -> None:
         self.link, self.rank, self.number, self.call = link, rank, number, call
+        self.helpers = helpers or {}
+        self.lost_helpers: set[int] = set()  # places
         self.evaluated: int | None = None  # as soon as it has left the call
         self._pair = link.pair
         self._carries = False  # there is a leader whose messages go this way
@@ -51,6 +98,9 @@ class RemoteRank(Remote):
         """The call begins; from here on what this process says of it is heard."""
         with self.link.changed:
             self.link.current = self
+        for place, helper in self.helpers.items():
+            told = json.dumps([place, str(helper.device), helper.made]).encode()
+            self.link.peer.send(Kind.HELPER, self.number, told, helper.serve(self.number))
         self._send(Kind.CALL, arguments)
         if self.link.peer.lost is not None:
             self.fail(self.link.peer.lost)
@@ -101,7 +151,12 @@ class RemoteRank(Remote):
         elif frame.kind == Kind.FAILED:
             self.fail(frame.words)
         elif frame.kind == Kind.LEFT:
-            self.evaluated, fine = json.loads(frame.body)
+            self.evaluated, fine, worked = json.loads(frame.body)
+            team = self.call.teams.get(self.rank)
+            if worked is not None and isinstance(team, RemoteTeam):
+                record, losses, lost = worked
+                self.lost_helpers = set(lost)
+                team.told(record, losses)
             if self._pair is not None and not (fine and self._pair.alive):
                 self._pair.lost("the follower has left the run")
                 self._pair.close()  # the next call makes another one
@@ -112,8 +167,8 @@ class RemoteRank(Remote):
 
 
 class Link:
-    """The connection to a follower's process, for all calls to come; `ending` tells how a process
-    of ours has ended.
+    """The connection to a follower's process, for all calls to come. `device`: its own, `ending`
+    tells how it has ended, `kill` ends it, where it is a process of ours.
     """
 
     def __init__(
@@ -122,12 +177,15 @@ class Link:
         name: str,
         same_clock: bool,
         ending: Callable[[], str] | None = None,
+        device: torch.device | None = None,
+        kill: Callable[[], None] = lambda: None,
     ) -> None:
-        self.same_clock = same_clock
+        self.same_clock, self.device, self._kill = same_clock, device, kill
         self._ending = ending
         self.changed = threading.Condition()
-        self.current: RemoteRank | None = None  # the call that it is in, or has not left yet
+        self.current: RemoteRank | Serving | None = None  # the call that it is in, or has not left
         self.loaded: str | None = None  # what it said of the last model: "" where all went well
+        self.made = 0  # changes with the model that it has; no other link's is ever the same
         self.pair: _core.Pair | None = None  # what carries the latents, in place of frames
         self.unpaired: str | None = None  # why there is none in this call
         self._tries = len(pairs.PATIENCE)  # that are left, since a slow start is none for ever
@@ -139,6 +197,17 @@ class Link:
     @property
     def alive(self) -> bool:
         return self.peer.lost is None
+
+    def serve(self, number: int) -> int:
+        """It evaluates for whoever has the socket whose descriptor is returned, in this call; one
+        that is in an earlier call yet, or gone, closes it.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            if self.alive and self.current is None:
+                self.current = Serving(number, self._kill)
+                self.peer.send(Kind.SERVE, number, descriptor=theirs.detach())
+        return ours.detach()
 
     def offer_pair(self, home: torch.device) -> float:
         """Where the leader is on a device and there is no pair yet; `wait_for_pair` follows. The
@@ -245,6 +314,8 @@ class RemoteFollowers:
 
     To be made before the pipeline runs: arguments and the states of generators are taken here.
     `given` are the call's (args, kwargs); `drop` is told who was lost, and who did not leave.
+    `helpers`: the links to those that serve a rank, by place, `team`: what of the options a rank
+    with helpers goes by.
     """
 
     def __init__(
@@ -255,13 +326,19 @@ class RemoteFollowers:
         pipe: Any,
         given: tuple[tuple[Any, ...], dict[str, Any]],
         drop: Callable[[set[int], set[int]], None],
+        helpers: Mapping[int, Mapping[int, Link]] | None = None,
+        team: tuple[bool, float | None] = (False, None),
     ) -> None:
         _pair_all(links, call.home)
-        self.ranks = {rank: RemoteRank(link, rank, number, call) for rank, link in links.items()}
+        self.ranks = {
+            rank: RemoteRank(link, rank, number, call, (helpers or {}).get(rank))
+            for rank, link in links.items()
+        }
         self._call, self._drop = call, drop
         random = call.home.type, cloned_global_generator(call.home).get_state()
-        self._arguments = pack((given, _settings(pipe), HostContext(), random))
         call.remote = {r: there for r, there in self.ranks.items() if there.link.current is None}
+        others = len(call.remote) > 1
+        self._arguments = pack((given, _settings(pipe), HostContext(), random, (*team, others)))
         for rank in self.ranks.keys() - call.remote.keys():
             call.fail(rank, "it is still in an earlier call")
 

@@ -11,7 +11,7 @@ import functools
 import json
 import queue
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from ...speculation import with_room
 from ...threads import finish_work
 from ..call import Call, Loop
 from ..follower import Follower
+from ..helpers import Helper
 from ..replicas import refresh
+from ..teams import Cuts, Team
 from ..tensors import own_copy
 from .packing import unpack
 
@@ -178,11 +180,26 @@ class Server:
             self._current.gone(why)
         self._on_gone(why)
 
-    def serve(self, call: RemoteCall, replica: Any) -> None:
-        """Follows the leader through one call; whatever goes wrong is told to it."""
+    def serve(
+        self,
+        call: RemoteCall,
+        replica: Any,
+        helpers: Sequence[Helper] = (),
+        cuts: Cuts | None = None,
+    ) -> None:
+        """Follows the leader through one call; whatever goes wrong is told to it. `cuts`: what was
+        found out in earlier ones.
+        """
         loop = Follower(replica, self.rank, call, self.device)
+        team: Team | None = None
         try:
-            arguments, settings, context, (kind, state) = unpack(call.arguments, self.device)
+            told = unpack(call.arguments, self.device)
+            arguments, settings, context, (kind, state), (exact, deadline, others) = told
+            if helpers:
+                devices = [self.device, *(helper.device for helper in helpers)]
+                over, leaves = (lambda: call.over), (lambda: others)
+                team = Team(devices, helpers, cuts or Cuts(), exact, deadline, over, leaves)
+                call.teams[self.rank] = team
             refresh(replica, types.SimpleNamespace(**settings))
             random = torch.Generator(self.device)
             if self.device.type == kind:
@@ -194,8 +211,18 @@ class Server:
         except BaseException as error:  # it could not begin, or could not even say why it failed
             call.fail(self.rank, describe(error))
         finally:
-            left = loop.evaluated, call.leave()
+            for helper in helpers:
+                helper.close(1.0)
+            left = loop.evaluated, call.leave(), _worked(team)
             self.peer.send(Kind.LEFT, call.number, json.dumps(left).encode())
+
+
+def _worked(team: Team | None) -> Any:
+    """What a team did, as its leader's report has it, and the places of helpers that it lost."""
+    if team is None:
+        return None
+    losses = [(str(device), step, why) for device, step, why in team.losses]
+    return team.record().to_dict(), losses, team.lost_places
 
 
 def _latent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
