@@ -187,7 +187,7 @@ typedef struct ps_options {
 } ps_options;
 
 PS_API void ps_options_init(
-    ps_options *options); /* verified, .02, order 1, warm-up 5, default rule */
+    ps_options *options); /* verified, .04, order 1, warm-up 5, default rule */
 
 /* What ps_leader_create refuses of options, in the same words, without a run. */
 PS_API ps_status ps_options_check(const ps_options *options);

@@ -38,14 +38,14 @@ class ParaStep:
             {
                 "default": "balanced",
                 "tooltip": "What guesses and estimates may add to the error of the result, as "
-                "estimated. exact: the untouched sampler, bit for bit and no faster. high: .005. "
-                "balanced: .02. fast: .05. custom: the tolerance below.",
+                "estimated. exact: the untouched sampler, bit for bit and no faster. high: .01. "
+                "balanced: .04. fast: .12. custom: the tolerance below.",
             },
         ),
         "tolerance": (
             "FLOAT",
             {
-                "default": 0.02,
+                "default": 0.04,
                 "min": 0.0,
                 "max": 0.2,
                 "step": 0.001,

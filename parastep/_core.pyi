@@ -87,7 +87,7 @@ class Leader:
         *,
         ranks: SupportsIndex = 1,
         slots: Sequence[SupportsIndex] | None = None,
-        tolerance: float = 0.02,
+        tolerance: float = 0.04,
         policy: str = "verified",
         order: SupportsIndex = 1,
         max_stride: SupportsIndex | None = None,
@@ -173,7 +173,7 @@ class Tensor(Buffer):
 def build_info() -> dict[str, Any]: ...
 def check_options(  # raises what Leader raises of these, before there is a program or a latent
     *,
-    tolerance: float = 0.02,
+    tolerance: float = 0.04,
     policy: str = "verified",
     order: SupportsIndex = 1,
     max_stride: SupportsIndex | None = None,

@@ -19,7 +19,7 @@ import numpy as np
 from . import _core
 from .report import Report
 from .sampling import sample
-from .tolerance import Tolerance, number_of
+from .tolerance import SCALE, Tolerance, number_of
 
 # From loose to tight, three a decade; between two neighbours the search goes on by bisection.
 GRID = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)
@@ -42,7 +42,7 @@ class Cost(NamedTuple):
 class Calibration:
     """`tolerance` reaches `target` dB; `table` is what others cost, from loose to tight.
 
-    `parallelize(pipe, tolerance=calibration.tolerance)` uses it; `reached` is False where no
+    `parallelize(pipe, tolerance=calibration)` uses it; `reached` is False where no
     tolerance did, and `tolerance` then is 0, the exact mode.
     """
 
@@ -54,6 +54,10 @@ class Calibration:
     steps: int
     model: str
     version: str
+    scale: int = SCALE  # of the tolerances, see parastep.tolerance
+
+    def __float__(self) -> float:
+        return self.tolerance
 
     def save(self, path: str | pathlib.Path) -> None:
         """As a small JSON file."""
@@ -62,14 +66,22 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> Calibration:
-        """Raises InvalidError where the file does not hold a calibration."""
+        """Raises InvalidError where the file does not hold a calibration, or one whose tolerances
+        meant something else.
+        """
         try:
             plain = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
             table = [Cost(**{k: float(v) for k, v in cost.items()}) for cost in plain.pop("table")]
+            scale = plain.pop("scale", 1)  # which files did not name at first
             found = cls(table=table, **plain)
             found.tolerance = number_of(float(found.tolerance))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _core.InvalidError(f"{path}: not a calibration of parastep: {error}") from error
+        if scale != SCALE:
+            raise _core.InvalidError(
+                f"{path}: made by parastep {found.version}, whose tolerances meant something else "
+                f"(scale {scale}, now {SCALE}): calibrate again"
+            )
         return found
 
     def __str__(self) -> str:

@@ -185,6 +185,10 @@ def sample(
     is tried with a batch: where it raises, or its outputs are not those that it gives one by one,
     that is a SerialWarning, `report.unbatched` says why, and a rank evaluates one step a round.
 
+    What a drift costs is judged by the program's `s` and `alpha`, with x = alpha x0 + s eps: alpha
+    is sqrt(1 - s^2) where variance is preserved, 1 - s in flows, and 1, the default of `Program`,
+    where it explodes. Left out where it is another, the same tolerance lets far larger errors pass.
+
     `tolerance`, `policy`, `max_stride`, `warmup`, `order`, `deadline` and `on_failure` are those of
     `parastep.options.Options`; a follower that is lost is a FollowerWarning and a line in the
     report.  `noise`, (N, *x.shape), is needed where the program draws.  `progress` shows a bar that

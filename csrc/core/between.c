@@ -117,18 +117,18 @@ static ps_status measure_difference(const ps_leader *leader, double *squared)
 /* Outputs are rough: from step to step they scatter about a smooth curve.  The difference of two
  * interpolations shows as much of that as its weights let through; the output interpolated misses
  * its own share and all of what the step itself would have had. */
-static ps__gap gap_of(const double *weight, const double *less, int count, double squared)
+static double gap_of(const double *weight, const double *less, int count, double squared)
 {
   double shown = 0.0, missed = 1.0;
   for (int k = 0; k < count; ++k) {
     shown += (weight[k] - less[k]) * (weight[k] - less[k]);
     missed += weight[k] * weight[k];
   }
-  return (ps__gap){.rough = sqrt(squared / shown), .share = sqrt(missed)};
+  return sqrt(squared / shown * missed);
 }
 
 /* m at step by the polynomial through the support, and by the one of a degree less. */
-static ps_status combine(ps_leader *leader, const known *support, int count, int step, ps__gap *gap)
+static ps_status combine(ps_leader *leader, const known *support, int count, int step, double *gap)
 {
   ps_term term[POINTS] = {{NULL, PS_NONE}};
   double weight[2 * POINTS] = {0}, *less = weight + count, squared = 0.0;
@@ -147,7 +147,7 @@ static ps_status combine(ps_leader *leader, const known *support, int count, int
   return status;
 }
 
-ps_status ps__interpolate(ps_leader *leader, int step, ps__gap *gap)
+ps_status ps__interpolate(ps_leader *leader, int step, double *gap)
 {
   known support[POINTS];
   int count = take_support(leader, step, support);
@@ -155,7 +155,7 @@ ps_status ps__interpolate(ps_leader *leader, int step, ps__gap *gap)
   return status == PS_OK ? combine(leader, support, count, step, gap) : status;
 }
 
-ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, ps__gap *gap)
+ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, double *gap)
 {
   known support[POINTS];
   int count = 0;
@@ -169,4 +169,21 @@ ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, ps__gap *
   }
   *oldest = support[0].step;
   return combine(leader, support, count, *step, gap);
+}
+
+ps_status ps__foresee(ps_leader *leader, const void *x, int step, void *point)
+{
+  ps__foresee_from(leader, x);
+  for (int j = leader->step; j < step; ++j) {
+    known support[POINTS];
+    const void *outputs[POINTS];
+    double weight[POINTS];
+    int count = take_support(leader, j, support);
+    weigh(support, count, -1, j, weight);
+    for (int k = 0; k < count; ++k) {
+      outputs[k] = support[k].m;
+    }
+    ps__foresee_answer(leader, j, outputs, weight, count);
+  }
+  return ps__foresee_point(leader, step, point);
 }

@@ -18,13 +18,16 @@ typedef struct known {
 } known;
 
 typedef struct ps__guesser {
-  int capacity;     /* columns the basis may have */
+  int capacity;     /* columns the basis may have, those that foresight adds to it included */
   int columns;      /* basis vectors in use */
+  int guesses;      /* those of them that guesses read; foresight's come after them */
   ps_term *basis;   /* (capacity) */
-  void **kept;      /* (capacity) room for the basis of guesses between nodes, or NULL */
+  void **kept;      /* (columns of guesses) room for the basis of guesses between nodes, or NULL */
   int oldest, last; /* steps the roll-out spans: x[oldest .. last], m[oldest .. last] */
   double *x;        /* (span, capacity) x_j in the basis; true ones are unit rows */
   double *m;        /* (span, capacity) m_j likewise */
+  double *host_x;   /* (span, capacity) where the host will be, see ps__foresee_from */
+  double *host_m;   /* (span, capacity) and what it will be answered */
   double *own;      /* (capacity) the published rule's reused output */
   known *known;     /* (PS__ANCHORS + window) ascending */
   int knowns;
@@ -43,11 +46,11 @@ static int span_of(const ps_leader *leader)
   return leader->depth + ahead;
 }
 
-static void **carve_kept(const ps_leader *leader, ps__arena *arena, size_t capacity)
+static void **carve_kept(const ps_leader *leader, ps__arena *arena, size_t columns)
 {
   size_t x = ps__x_bytes(&leader->layout), m = ps__m_bytes(&leader->layout);
-  void **kept = ps__carve(arena, capacity, sizeof(void *));
-  for (size_t column = 0; leader->pace.strided && column < capacity; ++column) {
+  void **kept = ps__carve(arena, columns, sizeof(void *));
+  for (size_t column = 0; leader->pace.strided && column < columns; ++column) {
     void *room = ps__carve_vector(arena, x > m ? x : m);
     if (kept != NULL) {
       kept[column] = room;
@@ -59,14 +62,18 @@ static void **carve_kept(const ps_leader *leader, ps__arena *arena, size_t capac
 size_t ps__guesser_carve(ps_leader *leader, ps__arena *arena)
 {
   size_t window = (size_t)leader->window_max, span = (size_t)span_of(leader);
-  size_t capacity = 2 * (size_t)leader->depth + PS__ANCHORS + 3 * window;
+  size_t columns = 2 * (size_t)leader->depth + PS__ANCHORS + 3 * window;
+  size_t capacity = columns + 2 * (size_t)leader->depth + PS__ANCHORS + window;
+  size_t foreseen = leader->pace.strided ? span * capacity : 0;
   ps__guesser *guesser = ps__carve(arena, 1, sizeof *guesser);
   ps__guesser parts = {
       .capacity = (int)capacity,
       .basis = ps__carve(arena, capacity, sizeof(ps_term)),
-      .kept = carve_kept(leader, arena, capacity),
+      .kept = carve_kept(leader, arena, columns),
       .x = ps__carve(arena, span * capacity, sizeof(double)),
       .m = ps__carve(arena, span * capacity, sizeof(double)),
+      .host_x = ps__carve(arena, foreseen, sizeof(double)),
+      .host_m = ps__carve(arena, foreseen, sizeof(double)),
       .own = ps__carve(arena, capacity, sizeof(double)),
       .known = ps__carve(arena, PS__ANCHORS + window, sizeof(known)),
       .noise = ps__carve(arena, span, sizeof(int)),
@@ -405,6 +412,92 @@ ps_status ps__guess_between(ps_leader *leader, int step, void *point)
   guesser->out[0] = point;
   memcpy(guesser->weight, x_row(guesser, step), (size_t)guesser->capacity * sizeof(double));
   int terms = pack_terms(guesser, 1);
+  return leader->backend->lincomb(leader->backend, leader->layout.items * leader->layout.size, 1,
+                                  terms, guesser->weight, guesser->term, guesser->out,
+                                  leader->layout.x);
+}
+
+/* ---- foresight ------------------------------------------------------------------------------- */
+
+static double *host_row(const ps__guesser *guesser, double *rows, int step)
+{
+  return rows + (size_t)(step - guesser->oldest) * (size_t)guesser->capacity;
+}
+
+/* The column of an output, new ones beside those of the guesses. */
+static int column_of(ps__guesser *guesser, int guesses, const void *data, ps_dtype dtype)
+{
+  for (int column = guesses; column < guesser->columns; ++column) {
+    if (guesser->basis[column].data == data) {
+      return column;
+    }
+  }
+  return add_basis(guesser, data, dtype);
+}
+
+/* The host's own trajectory up to x: unit rows. */
+static void take_host(const ps_leader *leader, ps__guesser *guesser, int oldest, const void *x)
+{
+  for (int j = oldest; j <= leader->step; ++j) {
+    double *x_to = host_row(guesser, guesser->host_x, j);
+    double *m_to = host_row(guesser, guesser->host_m, j);
+    const void *at = j == leader->step ? x : leader->x[j % leader->depth];
+    clear_row(guesser, x_to);
+    clear_row(guesser, m_to);
+    x_to[add_basis(guesser, at, leader->layout.x)] = 1.0;
+    if (j < leader->step) {
+      m_to[add_basis(guesser, leader->m[j % leader->depth], leader->layout.m)] = 1.0;
+    }
+  }
+}
+
+static void host_step(const ps_leader *leader, ps__guesser *guesser, int oldest, int j)
+{
+  const ps_program *program = leader->program;
+  double *next = host_row(guesser, guesser->host_x, j + 1);
+  clear_row(guesser, next);
+  for (int k = 0; k < program->history && j - k >= oldest; ++k) {
+    int at = j * program->history + k;
+    add_row(guesser, next, program->a[at], host_row(guesser, guesser->host_x, j - k));
+    add_row(guesser, next, program->b[at], host_row(guesser, guesser->host_m, j - k));
+  }
+}
+
+static int oldest_of(const ps_leader *leader)
+{
+  int oldest = leader->step - leader->depth + 1;
+  return oldest > leader->guesser->oldest ? oldest : leader->guesser->oldest;
+}
+
+void ps__foresee_from(ps_leader *leader, const void *x)
+{
+  ps__guesser *guesser = leader->guesser;
+  guesser->guesses = guesser->columns;
+  take_host(leader, guesser, oldest_of(leader), x);
+}
+
+void ps__foresee_answer(ps_leader *leader, int j, const void *const *outputs, const double *weight,
+                        int count)
+{
+  ps__guesser *guesser = leader->guesser;
+  double *row = host_row(guesser, guesser->host_m, j), slope = leader->program->g[j];
+  clear_row(guesser, row);
+  for (int k = 0; k < count; ++k) {
+    row[column_of(guesser, guesser->guesses, outputs[k], leader->layout.m)] += weight[k];
+  }
+  add_row(guesser, row, slope, host_row(guesser, guesser->host_x, j));
+  add_row(guesser, row, -slope, x_row(guesser, j));
+  host_step(leader, guesser, oldest_of(leader), j);
+}
+
+ps_status ps__foresee_point(ps_leader *leader, int step, void *point)
+{
+  ps__guesser *guesser = leader->guesser;
+  guesser->out[0] = point;
+  memcpy(guesser->weight, host_row(guesser, guesser->host_x, step),
+         (size_t)guesser->capacity * sizeof(double));
+  int terms = pack_terms(guesser, 1);
+  guesser->columns = guesser->guesses;
   return leader->backend->lincomb(leader->backend, leader->layout.items * leader->layout.size, 1,
                                   terms, guesser->weight, guesser->term, guesser->out,
                                   leader->layout.x);

@@ -55,26 +55,20 @@ enum {
 
 /* ---- pace: what answers cost, how far apart nodes lie ---------------------------------------- */
 
-/* What an interpolated output misses, in m's units: `share` times the roughness, which at this step
- * looked like `rough`. */
-typedef struct ps__gap {
-  double rough, share;
-} ps__gap;
-
 typedef struct ps__pace {
   bool strided;                      /* nodes may lie further apart than one step */
   double *clock;                     /* (steps + 1), ascending */
   double *drift_cost;                /* (steps) tolerance spent by a drift of 1, in units of s */
   double *gap_cost;                  /* (steps) tolerance spent by a gap of 1, see ps__afford */
+  bool insist;                       /* the host evaluates the first step of the next round */
   double stride;                     /* of the round at hand, in the clock's units */
   int newest;                        /* step of the newest anchor, -1 = none */
   int first;                         /* frontier where the round at hand began */
   int between;                       /* steps that it has answered between nodes */
   double drifted, gaps;              /* tolerance that it has spent on drift, on gaps */
   double closed, hole, hole_squares; /* of gaps, squares up to the newest node; sums after it */
-  double rough;        /* roughness of the outputs so far, in m's units; NaN = none was seen */
-  int patience, waits; /* rounds in which the host evaluates: of the last wait, left of it */
-  double missed;       /* gaps, with the step measured last whether it was accepted or not */
+  double led;                        /* the part of drifted up to the first node */
+  double missed; /* gaps, with the step measured last whether it was accepted or not */
 } ps__pace;
 
 /* ---- leader ---------------------------------------------------------------------------------- */
@@ -116,7 +110,8 @@ struct ps_leader {
   /* The round: its nodes, ascending, the host's own exact one first if there is one.  Before the
    * next round's guesses are made the same array still holds the last round's, which are then
    * carried. */
-  int round; /* rounds begun */
+  int round;    /* rounds begun */
+  int foreseen; /* step of the node that was looked ahead at last */
   int nodes;
   ps__node *node;  /* (window_max + 1) */
   ps__node *fresh; /* (window_max + 1) the next round's, while guesses still read the last one's */
@@ -158,12 +153,16 @@ static inline ps_status ps__sweep(const ps_leader *leader, const ps_sweep *sweep
 }
 
 /* pace.c */
-void ps__pace_begin(ps_leader *leader); /* once, when the clock has its room */
+double ps__noise_of(const ps_program *program, int step); /* as a part of the latent's scale */
+void ps__pace_begin(ps_leader *leader);                   /* once, when the clock has its room */
 /* The stride of the round about to begin; *exact: the host has to evaluate its first step. */
 ps_status ps__pace_round(ps_leader *leader, bool *exact);
-/* Whether the step at hand may be answered: drift in units of s; gap of an interpolated m, NULL at
- * a node.  If so, it is charged to the round. */
-bool ps__afford(ps_leader *leader, double drift, const ps__gap *gap);
+/* Whether the step at hand may be answered: drift in units of s; gap, what an interpolated m misses
+ * in its units, NULL at a node.  leads: the step is not behind the first node of the round, whose
+ * evaluation nothing would be gained by asking for again.  If so, it is charged to the round. */
+bool ps__afford(ps_leader *leader, double drift, const double *gap, bool leads);
+/* Whether a drift that lies ahead may be come to; leads as above, of the node where it lies. */
+bool ps__may_come_to(const ps_leader *leader, int step, double drift, bool leads);
 
 /* plan.c: writes the nodes of a round that begins at the present step, and returns how many there
  * are: at most what the ranks alive can hold.  exact: the host evaluates the present step. */
@@ -175,14 +174,24 @@ size_t ps__guesser_carve(ps_leader *leader, ps__arena *arena);
 ps_status ps__guess(ps_leader *leader, const ps__node *nodes, int count);
 /* The guess of a step between the nodes of the round at hand, (items, size) of layout.x. */
 ps_status ps__guess_between(ps_leader *leader, int step, void *point);
+/* Foresight: where a host that is at x will be.  From x on, with every step's answer told in turn,
+ * outputs and weights rebased to where the host will be, up to the one before the point wanted. */
+void ps__foresee_from(ps_leader *leader, const void *x);
+void ps__foresee_answer(ps_leader *leader, int step, const void *const *outputs,
+                        const double *weight, int count);
+ps_status ps__foresee_point(ps_leader *leader, int step, void *point);
 
 /* between.c: answers between nodes. */
 bool ps__is_between(const ps_leader *leader, int step);
-/* m of a step between nodes, interpolated at its guess, both left in the leader's scratch. */
-ps_status ps__interpolate(ps_leader *leader, int step, ps__gap *gap);
+/* m of a step between nodes, interpolated at its guess, both left in the leader's scratch; *gap is
+ * what it misses, in m's units. */
+ps_status ps__interpolate(ps_leader *leader, int step, double *gap);
 /* The same for the newest anchor but one, *step, from the anchors around it, the first of them at
  * *oldest; leader has DEGREE + 2. */
-ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, ps__gap *gap);
+ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, double *gap);
+/* Where a host that is at x will be at a step ahead, the steps until there answered between nodes;
+ * (items, size) of layout.x. */
+ps_status ps__foresee(ps_leader *leader, const void *x, int step, void *point);
 
 /* links.c: the leader's side of the wire. */
 

@@ -37,6 +37,26 @@ static void *m_at(const ps_leader *leader, int step)
   return leader->m[step % leader->depth];
 }
 
+/* x_{j+1} by row j of the program, from the host's own trajectory. */
+static ps_status roll_step(ps_leader *leader, int j, const void *z, void *x_next)
+{
+  const ps_program *program = leader->program;
+  int terms = 0;
+  for (int k = 0; k < program->history && k <= j; ++k) {
+    leader->row_weight[terms] = program->a[j * program->history + k];
+    leader->row_term[terms++] = (ps_term){x_at(leader, j - k), leader->layout.x};
+    leader->row_weight[terms] = program->b[j * program->history + k];
+    leader->row_term[terms++] = (ps_term){m_at(leader, j - k), leader->layout.m};
+  }
+  if (z != NULL) {
+    leader->row_weight[terms] = program->c[j];
+    leader->row_term[terms++] = (ps_term){z, leader->layout.x};
+  }
+  return leader->backend->lincomb(leader->backend, leader->layout.items * leader->layout.size, 1,
+                                  terms, leader->row_weight, leader->row_term, &x_next,
+                                  leader->layout.x);
+}
+
 static ps__node *ready_node(ps_leader *leader, int step)
 {
   for (int k = 0; k < leader->nodes; ++k) {
@@ -64,7 +84,7 @@ static ps_status make_anchor(ps_leader *leader, int step)
 /* Measures the guess for this step and rebases its output to x; m_out and keep_m as in ps_sweep.
  * *gap is written where node is NULL. */
 static ps_status measure(ps_leader *leader, const ps__node *node, const void *x, void *m_out,
-                         ps__gap *gap, ps__measured *found)
+                         double *gap, ps__measured *found)
 {
   int step = leader->step;
   const void *point = leader->between_x, *m = leader->between_m[0];
@@ -130,12 +150,85 @@ static ps_status take_answer(ps_leader *leader, const ps__node *node)
   return make_anchor(leader, leader->step);
 }
 
+/* ---- what a round must answer ---------------------------------------------------------------- */
+
+static const ps__node *next_ready(const ps_leader *leader, int step)
+{
+  for (int k = 0; k < leader->nodes; ++k) {
+    if (leader->node[k].state == PS__READY && leader->node[k].step >= step) {
+      return &leader->node[k];
+    }
+  }
+  return NULL;
+}
+
+/* Whether the step is not behind the first node of a round whose nodes all lie ahead.  Its point is
+ * where the host itself comes by what it knows: to evaluate there again would gain little. */
+static bool leads(const ps_leader *leader, int step)
+{
+  const ps__node *first = next_ready(leader, 0);
+  return leader->pace.strided && first != NULL && leader->node[0].point != NULL &&
+         step <= first->step;
+}
+
+/* Whether the host has moved x since its last step: then what the guess missed is no matter of
+ * outputs.  Where the program's rows are not quite the host's, that shows as an edit too. */
+static ps_status find_edit(ps_leader *leader, const void *x, double drift, bool *edited)
+{
+  ps__measured found = {.drift = NAN};
+  ps_status status = roll_step(leader, leader->step - 1, NULL, leader->between_x);
+  if (status == PS_OK) {
+    status =
+        ps__measure(leader, leader->step, leader->between_x, NULL, x, NULL, NULL, NULL, &found);
+  }
+  *edited = !(found.drift < 0.5 * drift);
+  return status;
+}
+
+/* Once for every node: how far off it will be, told before the steps until there are answered. */
+static ps_status look_ahead(ps_leader *leader, const void *x, bool *worth)
+{
+  const ps__node *next = next_ready(leader, leader->step);
+  ps__measured found = {.drift = NAN};
+  *worth = true;
+  if (next == NULL || next->step == leader->foreseen) {
+    return PS_OK;
+  }
+  leader->foreseen = next->step;
+  ps_status status = ps__foresee(leader, x, next->step, leader->between_x);
+  if (status == PS_OK) {
+    status = ps__measure(leader, next->step, next->point, next->output, leader->between_x, NULL,
+                         NULL, NULL, &found);
+  }
+  /* Further nodes are speculative: what lies before them is good for as long as it can be afforded.
+   */
+  bool led = leads(leader, next->step);
+  *worth = !led || !found.finite || ps__may_come_to(leader, next->step, found.drift, true);
+  return status;
+}
+
+/* Charges what was measured, if it can be answered. */
+static ps_status judge(ps_leader *leader, const ps__node *node, const void *x,
+                       const ps__measured *found, const double *gap, bool *answered)
+{
+  bool led = leads(leader, leader->step), edited = false;
+  ps_status status = PS_OK;
+  if (led && !ps__may_come_to(leader, leader->step, found->drift, false)) {
+    status = find_edit(leader, x, found->drift, &edited);
+  }
+  *answered = status == PS_OK && !edited &&
+              ps__afford(leader, found->drift, node == NULL ? gap : NULL, led);
+  leader->pace.insist = led && !*answered;
+  return *answered ? take_answer(leader, node) : status;
+}
+
 /* Whether the guess for this step answers the host.  x and, if it does, m_j enter the trajectory.
  */
 static ps_status try_answer(ps_leader *leader, const void *x, void *m_out, bool *answered)
 {
   int step = leader->step;
-  ps__gap gap;
+  double gap;
+  bool worth = true;
   ps__measured found = {.drift = NAN};
   /* Once speculation has ended, what followers evaluated may no longer be the host's function. */
   bool ended = leader->fallback[0] != '\0';
@@ -145,13 +238,15 @@ static ps_status try_answer(ps_leader *leader, const void *x, void *m_out, bool 
     return leader->backend->copy(leader->backend, x_at(leader, step), x,
                                  ps__x_bytes(&leader->layout));
   }
-  ps_status status = measure(leader, node, x, m_out, &gap, &found);
+  ps_status status = node == NULL ? look_ahead(leader, x, &worth) : PS_OK;
+  leader->pace.insist = !worth;
+  if (status == PS_OK) {
+    status = measure(leader, node, x, m_out, &gap, &found);
+  }
   if (status == PS_OK && !found.finite) {
     status = node != NULL ? reject_output(leader, node) : reject_outputs(leader);
-  } else if (status == PS_OK && m_out != NULL &&
-             ps__afford(leader, found.drift, node == NULL ? &gap : NULL)) {
-    *answered = true;
-    status = take_answer(leader, node);
+  } else if (status == PS_OK && m_out != NULL && worth) {
+    status = judge(leader, node, x, &found, &gap, answered);
   }
   return status;
 }
@@ -226,6 +321,7 @@ static ps_status begin_round(ps_leader *leader, bool alone)
     leader->accepted[leader->counted++] = 0;
   }
   ++leader->round;
+  leader->foreseen = -1;
   leader->phase = PS__EVALUATING;
   return ps__post_round(leader);
 }
@@ -311,7 +407,7 @@ ps_status ps_leader_amend(ps_leader *leader, const void *x, void *m_out, double 
     status = ps__fail(PS_STATE, "amend: step %d was not answered, or no output was given", step);
   }
   if (status == PS_OK) {
-    ps__gap gap;
+    double gap;
     ps__measured found = {.drift = NAN};
     status = measure(leader, node, x, m_out, &gap, &found);
     *spent = leader->pace.drift_cost[step] * found.drift;
@@ -409,7 +505,9 @@ static ps_status take_exact(ps_leader *leader)
     leader->timeline[leader->node[0].record].accepted = 1;
   }
   count_step(leader);
-  return make_anchor(leader, leader->step);
+  ps_status status = make_anchor(leader, leader->step);
+  leader->old_anchors = leader->anchors; /* its nodes lie ahead, so that this comes before them */
+  return status;
 }
 
 ps_status ps_leader_submit(ps_leader *leader, const void *m, ps_dtype m_dtype, int64_t began_ns)
@@ -466,28 +564,12 @@ ps_status ps_leader_noise(ps_leader *leader, int step, const void *z)
 
 ps_status ps_leader_advance(ps_leader *leader, const void *z, void *x_next)
 {
-  const ps_program *program = leader->program;
-  int j = leader->step, terms = 0;
+  int j = leader->step;
   ps_status status = check_phase(leader, PS__ASKING, "advance");
-  if (status == PS_OK && (j < 0 || j >= program->steps)) {
+  if (status == PS_OK && (j < 0 || j >= leader->program->steps)) {
     status = ps__fail(PS_STATE, "advance: no step of the program has been answered");
   }
-  for (int k = 0; status == PS_OK && k < program->history && k <= j; ++k) {
-    leader->row_weight[terms] = program->a[j * program->history + k];
-    leader->row_term[terms++] = (ps_term){x_at(leader, j - k), leader->layout.x};
-    leader->row_weight[terms] = program->b[j * program->history + k];
-    leader->row_term[terms++] = (ps_term){m_at(leader, j - k), leader->layout.m};
-  }
-  if (status == PS_OK && z != NULL) {
-    leader->row_weight[terms] = program->c[j];
-    leader->row_term[terms++] = (ps_term){z, leader->layout.x};
-  }
-  if (status == PS_OK) {
-    status = leader->backend->lincomb(leader->backend, leader->layout.items * leader->layout.size,
-                                      1, terms, leader->row_weight, leader->row_term, &x_next,
-                                      leader->layout.x);
-  }
-  return status;
+  return status == PS_OK ? roll_step(leader, j, z, x_next) : status;
 }
 
 ps_status ps_leader_stop(ps_leader *leader, const char *reason)

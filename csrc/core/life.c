@@ -10,7 +10,7 @@
 
 void ps_options_init(ps_options *options)
 {
-  *options = (ps_options){.policy = PS_VERIFIED, .tolerance = 0.02, .order = 1, .warmup = 5};
+  *options = (ps_options){.policy = PS_VERIFIED, .tolerance = 0.04, .order = 1, .warmup = 5};
 }
 
 ps_status ps_options_check(const ps_options *options)

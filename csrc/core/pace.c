@@ -14,18 +14,18 @@
 
 /* Chosen on trained models of three modalities; docs/quality.md has the figures and what they were
  * held against.  Signal and noise are parts of the latent's own scale, signal^2 + noise^2 = 1. */
-static const double SCALE = 0.19;  /* error of the last latent a round may add, at tolerance 1 */
-static const double CARE = 0.05;   /* an error at a step has grown by 1 / (CARE + signal) */
-static const double SLOPE = 6.0;   /* of the clean sample, that counts for a drift: */
-static const double SPREAD = 0.04; /* SLOPE / (SPREAD + signal^2) */
-static const double GAP = 0.6;     /* of a gap, as roughness would make it */
-static const double ALIKE = 0.5;   /* how far gaps between the same two nodes point the same way */
-static const double MEMORY = 0.25; /* what a roughness just seen counts for, beside those before */
+static const double SCALE = 0.19;   /* error of the last latent a round may add, at tolerance 1 */
+static const double CARE = 0.03;    /* an error at a step has grown by 1 / (CARE + signal) */
+static const double SLOPE = 5.0;    /* of the clean sample, that counts for a drift: */
+static const double SPREAD = 0.015; /* SLOPE / (SPREAD + signal^2) */
+static const double KEEP = 5.0;     /* tolerances that what leads a round may come to */
+static const double LED = 0.25;  /* of the drift up to a round's first node, for the next stride */
+static const double GAP = 0.6;   /* of a gap, as roughness would make it */
+static const double ALIKE = 0.5; /* how far gaps between the same two nodes point the same way */
 static const double CLOCK_OFFSET = 0.1;  /* of log s: the clock slows down where noise ends */
 static const double FIRST_STRIDE = 0.01; /* of all steps, one at least */
 static const double SAFETY = 0.6, GROW = 2.0, SHRINK = 0.5;
 static const double REACH = 2.0; /* windows beyond what the last one came to, where it was cut */
-static const int PATIENCE = 4;   /* rounds of one step until the next try, for every one in vain */
 
 /* ---- levels ---------------------------------------------------------------------------------- */
 
@@ -41,6 +41,11 @@ static level level_of(const ps_program *program, int step)
   }
   double alpha = program->alpha[step], s = program->s[step], scale = sqrt(alpha * alpha + s * s);
   return (level){alpha / scale, s / scale, scale};
+}
+
+double ps__noise_of(const ps_program *program, int step)
+{
+  return level_of(program, step).noise;
 }
 
 /* ---- clock ----------------------------------------------------------------------------------- */
@@ -119,21 +124,11 @@ void ps__pace_begin(ps_leader *leader)
     pace->gap_cost[j] = growth_of(program, j) * reach_of(program, j) * GAP / SCALE;
   }
   pace->newest = pace->first = -1;
-  pace->rough = NAN;
   pace->stride =
       pace->strided ? fmax(pace->clock[1] - pace->clock[0], FIRST_STRIDE * program->steps) : 1.0;
 }
 
 /* ---- budget ---------------------------------------------------------------------------------- */
-
-/* What the model's outputs scatter by.  A single look at it is as often too small as too
- * large, and where the tolerance is tight only those too small would pass: hence the memory. */
-static double recall_rough(ps__pace *pace, double seen)
-{
-  bool first = isnan(pace->rough);
-  pace->rough = first ? seen : pace->rough + MEMORY * (seen - pace->rough);
-  return pace->rough;
-}
 
 /* The gaps of the round with one more, all between the two nodes around it in `hole`. */
 static double gaps_with(const ps__pace *pace, double missed)
@@ -149,7 +144,18 @@ static void close_hole(ps__pace *pace)
   pace->hole = pace->hole_squares = 0.0;
 }
 
-bool ps__afford(ps_leader *leader, double drift, const ps__gap *gap)
+static double allowance(const ps_leader *leader, bool leads)
+{
+  return leader->options.tolerance * (leads ? KEEP : 1.0);
+}
+
+bool ps__may_come_to(const ps_leader *leader, int step, double drift, bool leads)
+{
+  const ps__pace *pace = &leader->pace;
+  return pace->drifted + pace->drift_cost[step] * drift < allowance(leader, leads);
+}
+
+bool ps__afford(ps_leader *leader, double drift, const double *gap, bool leads)
 {
   ps__pace *pace = &leader->pace;
   int step = leader->step;
@@ -160,13 +166,14 @@ bool ps__afford(ps_leader *leader, double drift, const ps__gap *gap)
   if (gap == NULL) {
     close_hole(pace);
   } else {
-    missed = pace->gap_cost[step] * gap->share * recall_rough(pace, gap->rough);
+    missed = pace->gap_cost[step] * *gap;
   }
   pace->missed = gaps_with(pace, missed);
-  if (!(sqrt(drifted * drifted + pace->missed * pace->missed) < leader->options.tolerance)) {
+  if (!(sqrt(drifted * drifted + pace->missed * pace->missed) < allowance(leader, leads))) {
     return false;
   }
   pace->drifted = drifted;
+  pace->led = leads ? drifted : pace->led;
   pace->gaps = pace->missed;
   pace->hole += missed;
   pace->hole_squares += missed * missed;
@@ -184,12 +191,11 @@ static ps_status estimate_gaps(ps_leader *leader, double *gaps, double *stride)
   ps_status status = PS_OK;
   *gaps = pace->newest >= pace->first ? pace->gaps : pace->missed;
   if (pace->between == 0 && leader->anchors >= PS__DEGREE + 2) {
-    ps__gap gap;
+    double gap;
     int step, oldest;
     status = ps__leave_one_out(leader, &step, &oldest, &gap);
-    double missed = pace->gap_cost[step] * gap.share * recall_rough(pace, gap.rough);
     /* Leaving a node out makes a hole of two strides. */
-    *gaps = sqrt(leader->nodes) * missed / 4.0;
+    *gaps = sqrt(leader->nodes) * pace->gap_cost[step] * gap / 4.0;
     *stride = (pace->clock[pace->newest] - pace->clock[oldest]) / (PS__DEGREE + 1);
   } else if (pace->between == 0 && *gaps == 0.0) {
     *gaps = NAN;
@@ -206,7 +212,8 @@ static ps_status choose_stride(ps_leader *leader)
   double gaps, stride = pace->stride, least = 1.0;
   ps_status status = estimate_gaps(leader, &gaps, &stride);
   if (!isnan(gaps)) {
-    double factor = SAFETY * sqrt(leader->options.tolerance / fmax(gaps, 1e-9));
+    double led = LED * pace->led, spent = sqrt(gaps * gaps + led * led);
+    double factor = SAFETY * sqrt(leader->options.tolerance / fmax(spent, 1e-9));
     stride *= fmin(GROW, fmax(SHRINK, factor));
   }
   if (leader->step <= last->step) {
@@ -220,21 +227,12 @@ static ps_status choose_stride(ps_leader *leader)
   return status;
 }
 
-/* A round that answered nothing is one too many: the host evaluates the next ones, each time
- * longer, so that a run has only a few rounds more than steps whatever the model does. */
-static bool must_evaluate(ps_leader *leader)
+/* Where what had to be answered was not, or a round answered nothing, the host evaluates; and where
+ * rounds have come to be one more than steps, until they are not: so that a run never takes more
+ * than that, and is the host's own in the end where nothing can be saved. */
+static bool must_evaluate(const ps_leader *leader)
 {
-  ps__pace *pace = &leader->pace;
-  if (pace->first == leader->step) {
-    pace->patience = pace->waits = pace->patience > 0 ? PATIENCE * pace->patience : 1;
-  } else if (leader->step - pace->first > 1) {
-    pace->patience = pace->waits = 0;
-  }
-  if (pace->waits == 0) {
-    return false;
-  }
-  --pace->waits;
-  return true;
+  return leader->pace.insist || leader->pace.first == leader->step || leader->round > leader->step;
 }
 
 ps_status ps__pace_round(ps_leader *leader, bool *exact)
@@ -246,7 +244,8 @@ ps_status ps__pace_round(ps_leader *leader, bool *exact)
   }
   *exact = pace->strided && must_evaluate(leader);
   pace->first = leader->step;
-  pace->drifted = pace->gaps = pace->missed = 0.0;
+  pace->insist = false;
+  pace->drifted = pace->led = pace->gaps = pace->missed = 0.0;
   pace->closed = pace->hole = pace->hole_squares = 0.0;
   pace->between = 0;
   return status;

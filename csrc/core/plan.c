@@ -45,6 +45,22 @@ static ruler lay_ruler(ps_leader *leader, bool exact)
   return along;
 }
 
+/* Noise may fall to this part of itself from node to node.  Where it ends outputs turn rough, a
+ * clean sample's error over s, and what was seen of them before tells nothing of that. */
+static const double FALL = 0.45;
+
+/* The farthest of the steps from `from` to `step` whose noise has not fallen too far. */
+static int within_fall(const ps_leader *leader, int from, int step, int before)
+{
+  const ps_program *program = leader->program;
+  int base = before >= 0 ? before : leader->pace.newest;
+  double least = base >= 0 ? FALL * ps__noise_of(program, base) : 0.0;
+  while (step > from && ps__noise_of(program, step) < least) {
+    --step;
+  }
+  return step;
+}
+
 /* The step nearest to the next mark, after the one before it and not behind the frontier; -1 beyond
  * the end. */
 static int next_step(const ps_leader *leader, ruler *along, int before)
@@ -56,6 +72,9 @@ static int next_step(const ps_leader *leader, ruler *along, int before)
   int from = before >= leader->step ? before + 1 : leader->step, step = from;
   while (step + 1 < steps && fabs(clock[step + 1] - mark) < fabs(clock[step] - mark)) {
     ++step;
+  }
+  if (leader->pace.strided && step < steps) {
+    step = within_fall(leader, from, step, before);
   }
   if (most > 0 && step >= from + most) {
     step = from + most - 1;

@@ -416,7 +416,7 @@ static PyGetSetDef getters[] = {
 
 PyDoc_STRVAR(
     leader_doc,
-    "Leader(program, x, *, ranks=1, slots=None, tolerance=0.02, policy='verified', "
+    "Leader(program, x, *, ranks=1, slots=None, tolerance=0.04, policy='verified', "
     "order=1, max_stride=None, warmup=5, deadline=None, on_failure='continue', "
     "lane=False, carriers=None, devices=None)\n--\n\n"
     "The leader of a run; x is a latent of the run, its shape and dtype are kept.  With a\n"

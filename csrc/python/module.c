@@ -75,7 +75,7 @@ static PyMethodDef methods[] = {
     {"copy", core_copy, METH_O,
      "copy($module, x, /)\n--\n\nA contiguous copy of a tensor, of the same kind."},
     {"check_options", PSB_KEYWORDS(psb_check_options), METH_VARARGS | METH_KEYWORDS,
-     "check_options($module, /, *, tolerance=0.02, policy='verified', order=1, max_stride=None, "
+     "check_options($module, /, *, tolerance=0.04, policy='verified', order=1, max_stride=None, "
      "warmup=5, deadline=None, on_failure='continue')\n--\n\n"
      "Raises what Leader raises for options that cannot be, without a program and a latent."},
     {"build_info", core_build_info, METH_NOARGS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 import parastep
 from parastep.calibration import GRID, Calibration
+from parastep.tolerance import SCALE
 
 STEPS, RUNS = 32, 3
 PROGRAM = parastep.Program.flow_euler(np.linspace(1.0, 0.0, STEPS + 1))
@@ -68,6 +70,26 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     found = found_for(50.0, refine=0)
     found.save(tmp_path / "found.json")
     assert Calibration.load(tmp_path / "found.json") == found
+
+
+def test_it_is_a_tolerance_itself() -> None:
+    found = found_for(50.0, refine=0)
+    given = [found, found.tolerance]
+    results = [parastep.sample(PROGRAM, denoiser, start(9), ranks=2, tolerance=t)[0] for t in given]
+    assert np.array_equal(*results)
+    with pytest.raises(parastep.InvalidError):
+        parastep.sample(PROGRAM, denoiser, start(9), tolerance=replace(found, tolerance=-1.0))
+
+
+@pytest.mark.parametrize("scale", [None, 1, 3])
+def test_tolerances_that_meant_something_else_are_refused(tmp_path: Any, scale: int | None) -> None:
+    path = tmp_path / "found.json"
+    found_for(50.0, refine=0).save(path)
+    plain = json.loads(path.read_text())
+    assert plain.pop("scale") == SCALE
+    path.write_text(json.dumps(plain if scale is None else plain | {"scale": scale}))
+    with pytest.raises(parastep.InvalidError, match="calibrate again"):
+        Calibration.load(path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"table": [{"tolerance": "x"}]}'])

@@ -130,7 +130,7 @@ def test_bytes_are_those_of_the_core():
     assert found.rounds == report.rounds and found.bytes_sent == report.bytes_sent
 
 
-def strided(ranks, rounds, tolerance=0.02, steps=STEPS):
+def strided(ranks, rounds, tolerance=0.04, steps=STEPS):
     found = dataclasses.replace(sampled(ranks, tolerance=tolerance), interpolated=20)
     return dataclasses.replace(found, steps=steps, rounds=rounds)
 

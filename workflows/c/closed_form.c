@@ -188,7 +188,7 @@ static double relative_distance(const float *x, const float *exact)
 
 int main(int argc, char **argv)
 {
-  double tolerance = argc > 1 ? strtod(argv[1], NULL) : 0.02;
+  double tolerance = argc > 1 ? strtod(argv[1], NULL) : 0.04;
   mixture *data = malloc(sizeof *data);
   float alone[SIZE], x[SIZE];
   ps_report sequential, report;

@@ -97,5 +97,5 @@ def fail_after(parallel: Any, calls: int) -> None:
             raise RuntimeError("out of order")
 
     ranks = parallel._ranks
-    ranks._refresh(parallel.pipe, lane=True)
+    ranks._refresh(parallel.pipe, parallel._options, lane=True)
     ranks._replicas[0].unet.register_forward_pre_hook(count)
