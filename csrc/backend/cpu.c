@@ -288,7 +288,7 @@ static bool is_whole(const ps_sweep *s, const arithmetic *real)
 /* Elements from at on of one item; outputs are written after the inputs they may be were read. */
 static item_sums sweep_item(const ps_sweep *s, size_t item)
 {
-  bool wide = (s->x && s->x_dtype == PS_F64) || (s->m && s->m_dtype == PS_F64);
+  bool wide = (s->guess && s->x_dtype == PS_F64) || (s->m && s->m_dtype == PS_F64);
   const arithmetic *real = find_arithmetic(wide);
   item_sums sums = {0, 0, 0};
   block moved;

@@ -93,7 +93,10 @@ static ps_status prepare(end *own, CUdeviceptr to, const ps_header *message)
   const ps__cuda_rank *rank = own->rank;
   CUstream stream = own->pair->stream;
   ps__scope scope;
-  ps_status status = ps__device_enter(rank->device, &scope);
+  ps_status status = ps__pair_ready(own->pair);
+  if (status == PS_OK) {
+    status = ps__device_enter(rank->device, &scope);
+  }
   if (status != PS_OK) {
     return status;
   }
@@ -124,7 +127,10 @@ static ps_status expect(end *own, CUdeviceptr at, size_t bytes)
 {
   const ps__cuda_rank *rank = own->rank;
   ps__scope scope;
-  ps_status status = ps__device_enter(rank->device, &scope);
+  ps_status status = ps__pair_ready(own->pair);
+  if (status == PS_OK) {
+    status = ps__device_enter(rank->device, &scope);
+  }
   if (status == PS_OK) { /* what the backend still reads of the last message stays until then */
     CUresult result = ps__cuda.stream_wait(own->pair->stream, rank->done, 0);
     ps__device_leave(&scope);
@@ -275,6 +281,7 @@ static void destroy(ps__mortal *mortal)
 static void link_close(ps_link *link)
 {
   end *own = end_of(link);
+  ps__pair_ready(own->pair);
   if (own->pair->role == PS_LEADS && own->state == IDLE && !own->done) {
     const ps_header done = ps__done_message();
     own->done = leader_post(link, &done) == PS_OK;

@@ -247,8 +247,10 @@ static void nap(void)
  * the device's scope, since check may run code of others. */
 static ps_status finish_call(ps_pair *pair, int result, const ps_wait *wait, const char *what)
 {
+  enum { AT_ONCE = 16 };
   const int64_t slice_ns = 50 * 1000 * 1000;
   int64_t slice_end = ps_now_ns() + slice_ns;
+  int looks = 0;
   while (result == PS__NCCL_IN_PROGRESS) {
     int64_t now = ps_now_ns();
     if (ps__pair_is_lost(pair)) {
@@ -263,7 +265,9 @@ static ps_status finish_call(ps_pair *pair, int result, const ps_wait *wait, con
         return ps__fail(PS_INTERRUPTED, "interrupted while %s", what);
       }
     }
-    nap();
+    if (++looks > AT_ONCE) { /* it may be over already */
+      nap();
+    }
     if (nccl.async_error(pair->comm, &result) != PS__NCCL_OK) {
       break;
     }
@@ -276,11 +280,12 @@ static ps_status finish_call(ps_pair *pair, int result, const ps_wait *wait, con
   return PS_OK;
 }
 
-/* May wait for this process's own threads. */
-static ps_status transfer(ps_pair *pair, bool send, void *p, size_t bytes, const ps_wait *wait)
+/* Gives NCCL the call and returns what it says of it. */
+static ps_status start(ps_pair *pair, bool send, void *p, size_t bytes, int *result)
 {
   int peer = pair->role == PS_LEADS ? 1 : 0;
   ps__scope scope;
+  *result = PS__NCCL_OK;
   if (pair->comm == NULL) {
     return ps__pair_lose(pair, "the connection was given up");
   }
@@ -288,18 +293,58 @@ static ps_status transfer(ps_pair *pair, bool send, void *p, size_t bytes, const
   if (status != PS_OK) {
     return status;
   }
-  int result = send ? nccl.send(p, bytes, PS__NCCL_BYTES, peer, pair->comm, pair->stream)
-                    : nccl.recv(p, bytes, PS__NCCL_BYTES, peer, pair->comm, pair->stream);
+  *result = send ? nccl.send(p, bytes, PS__NCCL_BYTES, peer, pair->comm, pair->stream)
+                 : nccl.recv(p, bytes, PS__NCCL_BYTES, peer, pair->comm, pair->stream);
   ps__device_leave(&scope);
-  status = finish_call(pair, result, wait, send ? "sending" : "receiving");
+  return PS_OK;
+}
+
+/* May wait for this process's own threads. */
+static ps_status finish(ps_pair *pair, bool send, int result, const ps_wait *wait)
+{
+  ps_status status = finish_call(pair, result, wait, send ? "sending" : "receiving");
   return status == PS_DEADLINE ? ps__pair_lose(pair, ps_last_error()) : status;
+}
+
+static ps_status transfer(ps_pair *pair, bool send, void *p, size_t bytes, const ps_wait *wait)
+{
+  int result;
+  ps_status status = start(pair, send, p, bytes, &result);
+  return status == PS_OK ? finish(pair, send, result, wait) : status;
+}
+
+static ps_wait soon(void)
+{
+  const int64_t patience_ns = INT64_C(10) * 1000000000;
+  return (ps_wait){ps_now_ns() + patience_ns, NULL, NULL};
+}
+
+ps_status ps__pair_ready(ps_pair *pair)
+{
+  const ps_wait wait = soon();
+  if (pair->comm == NULL) {
+    return ps__pair_lose(pair, "the connection was given up");
+  }
+  if (!pair->pending) {
+    return PS_OK;
+  }
+  pair->pending = false;
+  return finish(pair, true, PS__NCCL_IN_PROGRESS, &wait);
 }
 
 ps_status ps__pair_transfer(ps_pair *pair, bool send, void *p, size_t bytes)
 {
-  const int64_t patience_ns = INT64_C(10) * 1000000000;
-  const ps_wait wait = {ps_now_ns() + patience_ns, NULL, NULL};
-  return transfer(pair, send, p, bytes, &wait);
+  const ps_wait wait = soon();
+  int result;
+  ps_status status = ps__pair_ready(pair);
+  if (status == PS_OK) {
+    status = start(pair, send, p, bytes, &result);
+  }
+  if (status == PS_OK && send && result == PS__NCCL_IN_PROGRESS) {
+    pair->pending = true;
+    return PS_OK;
+  }
+  return status == PS_OK ? finish(pair, send, result, &wait) : status;
 }
 
 /* ---- connecting ------------------------------------------------------------------------------ */
@@ -331,16 +376,18 @@ static ps_status init(ps_pair *pair, const unsigned char *id, const ps_wait *wai
   return finish_call(pair, result, wait, "connecting to the other rank");
 }
 
-ps_status ps__pair_mark(const ps_pair *pair, CUevent event)
+/* Whatever came of a send: what is freed behind the event must not be so earlier. */
+ps_status ps__pair_mark(ps_pair *pair, CUevent event)
 {
   const ps__device *device = pair->rank->device;
   ps__scope scope;
+  ps_status ready = ps__pair_ready(pair);
   ps_status status = ps__device_enter(device, &scope);
   if (status == PS_OK) {
     status = ps__cuda_check(device, ps__cuda.event_record(event, pair->stream), "an event");
     ps__device_leave(&scope);
   }
-  return status;
+  return ready == PS_OK ? status : ready;
 }
 
 /* The first messages connect for good and load NCCL's code, which a round should not wait for. */

@@ -14,6 +14,7 @@ struct ps_pair {
   ps__cuda_rank *rank; /* retained */
   CUstream stream;
   ncclComm_t comm;   /* NULL once it is aborted */
+  bool pending;      /* a send is on its way into the stream, where nothing else may go meanwhile */
   bool linked;       /* changed atomically */
   int64_t closed_ns; /* when its owner let go of it, or 0; changed atomically */
   int lost;          /* changed atomically; why is written before it */
@@ -30,10 +31,13 @@ bool ps__pair_is_lost(const ps_pair *pair);
 /* Gives the communicator up; PS_LOST, with the first reason there was. */
 ps_status ps__pair_lose(ps_pair *pair, const char *why);
 
-/* A message into the pair's stream; never waits for the other end. */
+/* Before anything else goes into the pair's stream: its last send has. */
+ps_status ps__pair_ready(ps_pair *pair);
+/* A message into the pair's stream; never waits for the other end, nor, where it is sent, for
+ * NCCL's own threads: those of several pairs work at a time. */
 ps_status ps__pair_transfer(ps_pair *pair, bool send, void *p, size_t bytes);
 /* Puts the event behind all work of the pair. */
-ps_status ps__pair_mark(const ps_pair *pair, CUevent event);
+ps_status ps__pair_mark(ps_pair *pair, CUevent event);
 /* Until the event, the pair's loss, or what the caller's wait (or NULL) says. */
 ps_status ps__pair_wait(ps_pair *pair, CUevent event, const ps_wait *wait);
 

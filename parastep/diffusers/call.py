@@ -28,6 +28,17 @@ from .tensors import finished, map_tensors, private
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # a pipeline call's (args, kwargs), for a replica
 
 
+@dataclasses.dataclass
+class Loop:
+    """A sampling loop of a call that is over: its steps, what the last of them returned, and the
+    states that the call's generators had when the next one began.
+    """
+
+    steps: int
+    returned: Any
+    states: list[torch.Tensor]
+
+
 class Followers(Protocol):
     """The followers of one call, here or elsewhere."""
 
@@ -59,6 +70,7 @@ class Remote(Protocol):
     def encoded(self, key: tuple[str, str], output: Any) -> None: ...
     def begun(self, returned: Any) -> None: ...
     def open(self, told: _core.Inbox | _core.Pair, x: torch.Tensor) -> None: ...
+    def next_loop(self, loop: Loop) -> None: ...
     def over(self) -> None: ...
 
 
@@ -72,6 +84,7 @@ class Call:
     ) -> None:
         self.ranks, self.devices, self.lane = ranks, devices, lane
         self.returned: Any = None  # what the leader's first step returned: the followers' form
+        self.loops: list[Loop] = []  # those before the one that is run
         self._changed = threading.Condition()
         self._encoded: dict[tuple[str, str], list[Any]] = defaultdict(list)
         self._followers: dict[int, _core.Follower] = {}
@@ -94,6 +107,11 @@ class Call:
         """Heads evaluate alone from here on."""
         for team in filter(None, (self.team, *self.teams.values())):
             team.dissolve(reason)
+
+    def doubt(self) -> None:
+        """What was found out about helpers in earlier calls may no longer be true."""
+        for team in filter(None, (self.team, *self.teams.values())):
+            team.doubt()
 
     @property
     def home(self) -> torch.device:
@@ -195,6 +213,19 @@ class Call:
             self._followers[rank] = follower
             self._changed.notify_all()
 
+    def begin_next_loop(self, loop: Loop, lost: dict[int, str]) -> None:
+        """A run is over, and another one begins in the same call; not for ranks that were lost."""
+        map_tensors(finished, loop.returned)
+        with self._changed:
+            self._failed = {**lost, **self._failed}
+            self._arrived.clear()
+            self._followers.clear()
+            self._begun = False
+            self.loops.append(loop)
+            self._changed.notify_all()
+        for remote in self.remote.values():  # which may arrive at once
+            remote.next_loop(loop)
+
     def end(self) -> None:
         """No more is to come: whoever waits leaves."""
         for remote in self.remote.values() if self._remote_begun else ():
@@ -232,6 +263,14 @@ class Call:
             if rank not in self._followers:
                 raise Leave
             return self._followers[rank]
+
+    def loop_before(self, ordinal: int) -> Loop:
+        """The loop of this number, as soon as the next one begins; none may."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.over or len(self.loops) > ordinal)
+            if len(self.loops) <= ordinal:
+                raise Leave
+            return self.loops[ordinal]
 
     def has_others(self, rank: int) -> bool:
         """Whether other followers are left, so that this one may leave."""

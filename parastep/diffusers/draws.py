@@ -12,6 +12,10 @@ import torch
 from ..tracing.draws import RANDOM, Draws
 
 
+class Drawn(RuntimeError):
+    """A random draw where none may be."""
+
+
 class OwnDraws(Draws):
     """Within, the global generators are the leader's alone.
 
@@ -27,10 +31,10 @@ class OwnDraws(Draws):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._forbidden and func in RANDOM:
-            raise RuntimeError("its denoiser draws random numbers")
+            raise Drawn("its denoiser draws random numbers")
         if self._forbidden and "dropout" in getattr(func, "__name__", ""):
             if _draws(func, args, kwargs or {}):
-                raise RuntimeError("its denoiser draws random numbers (dropout in training mode)")
+                raise Drawn("its denoiser draws random numbers (dropout in training mode)")
         return super().__torch_function__(func, types, args, kwargs)
 
     @contextlib.contextmanager

@@ -27,7 +27,7 @@ from .parts import denoisers_of
 from .replicas import denoisers_print
 from .skipping import Outputs, Skipping
 from .teams import ALTERED, Team
-from .tensors import is_rounded, map_tensors
+from .tensors import generators_in, is_rounded, map_tensors
 
 
 class Follower:
@@ -38,7 +38,7 @@ class Follower:
         self.evaluated = 0  # iterations whose denoisers ran
         self._team: Team | None = None
         self._made_from: int | None = None  # its denoisers' fingerprint, until the loop begins
-        self._outputs = Outputs()
+        self._outputs = [Outputs()]  # of each loop, the last one the run's own
         self._skipping = Skipping(replica)
         self._target = 0  # the step to evaluate next
         self._point: torch.Tensor | None = None  # where; None at step 0, which has its own latent
@@ -66,8 +66,14 @@ class Follower:
         except BaseException as error:
             self.call.fail(self.rank, describe(error))
 
+    @property
+    def _walks(self) -> bool:
+        """Whether the replica is in a loop whose run is over, on its way to the next one."""
+        return self._loop < len(self._outputs) - 1
+
     def _restart(self) -> None:
-        self._step = 0
+        self._step = self._loop = 0
+        self._states: list[torch.Tensor] = []
         self._walk = self._target - 1  # the next iteration not to be passed: that before the target
         self._ordinals: dict[int, int] = defaultdict(int)
         self._encoded: dict[tuple[str, str], int] = defaultdict(int)
@@ -80,6 +86,7 @@ class Follower:
         self._draws = OwnDraws(random)
         try:
             self._place(hooks)
+            self._generators = generators_in(args, kwargs)
             self._skipping.watch(random, (*args, *kwargs.values()))
             with self._draws:
                 self.replica(*args, **kwargs)
@@ -109,10 +116,12 @@ class Follower:
             hooks.wrap_call(module, self._forward_of(name, module))
         hooks.wrap_encoders(self.replica, self._replay_of)
         hooks.wrap(self.replica.scheduler, "step", self._step_hook)
+        if hasattr(self.replica.scheduler, "set_timesteps"):
+            hooks.wrap(self.replica.scheduler, "set_timesteps", self._set_timesteps)
         self._skipping.place(hooks, self.replica, self._passed)
 
     def _passed(self) -> bool:
-        if self._step >= self._walk:
+        if self._walks or self._step >= self._walk:
             return False
         scheduler = self.replica.scheduler
         _count_step(scheduler, self._skipping.first)
@@ -140,14 +149,16 @@ class Follower:
         def hook(run: Any, *args: Any, **kwargs: Any) -> Any:
             if self.call.over:
                 raise Leave
-            if self._end is None:
-                self.call.arrive(self.rank)
             ordinal, inputs = self._ordinals[id(module)], inputs_in(args, kwargs)
             self._ordinals[id(module)] += 1
-            if self._step != self._target:
-                fake = self._outputs.fake(module, ordinal, inputs)
+            if self._end is None and not self._walks:
+                self.call.arrive(self.rank)
+            if self._walks or self._step != self._target:
+                fake = self._outputs[self._loop].fake(module, ordinal, inputs)
                 if fake is not None:
                     return fake
+            if self._walks:
+                return run(*args, **kwargs)
             first = self._step == self._target and self._began_ns == 0
             if first:
                 self._began_ns = _core.now_ns()
@@ -164,7 +175,7 @@ class Follower:
                     call = self.call.meeting.call
                     output = call(self.rank, name, ordinal, first, run, args, kwargs)
             if self._step == 0:
-                self._outputs.keep(module, ordinal, inputs, output)
+                self._outputs[-1].keep(module, ordinal, inputs, output)
             return output
 
         return hook
@@ -186,12 +197,14 @@ class Follower:
 
     def _stepped(self, scheduler: Any, named: dict[str, Any]) -> Any:
         """What the scheduler's step returns here, in whose iteration the target may lie."""
-        if self._step == self._target:
+        if self._step == self._target and not self._walks:
             self._submit(**named)
             self._take_work()
         self._step += 1
         self._ordinals.clear()
         _count_step(scheduler, named["timestep"])
+        if self._walks:
+            return self._walked()
         if self._target < self._step:
             raise GoBack
         if self._step < self._target and not self._skipping.known:
@@ -200,6 +213,25 @@ class Follower:
             return self._skipped
         self._walk = self._target
         return map_tensors(self._as_returned, self.call.returned)
+
+    def _walked(self) -> Any:
+        """What a step of an earlier loop returns: the last one what the leader's did, with which
+        the code goes on that leads to the next loop.
+        """
+        loop = self.call.loops[self._loop]
+        if self._step > loop.steps:
+            raise RuntimeError("the replica's loop is longer than the leader's")
+        if self._step == loop.steps:
+            self._loop, self._step, self._states = self._loop + 1, 0, loop.states
+            self._walk = self._target - 1
+        return map_tensors(lambda tensor: tensor.to(self.device, copy=True), loop.returned)
+
+    def _set_timesteps(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Between loops: the leader's steps may have drawn, and nothing is stepped here."""
+        for generator, state in zip(self._generators, self._states):
+            generator.set_state(state)
+        self._states = []
+        return original(*args, **kwargs)
 
     def _as_returned(self, tensor: torch.Tensor) -> torch.Tensor:
         """The point, in place of a sample that the leader's first step returned; a copy, since the
@@ -239,13 +271,22 @@ class Follower:
         assert self._end is not None
         work = self._end.next()
         if work is None:
-            raise Leave
+            self._await_next_loop()
+            return
         self._target, point = work[0]
         self._point = point.to(self.device)
         self._began_ns = 0
         self._skipped = None
         if self.call.meeting is not None and self._target > 0:
             self.call.meeting.begin(self.rank, self._end.company)
+
+    def _await_next_loop(self) -> None:
+        """The run is over; there may be another one in the same call."""
+        self.call.loop_before(len(self._outputs) - 1)
+        self._outputs.append(Outputs())
+        self._skipping.give_up()
+        self._end, self._point, self._skipped = None, None, None
+        self._target = self._began_ns = 0
 
 
 def _count_step(scheduler: Any, timestep: Any) -> None:

@@ -7,6 +7,7 @@ Batched lanes (`batching`) join the calls of several steps, teams (`teams`) cut 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,16 +17,29 @@ import torch
 from .arguments import inputs_in
 from .tensors import map_tensors
 
+RULES = ("items", "multiples", "top")  # by which a call is cut, see `Inputs.cut`
+_VALUES = (
+    *(torch.Tensor, type(None), bool, int, float, complex, str, bytes),
+    *(torch.dtype, torch.device, torch.Size, enum.Enum),
+)
+
 # How far the same item may differ, alone and in a batch, relative to its rms: other kernels and
 # other orders of sums do. The core allows ranks as much.
-RULES = ("items", "multiples", "top")  # by which a call is cut, see `Inputs.cut`
-
 _ROUNDING = {
     torch.float64: 2.0**-20,
     torch.float32: 2.0**-12,
     torch.float16: 2.0**-7,
     torch.bfloat16: 2.0**-5,
 }
+
+# And in shares of one forward, by which all that reaches the host may differ from it whole.
+_ROUNDING_OF_SHARES = {
+    torch.float64: 2.0**-40,
+    torch.float32: 2.0**-16,
+    torch.float16: 2.0**-9,
+    torch.bfloat16: 2.0**-7,
+}
+_TF32 = 2.0**-10
 
 # ---- inputs --------------------------------------------------------------------------------------
 
@@ -145,6 +159,27 @@ class Inputs:
         tensors = (v for v in self.values.values() if isinstance(v, torch.Tensor))
         return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
+    @property
+    def state(self) -> tuple[list[str], list[int]]:
+        """Another one after a denoiser has written to what it was given: tensors, or containers."""
+        return list(Inputs(self.args, self.kwargs).values), self.versions
+
+    @property
+    def opaque(self) -> str | None:
+        """An argument that is neither tensor nor plain value, in containers of Python's own: nobody
+        can tell whether it is what it was, or what a denoiser does to it.
+        """
+        found = (name for name, value in self.values.items() if not isinstance(value, _VALUES))
+        return next(found, None)
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Of its kind: the same denoiser can be expected to take both in the same way."""
+        return tuple(
+            (name, tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else (name, type(v))
+            for name, v in self.values.items()
+        )
+
     def is_same(self, other: Inputs) -> bool:
         """Bit for bit; what is the very same object costs no comparison."""
         if self.values.keys() != other.values.keys():
@@ -194,7 +229,19 @@ def is_same(ours: Any, theirs: Any) -> bool:
         return True
     if not _alike(ours, theirs):
         return False
-    return not isinstance(ours, torch.Tensor) or torch.equal(ours, theirs)
+    if isinstance(ours, torch.Tensor):
+        return ours.stride() == theirs.stride() and _have_same_bits(ours, theirs)
+    return not isinstance(ours, float) or ours.hex() == theirs.hex()
+
+
+def _have_same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """0 and -0 are equal and not the same, NaN is not equal and may be the same."""
+    if ours.is_floating_point() and ours.element_size() in _BITS:
+        ours, theirs = (t.view(_BITS[t.element_size()]) for t in (ours, theirs))
+    return torch.equal(ours, theirs)
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 # ---- outputs -------------------------------------------------------------------------------------
@@ -225,7 +272,9 @@ def joined(outputs: Sequence[Any], lists: bool) -> Any:
         forms = {(output.shape[1:], output.dtype) for output in outputs}
         if len(forms) > 1:
             raise Apart(f"its output has another form: {sorted(map(str, forms))}")
-        return torch.cat(tuple(outputs)) if first.dim() else first
+        if first.dim() == 0:
+            raise Apart("its output holds a number for all items")
+        return torch.cat(tuple(outputs))
     if type(first) is list and lists and all(isinstance(value, torch.Tensor) for value in first):
         return [value for output in outputs for value in output]
     if isinstance(first, dict):
@@ -234,7 +283,9 @@ def joined(outputs: Sequence[Any], lists: bool) -> Any:
     if isinstance(first, (list, tuple)):
         columns = [joined(column, lists) for column in zip(*outputs, strict=True)]
         return type(first)(*columns) if hasattr(first, "_fields") else type(first)(columns)
-    return first
+    if any(output is not None for output in outputs):
+        raise Apart(f"its output holds more than tensors: {type(first).__name__}")
+    return None
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -256,6 +307,17 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
+def shares_memory(output: Any, inputs: Inputs) -> bool:
+    """Whether an output shares memory with what the denoiser was given, or with another one: who
+    edits one then edits both, which a copy from a helper's device would not do.
+    """
+    given = [value for value in inputs.values.values() if isinstance(value, torch.Tensor)]
+    owned = [tensor.untyped_storage().data_ptr() for tensor in tensors_in(output)]
+    return len(set(owned)) < len(owned) or any(
+        tensor.untyped_storage().data_ptr() in owned for tensor in given
+    )
+
+
 def form_of(output: Any) -> Any:
     """Its containers, shapes and dtypes, to be compared."""
     if isinstance(output, torch.Tensor):
@@ -267,8 +329,28 @@ def form_of(output: Any) -> Any:
     return type(output)
 
 
-def check_output(found: Any, wanted: Any) -> None:
-    """Raises Apart where the output of a batch, or of shares, is not that alone, up to rounding."""
+def check_shares(found: Any, wanted: Any) -> None:
+    """Raises Apart where an output, joined of shares, is not that of the whole, up to rounding."""
+    if form_of(found) != form_of(wanted):
+        raise Apart(f"its output in shares has another form: {form_of(found)}")
+    check_output(found, wanted, _rounding_of_shares)
+
+
+def _rounding_of_shares(tensor: torch.Tensor) -> float:
+    tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    if tensor.is_cuda and tensor.dtype == torch.float32 and tf32:
+        return _TF32
+    return _ROUNDING_OF_SHARES.get(tensor.dtype, 0.0)
+
+
+def _rounding_of_batches(tensor: torch.Tensor) -> float:
+    return _ROUNDING.get(tensor.dtype, 0.0)
+
+
+def check_output(
+    found: Any, wanted: Any, rounding: Callable[[torch.Tensor], float] = _rounding_of_batches
+) -> None:
+    """Raises Apart where the output of a batch is not that alone, up to rounding."""
     pairs = list(zip(tensors_in(found), tensors_in(wanted), strict=True))
     for ours, theirs in pairs:
         if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
@@ -276,6 +358,6 @@ def check_output(found: Any, wanted: Any) -> None:
         if not theirs.is_floating_point():
             continue
         apart, size = (ours.double() - theirs.double()).norm(), theirs.double().norm()
-        if not apart <= _ROUNDING.get(theirs.dtype, 0.0) * size:
+        if not apart <= rounding(theirs) * size:
             relative = float(apart / size)
             raise Apart(f"its output in a batch differs from that alone by {relative:.3g} of it")

@@ -16,20 +16,24 @@ import torch
 from ..quiet import thread_name
 from ..threads import HostContext, Task, finish_work
 from .compiling import is_compiled
-from .draws import OwnDraws
+from .draws import Drawn, OwnDraws
 from .forwards import Inputs, is_finite
 from .parts import denoisers_of
 from .tensors import map_tensors
 
 
 class Served(NamedTuple):
-    """What a forward gave, finished, on the asker's device; `finite`: it holds no NaN or Inf;
-    `kept`: the same where it was made, which a later forward of the helper's may be given back.
+    """What a forward gave, finished, on the asker's device; `flaw`: why it must not be used, NAN or
+    what makes the denoiser no function of its inputs; `kept`: the output where it was made, which a
+    later forward of the helper's may be given back.
     """
 
     output: Any
-    finite: bool
+    flaw: str | None
     kept: Any = None
+
+
+NAN = "holds NaN or Inf"
 
 
 class CannotBeSent(Exception):
@@ -57,13 +61,23 @@ class Helper(Protocol):
 def evaluated(
     module: torch.nn.Module, args: Any, kwargs: Any, watched: bool, random: torch.Generator
 ) -> Served:
-    """What a helper's denoiser gives, where it is."""
-    if watched and not is_compiled(module):
-        with OwnDraws(random) as draws, draws.forbidden():
-            output = module(*args, **kwargs)
-    else:
-        output = module(*args, **kwargs)
-    return Served(output, is_finite(output), output)
+    """What a helper's denoiser gives, where it is, for copies of its arguments: what it writes to
+    them is to be the head's doing, and shows in their versions.
+    """
+    with torch.inference_mode(False):
+        inputs = Inputs(args, kwargs).own_copy()
+    before = inputs.state
+    try:
+        if watched and not is_compiled(module):
+            with OwnDraws(random) as draws, draws.forbidden():
+                output = module(*inputs.args, **inputs.kwargs)
+        else:
+            output = module(*inputs.args, **inputs.kwargs)
+    except Drawn as error:
+        return Served(None, str(error))
+    if inputs.state != before:
+        return Served(None, "its denoiser writes to its own inputs")
+    return Served(output, None if is_finite(output) else NAN, output)
 
 
 class _Job(NamedTuple):
@@ -121,13 +135,16 @@ class LocalHelper:
         inputs = self._bring(job)
         module = self._modules[job.name]
         served = evaluated(module, inputs.args, inputs.kwargs, job.watched, random)
+        if served.output is None:
+            return served
         there = map_tensors(lambda tensor: tensor.to(self._home), served.output)
         finish_work(self.device, self._home)
-        return served._replace(output=there)
+        kept = served.output if self.device != self._home else None
+        return served._replace(output=there, kept=kept)
 
     def _bring(self, job: _Job) -> Inputs:
         """The inputs on this device; what came before, conditioning most of all, is there."""
-        if self.device == self._home and job.ready is None:
+        if job.ready is None:  # all in one memory
             return job.inputs
         for device in {self.device, self._home}:
             torch.cuda.current_stream(device).wait_event(job.ready)

@@ -24,7 +24,7 @@ from ..tracing.noise import NoiseAhead
 from ..tracing.program import Traced, trace_rows
 from .arguments import first_times, inputs_in, latent_in, named_arguments, sample_in
 from .batching import LEADER
-from .call import Call, Followers
+from .call import Call, Followers, Loop
 from .forwards import Inputs
 from .hooks import Hooks
 from .listening import Listening
@@ -33,7 +33,7 @@ from .replicas import denoisers_print
 from .skipping import Outputs
 from .state import State, averages
 from .teams import ALTERED
-from .tensors import is_rounded
+from .tensors import is_rounded, map_tensors, private
 from .watch import Watch
 
 _FEWEST = 16  # steps that a lane is worth its own check at step 0 for
@@ -46,6 +46,14 @@ class _First(NamedTuple):
     m: torch.Tensor
     x: torch.Tensor
     traced: Traced
+
+
+class Ended(NamedTuple):
+    """A loop of the call that is over: its steps, seconds until it began, and the core's report."""
+
+    steps: int
+    opened: float
+    report: dict[str, Any]
 
 
 class Leader(Speculation):
@@ -68,31 +76,40 @@ class Leader(Speculation):
         super().__init__()
         self.pipe, self.call, self.options, self.state = pipe, call, options, state
         self.generator, self._followers = generator, followers
+        self.generators: Sequence[torch.Generator] = ()  # all among the call's arguments
         self.active = call.ranks > 1 or call.lane  # the core is asked
         self.team = call.team
-        self.steps = 0  # calls of the scheduler's step so far
-        self.evaluated = 0  # those whose denoisers ran
+        self.evaluated = 0  # steps whose denoisers ran
         self.submitted = 0  # and whose output the core took
         self.shared = 0  # and which were evaluated together with other ranks'
-        self.opened = 0.0  # seconds from the call's beginning to the run's
+        self.loops: list[Ended] = []  # of this call that are over
         self.watch: Watch | None = None
         self.began = time.perf_counter()
         self._listening = Listening()
-        self._outputs = Outputs()
-        self._started = False  # followers are
+        self._started = self._lane_started = False  # followers are
         self._team_open = False
         self._fresh = True  # no denoiser call yet since the last step
         self._ordinals: dict[int, int] = {}
+        self._gradients = False  # on in the denoisers' calls of the first iteration
+        self._encodes = False  # in its loop
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is known of the loop to come."""
+        self.core = None
+        self.steps = 0  # calls of the scheduler's step so far
+        self.opened = 0.0  # seconds from the call's beginning to the run's
+        self._outputs = Outputs()
         self._scheduler: Any = None  # the one that steps: the pipeline's own, or its copy of that
         self._scaled: torch.Tensor | None = None  # what scale_model_input was given
         self._previous: torch.Tensor | None = None  # what the last step returned
+        self._returned: Any = None  # all of it, once the program's last step is done
         self._previous_is_next: bool | None = None  # and the next step was handed, so far
         self._shown: list[torch.Tensor] = []  # inputs of the iteration's first denoiser call
         self._shown_at: int | None = None  # which of them is the latent; None where none is
         self._asked: torch.Tensor | None = None
         self._answer: torch.Tensor | None = None
         self._joins = False  # this iteration's evaluation is part of a batch
-        self._gradients = False  # on in the denoisers' calls of the first iteration
         self._unseen = 0
         self._forward_ns = 0
         self._m_dtype = self._dtype = torch.float32
@@ -151,7 +168,8 @@ class Leader(Speculation):
         module = getattr(self.pipe, key[0])
 
         def hook(original: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.steps > 0 or not self.active:
+            self._encodes = self._encodes or (self.steps > 0 and self._returned is None)
+            if not self.active or (self.steps > 0 and self._why_last_loop() is not None):
                 return original(*args, **kwargs)
             with self._listening.recorded(module) as heard:
                 output = original(*args, **kwargs)
@@ -276,7 +294,10 @@ class Leader(Speculation):
             self.give_up(reason)
         if self.team is not None and self.call.made_from != denoisers_print(self.pipe):
             self.call.dissolve(ALTERED)
-        if self.state.begin(self.pipe):
+        settled = self.state.begin(self.pipe)
+        if self.state.doubtful:
+            self.call.doubt()
+        if settled:
             self._open_team()
             if reason is None:
                 self._start_followers()
@@ -284,7 +305,7 @@ class Leader(Speculation):
     def _open_team(self) -> None:
         """What hangs in the denoisers keeps nothing: helpers may be asked."""
         if self.team is not None and not self._team_open:
-            self.team.open(denoisers_of(self.pipe))
+            self.team.open(denoisers_of(self.pipe), self.state.is_still)
         self._team_open = True
 
     def _start_followers(self) -> None:
@@ -353,8 +374,40 @@ class Leader(Speculation):
 
     def _set_timesteps(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         if self.steps > 0 and scheduler is self._scheduler:
-            self.give_up("the pipeline runs a second sampling loop in one call")
+            self._begin_next_loop()
         return original(*args, **kwargs)
+
+    def _why_last_loop(self) -> str | None:
+        """Why followers cannot go on to a second loop, or None."""
+        if self.call.meeting is not None or self.call.teams or self.team is not None:
+            return "and ranks that share forwards cannot follow there"
+        if self._encodes:
+            return "and the first calls an encoder at its steps"
+        if self._returned is None:
+            return "and the first was longer or shorter than its scheduler's"
+        return None
+
+    def _begin_next_loop(self) -> None:
+        """A loop is over, and its run; the code goes on to another one in the same call."""
+        if not self.active or self.core is None:
+            return
+        why = self._why_last_loop()
+        if why is not None:
+            self.give_up(f"the pipeline runs a second sampling loop in one call, {why}")
+            return
+        self.core.finish()
+        ended = Ended(self.steps, self.opened, self.core.report())
+        lost = {rank: text for rank, _, _, text in ended.report["failures"]}
+        states = [generator.get_state() for generator in self.generators]
+        self.loops.append(ended)
+        self.call.begin_next_loop(Loop(self.steps, self._returned, states), lost)
+        self._ordinals.clear()
+        self._begin()
+
+    def runs(self) -> list[Ended]:
+        """All loops that the core had a part in."""
+        own = [] if self.core is None else [Ended(self.steps, self.opened, self.core.report())]
+        return self.loops + own
 
     def _scale(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         if scheduler is self.pipe.scheduler and self._scaled is None:
@@ -389,6 +442,8 @@ class Leader(Speculation):
         self.evaluated += self._answer is None
         self._fresh, self._scaled, self._answer = True, None, None
         self._previous = sample_in(result)
+        last = self.active and self.steps == self._length
+        self._returned = map_tensors(private, result) if last else None
         if self.watch is not None:
             self.watch.latents_edited = False
         return result
@@ -462,8 +517,9 @@ class Leader(Speculation):
         self.core = self._told(self.call.lead, program, x, self.options)
         if self.core is None:
             return
-        for some in self._followers if lane else ():
+        for some in self._followers if lane and not self._lane_started else ():
             some.start_lane()
+        self._lane_started = self._lane_started or lane
         self.opened = time.perf_counter() - self.began
         patience = self.options.deadline or max(60.0, 10 * self.opened)
         self.call.open(self.core, result, patience)

@@ -15,7 +15,15 @@ def weights_of(pipe: Any) -> int:
     """Bytes of the denoisers' parameters and buffers, what a replica takes on another device."""
     modules = denoisers_of(pipe).values()
     tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
-    return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+    return sum({id(t): _bytes_of(t) for t in tensors}.values())
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    """Of a quantised one those of its parts: it says the size of what it stands for."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.numel() * tensor.element_size()
+    parts, _ = tensor.__tensor_flatten__()
+    return sum(_bytes_of(getattr(tensor, name)) for name in parts)
 
 
 def free_on(device: torch.device) -> int | None:

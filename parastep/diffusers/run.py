@@ -17,12 +17,13 @@ from typing import Any
 
 from ..options import Options
 from ..quiet import quiet_followers
-from ..report import HELPER_LOST, Failure, Report
+from ..report import HELPER_LOST, Failure, Report, TeamRecord
 from .arguments import guidance_of
 from .call import Followers, Given
 from .hooks import Hooks
-from .leader import Leader
+from .leader import Ended, Leader
 from .ranks import Ranks
+from .tensors import generators_in
 from .watch import Watch
 
 _CALLBACKS = ("callback_on_step_end", "callback")
@@ -52,6 +53,7 @@ class Run:
         generators = (named["generator"] for named in _given(bound) if "generator" in named)
         generator = next((each for each in generators if each is not None), None)
         self._leader = Leader(pipe, call, self._followers, generator, options, ranks.state)
+        self._leader.generators = generators_in(*given)
         if reason is not None:
             self._leader.give_up(reason)
 
@@ -85,28 +87,23 @@ class Run:
                     named[name] = leader.watch.over(named[name])
 
     def _gather(self, some: Followers) -> None:
-        core = self._leader.core
-        some.gather({line[0] for line in core.report()["failures"]} if core is not None else set())
+        some.gather({line[0] for ended in self._leader.runs() for line in ended.report["failures"]})
 
     def _write_report(self) -> None:
-        """The core's report with times from the call's beginning, and what ran without the core."""
+        """The core's reports, times from the call's beginning, and what ran without the core."""
         leader, ranks = self._leader, len(self._ranks.shares)
-        if leader.core is None:
-            report = Report(ranks=ranks, evaluations=[0] * ranks)
-        else:
-            report = Report.from_core(leader.core.report())
-            report.failures = [_told(line, report.not_finite) for line in report.failures]
-            report.timeline = [
-                r._replace(begin=r.begin + leader.opened, end=r.end + leader.opened)
-                for r in report.timeline
-            ]
+        runs = leader.runs()
+        report = Report(ranks=ranks, evaluations=[0] * ranks)
+        for ended in runs:
+            _add(report, ended)
+        if runs:
             report.transports = leader.call.transports
         alone = leader.evaluated - leader.submitted
         report.accepted = report.accepted + [1] * alone
-        report.steps = leader.steps
+        report.steps = leader.steps + sum(ended.steps for ended in leader.loops)
         report.rounds += alone
         self._count(report)
-        report.rounds -= self._is_lane_idle()
+        report.rounds -= len(runs) * self._is_lane_idle()
         report.drift = (report.drift + [math.nan] * report.steps)[: report.steps]
         report.seconds = time.perf_counter() - self._began
         report.fallback = leader.reason or self._why_nobody(report)
@@ -121,8 +118,14 @@ class Run:
         call = self._leader.call
         leading = [team for team in (call.team, call.teams.get(0)) if team is not None]
         others = {rank: [team] for rank, team in sorted(call.teams.items()) if rank > 0}
-        for rank, teams in {**({0: leading} if leading else {}), **others}.items():
-            report.teams.append(teams[0].record(teams[1:]).since(self._leader.began))
+        helped = {**({0: leading} if leading else {}), **others}
+        for rank in range(report.ranks) if helped else ():
+            if rank not in helped:
+                devices = [str(self._ranks.places[place]) for place in self._ranks.shares[rank]]
+                why = "one device" if len(devices) == 1 else "it evaluated nothing"
+                report.teams.append(TeamRecord(devices, None, why, 0, 0, 0))
+        for rank, teams in helped.items():
+            report.teams.insert(rank, teams[0].record(teams[1:]).since(self._leader.began))
             for lost in (line for team in teams for line in team.losses):
                 text = f"its helper on {lost.device} was lost: {lost.why}"
                 report.failures.append(Failure(rank, lost.step, HELPER_LOST, text))
@@ -133,14 +136,14 @@ class Run:
         """The core counts a round for the lane's own evaluation of step 0."""
         leader = self._leader
         evaluated = sum(some.evaluated.get(0, 0) for some in self._followers)
-        return leader.core is not None and leader.call.lane and evaluated == 0
+        return leader.call.lane and evaluated == 0
 
     def _why_nobody(self, report: Report) -> str | None:
         """Where none is left of those that evaluate ahead."""
         leader = self._leader
         ahead = set(range(0 if leader.call.lane else 1, report.ranks))
         lost = {line.rank: line for line in report.failures}
-        if leader.core is None or not lost or ahead - lost.keys():
+        if not lost or ahead - lost.keys():
             return None
         rank, step, _, text = report.failures[-1]
         return f"nobody is left to evaluate ahead: rank {rank} at step {step}: {text}"
@@ -157,6 +160,30 @@ class Run:
         if meeting is not None:
             report.forwards = leader.evaluated - leader.shared + meeting.forwards
             report.unbatched = meeting.unbatched
+
+
+def _add(report: Report, ended: Ended) -> None:
+    """One more loop of the call's; a rank that was lost is told of once."""
+    own, steps, rounds = Report.from_core(ended.report), report.steps, report.rounds
+    report.ranks, report.evaluations = own.ranks, [0] * own.ranks
+    report.timeline += [
+        r._replace(
+            step=r.step + steps,
+            round=r.round + rounds,
+            begin=r.begin + ended.opened,
+            end=r.end + ended.opened,
+        )
+        for r in own.timeline
+    ]
+    lost = {line.rank for line in report.failures}
+    told = (_told(line, own.not_finite) for line in own.failures if line.rank not in lost)
+    report.failures += [line._replace(step=line.step + steps) for line in told]
+    report.drift += (own.drift + [math.nan] * ended.steps)[: ended.steps]
+    report.accepted += own.accepted
+    report.cost += own.cost
+    for name in ("rounds", "interpolated", "bytes_sent", "answered", "not_finite"):
+        setattr(report, name, getattr(report, name) + getattr(own, name))
+    report.steps += ended.steps
 
 
 def _told(line: Failure, not_finite: int) -> Failure:

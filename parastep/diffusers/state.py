@@ -93,6 +93,15 @@ class State:
         look.last = look.values()
         return settled
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether code of the user's own hangs in the denoisers of this call."""
+        return self._look is not None
+
+    def is_still(self) -> bool:
+        """Whether what that code reaches is what it was when it was last looked at."""
+        return self._look is None or self._look.is_still()
+
     def kept(self) -> str | None:
         """After an evaluation of the leader's: what makes its denoisers no function, or None."""
         look = self._look
@@ -233,6 +242,10 @@ class _Look:
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()
+
+    def is_still(self) -> bool:
+        """False where that cannot be told at a glance."""
+        return self._footprint is not None and self._footprint.is_fresh()
 
     # ---- later ones ------------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ A helper that is lost costs speed. Nothing here knows of rounds or of the core.
 
 from __future__ import annotations
 
-import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,15 +32,17 @@ from .forwards import (
     RULES,
     Apart,
     Inputs,
-    check_output,
+    check_shares,
     form_of,
     is_finite,
     is_same,
     joined,
+    shares_memory,
     tensors_in,
 )
-from .helpers import CannotBeSent, Helper, Served
+from .helpers import NAN, CannotBeSent, Helper, Served
 from .leaving import Leave
+from .likeness import Likeness
 from .tensors import map_tensors
 
 ALTERED = "the pipeline alters its denoisers within its call"
@@ -70,7 +71,6 @@ class Cuts:
     def __init__(self) -> None:
         self.rules: dict[Any, str | None] = {}  # by which a call of a denoiser is cut, if it can be
         self.reasons: dict[Any, str] = {}  # why it cannot
-        self.forms: dict[Any, Any] = {}  # of heads' outputs, by the call and its latents' shape
         self.exact: set[int] = set()  # places of helpers that have given the head's own bits
         self.close: set[int] = set()  # and those that came within rounding
         self.calls: dict[Key, Inputs] = {}  # the newest of an iteration that were foretold rightly
@@ -143,12 +143,15 @@ class Team:
         self._missed = self._unsplit = 0
         self._log: list[Share] = []  # of what helpers served
         self._step = 0
-        self._shape: _Shape | None = None
+        self._likeness: Likeness | None = None
+        self._is_still: Callable[[], bool] = lambda: True
+        self._why: str | None = None  # the newest reason why a call was not shared
         self._ordinals: Counter[str] = Counter()
         self._before: dict[Key, Inputs] = {}  # the calls of the last iteration
         self._now: dict[Key, Inputs] = {}
         self._foretold: dict[Key, tuple[Inputs, list[int], Helper, Future[Served]]] = {}
         self._links: dict[Key, Links] = {}
+        self._forms: dict[Key, Any] = {}  # of the head's own outputs
         self._misses: Counter[Key] = Counter()
         self._trials: list[_Trial] = []
         self._made: dict[int, _Made] = {}  # in this iteration, by the whole's id
@@ -158,9 +161,19 @@ class Team:
 
     # ---- for the rank ----------------------------------------------------------------------------
 
-    def open(self, denoisers: dict[str, torch.nn.Module]) -> None:
-        """The loop begins, and what hangs in the denoisers keeps nothing."""
-        self._shape, self._ready = _Shape(denoisers), True
+    def open(
+        self, denoisers: dict[str, torch.nn.Module], is_still: Callable[[], bool] = lambda: True
+    ) -> None:
+        """The loop begins, and what hangs in the denoisers keeps nothing. `is_still`: whether what
+        code of the user's own reaches is as it was after the last evaluation.
+        """
+        self._is_still = is_still
+        self._likeness, self._ready = Likeness(denoisers), True
+
+    def doubt(self) -> None:
+        """Code of the user's own is part of what helpers compute: they show it in every call."""
+        for helper in self._all:
+            self._cuts.drop(helper.place)
 
     def dissolve(self, reason: str) -> None:
         """From here on the head evaluates alone; the first reason counts. From any thread."""
@@ -182,7 +195,7 @@ class Team:
         """What `run(*args, **kwargs)`, a call of the head's denoiser, returns."""
         key = name, self._ordinals[name]
         self._ordinals[name] += 1
-        if not self._shares() or key[1] >= _CALLS:
+        if key[1] >= _CALLS or not self._helpers or not self._shares():
             self._unsplit += 1
             return run(*args, **kwargs)
         began = time.perf_counter()
@@ -192,8 +205,12 @@ class Team:
             self._longest = max(self._longest, time.perf_counter() - began)
 
     def _shared_out(self, key: Key, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        name = key[0]
-        inputs = self._now[key] = Inputs(args, kwargs)
+        name, inputs = key[0], Inputs(args, kwargs)
+        if inputs.opaque is not None:
+            self._why = f"{name} is given what cannot be compared ({inputs.opaque})"
+            self._unsplit += 1
+            return self._alone(run, args, kwargs)
+        self._now[key] = inputs
         if key in self._foretold:
             return self._taken(key, run, inputs)
         if key[1] == 0:
@@ -201,9 +218,16 @@ class Team:
         if not any(other == name for other, _ in self._foretold):
             cut = self._cut_of(key, inputs)
             rule = self._cuts.rules.get(cut)
-            if rule is not None and self._verified:
-                return self._in_shares(run, inputs, key, rule)
+            if rule is not None and self._are_known(self._sharing(inputs)):
+                return self._in_shares(run, inputs, key, cut, rule)
         return self._whole(key, run, inputs)
+
+    def _alone(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """By the head; what changes in the denoisers while they run is their own affair."""
+        output = run(*args, **kwargs)
+        if self._likeness is not None and self._likeness.changed() is not None:
+            self._likeness.renew()
+        return output
 
     def record(self, others: Sequence[Team] = ()) -> TeamRecord:
         """For the report, by the clock of `time.perf_counter`; `others` are of the same devices."""
@@ -234,26 +258,37 @@ class Team:
     def _helpers(self) -> list[Helper]:
         return [helper for helper in self._all if helper.lost is None]
 
+    def _sharing(self, inputs: Inputs) -> list[Helper]:
+        """Helpers that get a share of this call's items."""
+        return self._helpers[: inputs.items - 1]
+
     def _shares(self) -> bool:
         """Whether this call may be shared out: helpers compute no gradients, and are as the head
         was when the loop began.
         """
-        if not self._ready or self._reason is not None or not self._helpers:
+        if not self._ready or self._reason is not None or self._likeness is None:
             return False
-        assert self._shape is not None
-        return not torch.is_grad_enabled() and self._shape.is_fresh()
+        if torch.is_grad_enabled():
+            self._why = "gradients are on in its forwards"
+            return False
+        changed = self._likeness.changed()
+        if changed is None and not self._is_still():
+            changed = "what hangs in its denoisers reaches"
+        if changed is not None:
+            self._why = f"the loop changes {changed}"
+        return changed is None
 
     @property
     def _known(self) -> set[int]:
         """Places of helpers that compute what the head does."""
         return self._cuts.exact if self._exact else self._cuts.close
 
-    @property
-    def _verified(self) -> bool:
-        return all(helper.place in self._known for helper in self._helpers)
+    def _are_known(self, helpers: Sequence[Helper]) -> bool:
+        return all(helper.place in self._known for helper in helpers)
 
     def _why_unsplit(self) -> str:
-        reasons = [self._reason, *(lost.why for lost in self.losses), *self._cuts.reasons.values()]
+        lost = [lost.why for lost in self.losses]
+        reasons = [self._reason, *lost, *self._cuts.reasons.values(), self._why]
         found = next((reason for reason in reasons if reason), None)
         if found is None and self._exact:
             found = "one call a step, which at tolerance 0 is not cut: a share rounds differently"
@@ -293,7 +328,11 @@ class Team:
         if error is not None:
             self._unserved(helper, error)
             raise _Unserved from error
-        return answer.result()
+        served = answer.result()
+        if served.flaw not in (None, NAN):
+            self.dissolve(str(served.flaw))
+            raise _Unserved
+        return served
 
     def _unserved(self, helper: Helper, error: BaseException) -> None:
         if isinstance(error, CannotBeSent):
@@ -314,12 +353,14 @@ class Team:
     # ---- the whole, and trials beside it ---------------------------------------------------------
 
     def _whole(self, key: Key, run: Callable[..., Any], inputs: Inputs) -> Any:
-        trials, versions = self._begin_trials(key, inputs), inputs.versions
-        output = run(*inputs.args, **inputs.kwargs)
+        trials, state = self._begin_trials(key, inputs), inputs.state
+        output = self._alone(run, inputs.args, inputs.kwargs)
         self._unsplit += not any(other == key[0] for other, _ in self._foretold)
-        self._cuts.forms[key, inputs.shape] = form_of(output)
-        if trials and inputs.versions != versions:
+        self._forms[key] = form_of(output)
+        if inputs.state != state:
             self.dissolve(f"{key[0]} writes to its own inputs")
+        elif shares_memory(output, inputs):
+            self.dissolve(f"{key[0]} gives back what it was given, or one tensor twice")
         elif trials:
             wanted = map_tensors(torch.clone, output)
             for trial in trials:
@@ -331,18 +372,18 @@ class Team:
         """By which a verdict is known; None where the call is not one to cut."""
         if self._exact or inputs.items < 2:
             return None
-        return key, inputs.items, tuple(inputs.shape), min(inputs.items, 1 + len(self._helpers))
+        return key, inputs.signature, 1 + len(self._sharing(inputs))
 
     def _begin_trials(self, key: Key, inputs: Inputs) -> list[_Trial]:
         """By the next rule not tried; where nothing is to be cut, each helper shows its bits."""
-        helpers, cut = self._helpers, self._cut_of(key, inputs)
+        cut = self._cut_of(key, inputs)
         if cut is not None:
-            rule = self._cuts.rules.get(cut, RULES[0])
-            known = cut in self._cuts.rules and self._verified
+            rule, helpers = self._cuts.rules.get(cut, RULES[0]), self._sharing(inputs)
+            known = cut in self._cuts.rules and self._are_known(helpers)
             return [] if known or rule is None else [self._try(cut, rule, key[0], inputs, helpers)]
         if key[1] > 0:
             return []
-        others = [helper for helper in helpers if helper.place not in self._known]
+        others = [helper for helper in self._helpers if helper.place not in self._known]
         return [self._try(None, "", key[0], inputs, [helper]) for helper in others]
 
     def _try(self, cut: Any, rule: str, name: str, inputs: Inputs, helpers: list[Helper]) -> _Trial:
@@ -369,9 +410,14 @@ class Team:
                 self._unserved(here[place], error)
                 return
         try:
-            outputs = [answer.result().output for answer in trial.answers]
+            served = [answer.result() for answer in trial.answers]
+            flaw = next((each.flaw for each in served if each.flaw not in (None, NAN)), None)
+            if flaw is not None:
+                self.dissolve(flaw)
+                return
+            outputs = [each.output for each in served]
             output = joined(outputs, trial.lists) if trial.cut is not None else outputs[0]
-            check_output(output, trial.wanted[0])
+            check_shares(output, trial.wanted[0])
         except Exception as error:  # a denoiser may raise anything at a share
             self._failed(trial, str(error) if isinstance(error, Apart) else describe(error))
             return
@@ -395,26 +441,43 @@ class Team:
 
     # ---- a batch, cut ----------------------------------------------------------------------------
 
-    def _in_shares(self, run: Callable[..., Any], inputs: Inputs, key: Key, rule: str) -> Any:
+    def _in_shares(
+        self, run: Callable[..., Any], inputs: Inputs, key: Key, cut: Any, rule: str
+    ) -> Any:
         """The head evaluates the first share, helpers the others; one that gives none is lost, and
-        the head evaluates the whole.
+        the head evaluates the whole. All work on copies, for the case that it comes to that.
         """
-        count = min(inputs.items, 1 + len(self._helpers))
-        first, *others = self._cut(inputs, count, rule)
-        pairs = [(h, self._start(h, key[0], s)) for h, s in zip(self._helpers, others)]
-        own = run(*first.args, **first.kwargs)
+        helpers = self._sharing(inputs)
+        first, *others = self._cut(inputs, 1 + len(helpers), rule)
+        pairs = [(h, self._start(h, key[0], share)) for h, share in zip(helpers, others)]
+        with torch.inference_mode(False):
+            first = first.own_copy()
+        state = first.state
+        try:
+            own = self._alone(run, first.args, first.kwargs)
+        except Exception as error:  # the whole says whether it is the share's fault
+            self._cuts.rules[cut] = None
+            self._cuts.reasons[cut] = f"{key[0]} raises {describe(error)} for a share"
+            return self._instead(key, run, inputs)
+        if first.state != state:
+            self.dissolve(f"{key[0]} writes to its own inputs")
+            return self._instead(key, run, inputs)
         try:
             served = [self._served(*pair) for pair in pairs]
             output = self._joined(own, pairs, served, inputs.of_lists)
         except _Unserved:
-            self._unsplit += 1
-            return run(*inputs.args, **inputs.kwargs)
-        if all(share.finite for share in served):
+            return self._instead(key, run, inputs)
+        if all(share.flaw is None for share in served):
             self._shared["batch"] += 1
             return output
+        whole = self._instead(key, run, inputs)
+        broken = next(helper for (helper, _), share in zip(pairs, served) if share.flaw)
+        self._blame(broken, whole)
+        return whole
+
+    def _instead(self, key: Key, run: Callable[..., Any], inputs: Inputs) -> Any:
         self._unsplit += 1
-        broken = next(helper for (helper, _), share in zip(pairs, served) if not share.finite)
-        return self._instead_of(broken, run(*inputs.args, **inputs.kwargs))
+        return self._alone(run, inputs.args, inputs.kwargs)
 
     def _cut(self, inputs: Inputs, count: int, rule: str) -> list[Inputs]:
         """What was made in shares in this iteration, a ControlNet's residuals, stays with those."""
@@ -449,11 +512,10 @@ class Team:
             if not whole.is_inference():  # nothing would tell that the host wrote to it
                 self._made[id(whole)] = _Made(whole, whole._version, shares)
 
-    def _instead_of(self, helper: Helper, whole: Any) -> Any:
-        """Where a helper gave NaN or Inf: the untouched model may do so too."""
+    def _blame(self, helper: Helper, whole: Any) -> None:
+        """A helper gave NaN or Inf: the untouched model may do so too."""
         if is_finite(whole):
-            self._lose(helper, "its output holds NaN or Inf, the head's own does not")
-        return whole
+            self._lose(helper, f"its output {NAN}, the head's own does not")
 
     # ---- calls, foretold -------------------------------------------------------------------------
 
@@ -470,16 +532,17 @@ class Team:
         first = before.get((name, 0))
         later = [key for key in before if key[0] == name and key[1] > 0]
         later = [key for key in later if self._misses[key] < _MISSES]
-        if first is None or not self._verified:
+        if first is None or not self._are_known(self._helpers):
             return
         for number, key in enumerate(later):
             last = before[key]
             links = self._links.setdefault(key, _links_between(first, last))
-            guess = _followed(last, inputs, links)
+            guess = _followed(last, inputs, links, own=self._exact)
             if any(v.is_inference() for v in guess.values.values() if isinstance(v, torch.Tensor)):
                 guess = guess.own_copy()  # nothing would tell that somebody wrote to them
             helper = self._helpers[number % len(self._helpers)]
-            self._foretold[key] = guess, guess.versions, helper, self._start(helper, name, guess)
+            answer = self._start(helper, name, guess, watched=self._exact)
+            self._foretold[key] = guess, guess.versions, helper, answer
 
     def _taken(self, key: Key, run: Callable[..., Any], inputs: Inputs) -> Any:
         guess, versions, helper, answer = self._foretold.pop(key)
@@ -494,11 +557,16 @@ class Team:
             served = self._served(helper, answer)
         except _Unserved:
             return self._whole(key, run, inputs)
-        if form_of(served.output) != self._cuts.forms.get((key, inputs.shape)):
-            self._lose(helper, f"its output does not fit: {form_of(served.output)}")
-            return self._whole(key, run, inputs)
-        if not served.finite:
-            return self._instead_of(helper, self._whole(key, run, inputs))
+        if served.flaw is not None:
+            whole = self._whole(key, run, inputs)
+            self._blame(helper, whole)
+            return whole
+        form = form_of(served.output)
+        if form != self._forms.get(key, self._forms.get((key[0], 0))):
+            whole = self._whole(key, run, inputs)
+            if form_of(whole) != form:
+                self._lose(helper, f"its output does not fit: {form}")
+            return whole
         self._misses[key] = 0
         self._cuts.calls = {**self._cuts.calls, **self._now}
         self._shared["calls"] += 1
@@ -527,39 +595,20 @@ def _link(theirs: Any, ours: Any) -> slice | None:
     return next((share for share in shares if is_same(ours, theirs[share])), None)
 
 
-def _followed(last: Inputs, first: Inputs, links: Links) -> Inputs:
-    """The later call of this iteration, by the first one; what follows nothing is as it was."""
+def _followed(last: Inputs, first: Inputs, links: Links, own: bool) -> Inputs:
+    """The later call of this iteration, by the first one; what follows nothing is as it was. `own`:
+    what follows is copied, to be compared by its values: it is what hosts write to.
+    """
     values = []
     for leaf, value in last.values.items():
         link, now = links.get(leaf), first.values.get(leaf)
         if link is not None and now is not None:
             value = now[link] if link != slice(None) else now
+            copied = value.clone() if own and isinstance(value, torch.Tensor) else value
+            if isinstance(value, torch.Tensor) and copied.stride() == value.stride():
+                value = copied
         values.append(value)
     return last.with_values(values)
-
-
-class _Shape:
-    """Of the head's denoisers: what stands in their parts' place, and hangs in them.
-
-    Hosts put layers aside for one of guidance's calls, or hang a cache in, on modules that a helper
-    has another copy of.
-    """
-
-    def __init__(self, denoisers: dict[str, torch.nn.Module]) -> None:
-        parts = [part for module in denoisers.values() for part in module.modules()]
-        self._own = [vars(part) for part in parts]
-        self._before = self._look()
-
-    def is_fresh(self) -> bool:
-        now = self._look()
-        return len(now) == len(self._before) and all(map(operator.is_, now, self._before))
-
-    def _look(self) -> list[Any]:
-        seen = [own.get("forward") for own in self._own]
-        seen += [own.get("processor") for own in self._own]
-        for registry in [own.get("_diffusers_hook") for own in self._own]:
-            seen += getattr(registry, "hooks", ())
-        return seen
 
 
 def _have_same_bits(ours: Any, theirs: Any) -> bool:

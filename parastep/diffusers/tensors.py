@@ -56,6 +56,13 @@ def own_copy(value: Any) -> Any:
     return value
 
 
+def generators_in(args: Any, kwargs: Any) -> list[torch.Generator]:
+    """Those among a call's arguments, in their order."""
+    values = [*args, *kwargs.values()]
+    lists = (value if isinstance(value, list) else [value] for value in values)
+    return [one for some in lists for one in some if isinstance(one, torch.Generator)]
+
+
 def private(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone()
 

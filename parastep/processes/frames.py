@@ -43,6 +43,7 @@ class Kind(enum.IntEnum):
     HELPER = 18  # down: and here: who is there serves this rank with forwards in this call
     FORWARD = 19  # to a helper, over that socket: a denoiser's inputs
     OUTPUT = 20  # from it: what the denoiser gave
+    NEXT = 21  # down: the run is over, and another loop of the call begins
 
 
 class Frame(NamedTuple):

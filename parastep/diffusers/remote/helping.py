@@ -106,7 +106,7 @@ class RemoteHelper:
         if frame.kind != Kind.OUTPUT or answer is None:
             raise _core.ProtocolError("it sent what it was not asked for")
         try:
-            why, output, finite, kept = self._receiver.unpack(frame.body)
+            why, output, flaw, kept = self._receiver.unpack(frame.body)
         except Exception as error:
             words = f"its output cannot be read: {describe(error)}"
             answer.set_exception(_core.ProtocolError(words))
@@ -117,7 +117,7 @@ class RemoteHelper:
         if kept:
             with self._lock:
                 self._sender.learn(tensors_in(output), frame.call)
-        answer.set_result(Served(output, finite, output if kept else None))
+        answer.set_result(Served(output, flaw, output if kept else None))
 
     def _lose(self, why: str) -> None:
         if self._ending is not None:
@@ -152,9 +152,9 @@ def serve(stream: SocketStream, replica: Any, device: torch.device) -> None:
                     module, inputs = modules[forward.name], (forward.args, forward.kwargs)
                     served = evaluated(module, *inputs, forward.watched, random)
                     kept = receiver.learn(tensors_in(served.output), frame.call)
-                    answer = None, served.output, served.finite, kept
+                    answer = None, served.output, served.flaw, kept
                 except BaseException as error:
-                    answer = describe(error), None, False, False
+                    answer = describe(error), None, None, False
                 write_frame(stream, Frame(Kind.OUTPUT, frame.call, _packed(sender, answer)))
             write_frame(stream, Frame(Kind.BYE, 0, b""))
     except (OSError, EOFError, _core.ProtocolError):  # the head is gone: there is nobody to tell
@@ -167,4 +167,4 @@ def _packed(sender: Sender, answer: Any) -> bytes:
     try:
         return sender.pack(answer)
     except Exception as error:
-        return sender.pack((f"its output cannot be sent: {describe(error)}", None, False, False))
+        return sender.pack((f"its output cannot be sent: {describe(error)}", None, None, False))

@@ -23,7 +23,7 @@ from ...processes.peer import Peer
 from ...report import TeamRecord
 from ...threads import HostContext
 from ...tracing.draws import cloned_global_generator
-from ..call import Call, Remote
+from ..call import Call, Loop, Remote
 from ..parts import is_scheduler
 from ..teams import Lost
 from .packing import pack
@@ -116,6 +116,10 @@ class RemoteRank(Remote):
         self._send(Kind.OPEN, pack((tuple(x.shape), x.dtype, self._pair is not None)))
         if self.link.peer.lost is not None:
             told.lost(self.link.peer.lost)
+
+    def next_loop(self, loop: Loop) -> None:
+        self._told, self._carries = None, False
+        self._send(Kind.NEXT, pack((loop.steps, loop.returned, loop.states)))
 
     def over(self) -> None:
         """Whoever waits over there for a message that will not come is told so."""

@@ -24,7 +24,7 @@ from ...processes.peer import Peer
 from ...quiet import thread_name
 from ...speculation import with_room
 from ...threads import finish_work
-from ..call import Call
+from ..call import Call, Loop
 from ..follower import Follower
 from ..helpers import Helper
 from ..replicas import refresh
@@ -80,6 +80,9 @@ class RemoteCall(Call):
             self.begin(unpack(frame.body, device))
         elif frame.kind == Kind.OPEN:
             self._join(device, *unpack(frame.body))
+        elif frame.kind == Kind.NEXT:
+            self._told = None
+            self.begin_next_loop(Loop(*unpack(frame.body, device)), {})
         elif frame.kind == Kind.RUN and isinstance(self._told, _core.Inbox):
             try:
                 self._told.deliver(frame.body)

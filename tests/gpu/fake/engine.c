@@ -135,6 +135,9 @@ int fake_give_when(fake_stream_state *stream, const char *what, const fake_range
                    fake_ready ready, fake_task task, void *data)
 {
   int error = FAKE_OK;
+  if (stream->claimed) { /* events alone may be recorded meanwhile */
+    error = fake_complain(FAKE_INVALID_VALUE, "%s: a call of NCCL is in progress there", what);
+  }
   learn(&stream->clock, &host);
   stream->clock.of[stream->index] = ++stream->given;
   for (int k = 0; k < count && error == FAKE_OK; ++k) {
@@ -166,6 +169,10 @@ int fake_wait(fake_stream_state *stream, const fake_event_state *event)
 {
   if (!event->live) {
     return fake_complain(FAKE_INVALID_HANDLE, "a wait for an event that was destroyed");
+  }
+  if (stream->claimed) {
+    return fake_complain(FAKE_INVALID_VALUE,
+                         "a wait in a stream where a call of NCCL is in progress");
   }
   learn(&stream->clock, &event->clock);
   fake_work *made = append(stream, WAIT);

@@ -42,6 +42,7 @@ typedef struct fake_block fake_block;
 
 typedef struct fake_stream_state {
   bool live;
+  bool claimed; /* by a call of NCCL's that is in progress */
   int device, index;
   uint32_t given; /* pieces of work */
   fake_clock clock;

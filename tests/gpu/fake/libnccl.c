@@ -31,6 +31,7 @@ struct ncclComm {
   uint32_t later;           /* looks at it until the last call is done */
   int error;                /* that the two ranks have made between them */
   bool aborted;
+  fake_stream_state *stream; /* of the call in progress, which is the communicator's alone */
 };
 
 static struct ncclComm *comms;
@@ -188,13 +189,25 @@ API int ncclCommInitRankConfig(ncclComm_t *comm, int ranks, ncclUniqueId id, int
     return leave(result);
   }
   struct ncclComm *joining = calloc(1, sizeof *joining);
-  *joining = (struct ncclComm){comms, {.sun_family = AF_UNIX}, rank, -1, -1, 0, 0, false};
+  *joining = (struct ncclComm){.next = comms,
+                               .address = {.sun_family = AF_UNIX},
+                               .rank = rank,
+                               .listening = -1,
+                               .connected = -1};
   snprintf(joining->address.sun_path + 1, sizeof joining->address.sun_path - 1, "%.100s",
            id.internal);
   comms = *comm = joining;
   ++live;
   result = rank == 0 ? listen_there(joining) : PS__NCCL_OK;
   return leave(result == PS__NCCL_OK ? PS__NCCL_IN_PROGRESS : result);
+}
+
+static void let_go(struct ncclComm *comm)
+{
+  if (comm->stream != NULL) {
+    comm->stream->claimed = false;
+  }
+  comm->stream = NULL;
 }
 
 API int ncclCommGetAsyncError(ncclComm_t comm, int *state)
@@ -207,6 +220,9 @@ API int ncclCommGetAsyncError(ncclComm_t comm, int *state)
     return leave(fake_complain(INVALID_ARGUMENT, "asking a communicator that was aborted"));
   }
   comm->later -= comm->later > 0;
+  if (comm->later == 0) {
+    let_go(comm);
+  }
   *state = broken != 0                           ? broken
            : comm->error != 0                    ? comm->error
            : is_joined(comm) && comm->later == 0 ? PS__NCCL_OK
@@ -226,6 +242,7 @@ API int ncclCommAbort(ncclComm_t comm)
     return leave(fake_complain(INVALID_USAGE, "aborting a communicator twice"));
   }
   comm->aborted = true;
+  let_go(comm);
   end_socket(&comm->listening);
   end_socket(&comm->connected);
   --live;
@@ -324,6 +341,10 @@ static int give(struct ncclComm *comm, bool receives, void *p, size_t count, int
   int error =
       fake_give_when(stream, receives ? "receiving" : "sending", &range, 1, is_ready, NULL, own);
   comm->later = fake_random(3);
+  if (comm->later > 0) {
+    comm->stream = stream;
+    stream->claimed = true;
+  }
   return error != FAKE_OK ? INVALID_USAGE : comm->later > 0 ? PS__NCCL_IN_PROGRESS : PS__NCCL_OK;
 }
 

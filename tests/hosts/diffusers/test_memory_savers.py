@@ -23,6 +23,7 @@ from hosting import caught, distance, no_warnings, own  # noqa: E402
 
 import parastep  # noqa: E402
 from parastep.diffusers import offload, replicas  # noqa: E402
+from parastep.diffusers.memory import weights_of  # noqa: E402
 
 STEPS = 6
 PLACES = {
@@ -311,4 +312,6 @@ def test_quantised(kind: str, place: str, used_before: bool) -> None:
     pipe = build()
     alone = tiny.run(pipe if used_before else build(), case.kwargs(steps=STEPS))
     assert not torch.equal(alone, own("flux", STEPS).result)
+    if kind != "quanto as it comes":  # which quantises in each forward
+        assert weights_of(pipe) < 0.6 * weights_of(case.build())
     check(pipe, case, alone, **PLACES[place])

@@ -33,7 +33,7 @@ from hosting import (  # noqa: E402
 )
 
 import parastep  # noqa: E402
-from parastep.diffusers import places, teams  # noqa: E402
+from parastep.diffusers import helpers, places, teams  # noqa: E402
 
 PAIR = ("cpu", "cpu")
 STEPS = 6
@@ -101,22 +101,33 @@ def test_teams_of_any_size(count: int) -> None:
         assert together.report.teams[0].shared == STEPS - 1
 
 
-def test_residuals_stay_where_they_were_made() -> None:
-    """A helper's UNet is given the very tensors that its ControlNet gave."""
+def test_residuals_stay_where_they_were_made(monkeypatch: Any) -> None:
+    """A helper is handed the very tensors that its ControlNet gave."""
+    given: list[Any] = []
+    served: list[Any] = []
+    start, evaluated = helpers.LocalHelper.start, helpers.evaluated
+
+    def started(helper: Any, name: str, inputs: Any, watched: bool = False) -> Any:
+        if name == "unet":
+            given.append(inputs.kwargs["down_block_additional_residuals"][0])
+        return start(helper, name, inputs, watched)
+
+    def watching(module: Any, *args: Any) -> Any:
+        found = evaluated(module, *args)
+        if "ControlNet" in type(module).__name__:
+            served.append(found.output[0][0])
+        return found
+
     case = tiny.CASES["sd_controlnet"]
-    with pairs(host("sd_controlnet"), 1, math.inf, max_stride=1) as together, no_warnings():
+    options: dict[str, Any] = {"tolerance": math.inf, "max_stride": 1, "mode": "threads"}
+    two = [("cpu", "cpu:1")]  # another device, by its name
+    with parastep.parallelize(host("sd_controlnet"), two, **options) as together, no_warnings():
         tiny.run(together, case.kwargs(steps=STEPS))
-        replica, made, given = together._ranks._replicas[1], [], []
-        replica.controlnet.register_forward_hook(lambda m, args, out: made.append(out[0][0]))
-        replica.unet.register_forward_pre_hook(
-            lambda m, args, kwargs: given.append(kwargs["down_block_additional_residuals"][0]),
-            with_kwargs=True,
-        )
-        together._ranks._made_from = None  # as if it had been made so
-        together._ranks._refresh = lambda *given: None
+        monkeypatch.setattr(helpers.LocalHelper, "start", started)
+        monkeypatch.setattr(helpers, "evaluated", watching)
         tiny.run(together, case.kwargs(steps=STEPS))
-    assert len(made) == len(given) == STEPS
-    assert all(ours is theirs for ours, theirs in zip(made, given))
+    assert len(given) == len(served) == STEPS
+    assert all(ours is theirs for ours, theirs in zip(given, served))
 
 
 # ---- what the host does meanwhile ----------------------------------------------------------------
@@ -313,7 +324,7 @@ def test_uneven_teams() -> None:
     """A rank of two devices beside one of one."""
     with parastep.parallelize(host("sd"), [PAIR, "cpu"]) as together, no_warnings():
         tiny.run(together, tiny.CASES["sd"].kwargs(steps=STEPS))
-        assert [team.devices for team in together.report.teams] == [["cpu", "cpu"]]
+        assert [team.devices for team in together.report.teams] == [["cpu", "cpu"], ["cpu"]]
         assert together.report.ranks == 2
 
 
