@@ -244,8 +244,9 @@ class _Look:
         self._hooks.clear()
 
     def is_still(self) -> bool:
-        """False where that cannot be told at a glance."""
-        return self._footprint is not None and self._footprint.is_fresh()
+        if self._footprint is not None and self._footprint.is_fresh():
+            return True
+        return self.last is not None and self.values() == self.last
 
     # ---- later ones ------------------------------------------------------------------------------
 
