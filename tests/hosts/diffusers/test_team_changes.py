@@ -323,7 +323,7 @@ def test_prompts_of_other_lengths() -> None:
 
 
 class Couples(torch.nn.Module):
-    """Its items are not each other's business, but for a part that one rounding of a batch would not show."""
+    """Items that know of each other, by less than what batches of steps may differ by."""
 
     def forward(self, x: torch.Tensor, t: Any, c: Any) -> torch.Tensor:
         return torch.tanh(x) + c + 5e-3 * x.mean()
