@@ -71,6 +71,7 @@ class Cuts:
     def __init__(self) -> None:
         self.rules: dict[Any, str | None] = {}  # by which a call of a denoiser is cut, if it can be
         self.reasons: dict[Any, str] = {}  # why it cannot
+        self.forms: dict[Any, Any] = {}  # of what such a call gives
         self.exact: set[int] = set()  # places of helpers that have given the head's own bits
         self.close: set[int] = set()  # and those that came within rounding
         self.calls: dict[Key, Inputs] = {}  # the newest of an iteration that were foretold rightly
@@ -424,6 +425,7 @@ class Team:
         self._cuts.close.update(trial.places)
         if trial.cut is not None:
             self._cuts.rules[trial.cut] = trial.rule
+            self._cuts.forms[trial.cut] = form_of(trial.wanted[0])
         elif _have_same_bits(output, trial.wanted[0]):
             self._cuts.exact.update(trial.places)
         elif self._exact:
@@ -465,6 +467,9 @@ class Team:
         try:
             served = [self._served(*pair) for pair in pairs]
             output = self._joined(own, pairs, served, inputs.of_lists)
+            if form_of(output) != self._cuts.forms[cut]:
+                self._lose(helpers[0], f"its output does not fit: {form_of(output)}")
+                raise _Unserved
         except _Unserved:
             return self._instead(key, run, inputs)
         if all(share.flaw is None for share in served):

@@ -34,6 +34,7 @@ from hosting import (  # noqa: E402
 
 import parastep  # noqa: E402
 from parastep.diffusers import helpers, places, teams  # noqa: E402
+from parastep.diffusers.tensors import map_tensors  # noqa: E402
 
 PAIR = ("cpu", "cpu")
 STEPS = 6
@@ -360,11 +361,11 @@ def explode(output: Any) -> Any:
 
 
 def not_finite(output: Any) -> Any:
-    return tuple(part * math.nan for part in output)
+    return map_tensors(lambda tensor: tensor * math.nan, output)
 
 
 def another_form(output: Any) -> Any:
-    return tuple(part[..., :1] for part in output)
+    return map_tensors(lambda tensor: tensor[..., :1], output)
 
 
 def no_output(output: Any) -> Any:
@@ -442,6 +443,20 @@ def test_a_lost_helper_costs_speed(name: str, count: int, fault: Any, number: in
             assert distance(tiny.run(together, case.kwargs(steps=STEPS)), wanted) <= 1e-5
             assert together.report.teams[-1].shared > 0
     assert left() == []
+
+
+@pytest.mark.parametrize("fault", [not_finite, another_form])
+def test_a_helper_that_gives_lists(fault: Any) -> None:
+    """An entry for each item, of which a host may take any shape."""
+    case = tiny.CASES["z_image"]
+    with pairs(host("z_image"), 1, math.inf, max_stride=1) as together:
+        for _ in range(2):
+            tiny.run(together, case.kwargs(steps=STEPS))
+        assert together.report.teams[0].shared == STEPS
+        with poked(together, 1, 2, fault), caught():
+            found = tiny.run(together, case.kwargs(steps=STEPS))
+        assert distance(found, own("z_image", STEPS).result) <= 1e-5
+        assert FAULTS[fault] in together.report.failures[0].text
 
 
 def test_a_follower_that_lost_its_helper_is_left_out() -> None:
