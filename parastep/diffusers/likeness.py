@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..tracing.draws import Draws
 from .changes import Changes, holders_in
 
 _REGISTRY = "_diffusers_hook"
@@ -69,7 +70,10 @@ def _modes() -> tuple[Any, ...]:
     autocast = [torch.is_autocast_enabled(kind) for kind in kinds]
     dtypes = [torch.get_autocast_dtype(kind) for kind in kinds]
     context = {variable: id(value) for variable, value in contextvars.copy_context().items()}
-    stack = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    # A follower's random draws are watched in its first forward, by a mode of ours.
+    functions = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    own = [id(mode) for mode in functions if not isinstance(mode, Draws)]
+    stack = own, torch._C._len_torch_dispatch_stack()
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

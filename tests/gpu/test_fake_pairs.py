@@ -241,7 +241,7 @@ class Processes:
             except BaseException as error:
                 call.fail(1, repr(error))
             finally:
-                left = f"[0, {str(call.leave()).lower()}]"
+                left = f"[0, {str(call.leave()).lower()}, null]"
                 self.follower.peer.send(Kind.LEFT, call.number, left.encode())
                 del call
 

@@ -74,6 +74,8 @@ def test_two_pairs_are_two_ranks(name: str) -> None:
             assert report.rounds == ranks.report.rounds and report.failures == []
             assert report.evaluations == ranks.report.evaluations
             kinds = {team.split for team in report.teams}
+            busy = [t for t, n in zip(report.teams, report.evaluations) if n > 2]
+            assert len({bool(team.shared) for team in busy}) <= 1, report
             assert distance(found, wanted) <= (1e-5 if BATCH in str(kinds) else 0.0)
             if number > 0 and kinds - {None}:  # no trial any more
                 assert report.teams[0].whole <= STEPS
