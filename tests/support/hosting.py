@@ -20,6 +20,7 @@ import tiny
 import torch
 
 import parastep
+from parastep.diffusers.replicas import AsMade
 
 torch.set_num_threads(1)
 
@@ -68,6 +69,11 @@ def parallel(pipe: Any, ranks: int = 4, tolerance: Any = 0.0, **options: Any) ->
 def set_options(together: Any, **options: Any) -> None:
     """Other options for the calls to come."""
     together._options = dataclasses.replace(together._options, **options)
+
+
+def settle(replica: Any) -> None:
+    """What was done to it since it was made stays when a follower goes back."""
+    type(replica).as_made = AsMade(replica)
 
 
 def threads() -> list[str]:

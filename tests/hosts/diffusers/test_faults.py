@@ -30,6 +30,7 @@ from hosting import (  # noqa: E402
     parallel,
     rounds_without_limit,
     set_options,
+    settle,
     threads,
 )
 
@@ -66,8 +67,9 @@ def at_call(number: int, fault: Callable[[Any], Any]) -> Callable[[Forward], For
 
 
 def poke(together: Any, rank: int, wrap: Callable[[Forward], Forward]) -> None:
-    unet = together._ranks._replicas[rank].unet
-    unet.forward = wrap(unet.forward)
+    replica = together._ranks._replicas[rank]
+    replica.unet.forward = wrap(replica.unet.forward)
+    settle(replica)
 
 
 def explode(output: Any) -> Any:
@@ -422,7 +424,7 @@ def test_two_pipelines_in_two_threads() -> None:
 INTERRUPTED = """
     import signal, sys, threading, time
     import tiny, torch
-    from hosting import attributes, distance, parallel, threads
+    from hosting import attributes, distance, parallel, settle, threads
     from parastep.diffusers.replicas import fingerprint
 
     case = tiny.CASES["sd"]
@@ -432,7 +434,8 @@ INTERRUPTED = """
     for rank, options in {scenes!r}:
         together = parallel(pipe, 3, **options)
         tiny.run(together, case.kwargs(steps=1))
-        inner = (together._ranks._replicas[rank] if rank else pipe).unet.mid_block
+        replica = together._ranks._replicas[rank] if rank else None
+        inner = (replica or pipe).unet.mid_block
         forward, calls = inner.forward, [0]
 
         def interrupt(*args, **kwargs):
@@ -444,6 +447,8 @@ INTERRUPTED = """
             return forward(*args, **kwargs)
 
         inner.forward = interrupt
+        if rank:
+            settle(replica)
         together._ranks._made_from = fingerprint(pipe)
         try:
             tiny.run(together, case.kwargs(steps=6))
@@ -451,6 +456,8 @@ INTERRUPTED = """
         except KeyboardInterrupt:
             print("interrupted at", together.report.steps)
         del inner.forward
+        if rank:
+            settle(replica)
         assert attributes(pipe) == before
         result = tiny.run(together, case.kwargs(steps=6))
         report, tolerance = together.report, together._options.tolerance
