@@ -92,8 +92,8 @@ struct ps_backend { /* backends put this first in their own struct */
 
   /* out[k] = sum_{j<terms} weight[k * terms + j] in[j] for k < outs, over n elements, in one pass.
    * Terms are added to +0 in the order given, in double where one or out_dtype is PS_F64, else in
-   * float; one with weight 0 is not added to that output, and one whose weights are all 0 may have NULL
-   * data.  An output may be one of the inputs (same address, 64 outputs at most then), never
+   * float; one with weight 0 is not added to that output, and one whose weights are all 0 may have
+   * NULL data.  An output may be one of the inputs (same address, 64 outputs at most then), never
    * overlap one otherwise.  outs, terms >= 1; weight, in and out are read during the call. */
   ps_status (*lincomb)(const ps_backend *backend, size_t n, int outs, int terms,
                        const double *weight, const ps_term *in, void *const *out,

@@ -177,8 +177,8 @@ ps_status ps__guess_between(ps_leader *leader, int step, void *point);
 /* Foresight: where a host that is at x will be.  From x on, with every step's answer told in turn,
  * outputs and weights rebased to where the host will be, up to the one before the point wanted. */
 void ps__foresee_from(ps_leader *leader, const void *x);
-void ps__foresee_answer(ps_leader *leader, int step, const void *const *outputs,
-                        const double *weight, int count);
+void ps__foresee_answer(ps_leader *leader, int j, const void *const *outputs, const double *weight,
+                        int count);
 ps_status ps__foresee_point(ps_leader *leader, int step, void *point);
 
 /* between.c: answers between nodes. */

@@ -109,9 +109,11 @@ class Call:
             team.dissolve(reason)
 
     def doubt(self) -> None:
-        """What was found out about helpers in earlier calls may no longer be true."""
-        for team in filter(None, (self.team, *self.teams.values())):
-            team.doubt()
+        """What was found out about the leader's helpers in earlier calls may no longer be true; a
+        follower's are judged by its output of step 0, as it is.
+        """
+        if self.team is not None:
+            self.team.doubt()
 
     @property
     def home(self) -> torch.device:
