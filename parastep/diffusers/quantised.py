@@ -52,6 +52,7 @@ class Sent:
 
     def __init__(self, weight: torch.nn.Parameter) -> None:
         self._weight = weight
+        self.device = weight.device  # which a module's first weight is asked for
 
     def __reduce__(self) -> Any:
         weight = self._weight
