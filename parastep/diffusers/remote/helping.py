@@ -68,7 +68,7 @@ class RemoteHelper:
         self._answers: dict[int, Future[Served]] = {}
         self._count = 0
         self._gone: str | None = None
-        self._begun = False
+        self._begun = self._closing = False
         self._sender, self._receiver = Sender(), Receiver(home)
         stream = SocketStream(socket.socket(fileno=descriptor))
         self._peer = Peer(stream, f"parastep-{place}-helper", self._handle, self._lose)
@@ -96,6 +96,7 @@ class RemoteHelper:
         return answer
 
     def close(self, patience: float) -> bool:
+        self._closing = True
         self._peer.close(_SOON if self.lost else min(patience, 1.0))
         left = self._left is None or self._left(_SOON if self.lost else patience)
         return left and self.lost is None
@@ -120,7 +121,7 @@ class RemoteHelper:
         answer.set_result(Served(output, flaw, output if kept else None))
 
     def _lose(self, why: str) -> None:
-        if self._ending is not None:
+        if self._ending is not None and not self._closing:  # it takes a moment to tell
             why = f"{why} ({self._ending()})"
         with self._lock:
             self._gone, left = why, list(self._answers.values())
