@@ -28,6 +28,7 @@ import torch
 from .. import _core
 from ..messages import describe
 from ..report import Share, TeamRecord
+from ..threads import finish_work
 from .forwards import (
     RULES,
     Apart,
@@ -137,7 +138,7 @@ class Team:
         self._devices, self._all, self._cuts, self._exact = devices, list(helpers), cuts, exact
         self._deadline, self._over, self._leaves = deadline, over, leaves
         self._raises = raises
-        self._longest = 0.0
+        self._longest = self._own_time = self._waited = 0.0
         self._ready = False
         self._reason: str | None = None  # why it shares nothing, in this whole call
         self._shared: Counter[str] = Counter()  # forwards, by how
@@ -233,6 +234,7 @@ class Team:
     def record(self, others: Sequence[Team] = ()) -> TeamRecord:
         """For the report, by the clock of `time.perf_counter`; `others` are of the same devices."""
         teams = (self, *others)
+        own, waited = (sum(times) for times in zip(*((t._own_time, t._waited) for t in teams)))
         how = [_WORDS[kind] for kind in sorted(set().union(*(team.kinds for team in teams)))]
         return TeamRecord(
             devices=[str(device) for device in self._devices],
@@ -242,6 +244,7 @@ class Team:
             missed=sum(team._missed for team in teams),
             whole=sum(team._unsplit for team in teams),
             served=tuple(share for team in teams for share in team._log),
+            waited=waited if waited > own / 4 else 0.0,
         )
 
     @property
@@ -455,6 +458,7 @@ class Team:
         with torch.inference_mode(False):
             first = first.own_copy()
         state = first.state
+        began = time.perf_counter()
         try:
             own = self._alone(run, first.args, first.kwargs)
         except Exception as error:  # the whole says whether it is the share's fault
@@ -465,7 +469,7 @@ class Team:
             self.dissolve(f"{key[0]} writes to its own inputs")
             return self._instead(key, run, inputs)
         try:
-            served = [self._served(*pair) for pair in pairs]
+            served = self._all_served(pairs, began)
             output = self._joined(own, pairs, served, inputs.of_lists)
             if form_of(output) != self._cuts.forms[cut]:
                 self._lose(helpers[0], f"its output does not fit: {form_of(output)}")
@@ -479,6 +483,14 @@ class Team:
         broken = next(helper for (helper, _), share in zip(pairs, served) if share.flaw)
         self._blame(broken, whole)
         return whole
+
+    def _all_served(self, pairs: Any, began: float) -> list[Served]:
+        finish_work(self._devices[0])
+        through = time.perf_counter()
+        served = [self._served(*pair) for pair in pairs]
+        self._own_time += through - began
+        self._waited += time.perf_counter() - through
+        return served
 
     def _instead(self, key: Key, run: Callable[..., Any], inputs: Inputs) -> Any:
         self._unsplit += 1

@@ -54,7 +54,9 @@ class TeamRecord(NamedTuple):
     """What the devices of one rank did together: those, the head's first; how forwards were shared
     out ("calls (bit for bit)", "batch (to rounding)"), or None and the reason why they were not;
     forwards that were shared, calls that were foretold wrongly, forwards that the head made whole,
-    a trial's at step 0 among them; all that helpers served. `str` is one line of it.
+    a trial's at step 0 among them; all that helpers served; seconds that the head waited for
+    shares of its forwards when it was through with its own, if that is more than a fourth of what
+    those took: a helper is slower than its head. `str` is one line of it.
     """
 
     devices: list[str]
@@ -64,6 +66,7 @@ class TeamRecord(NamedTuple):
     missed: int
     whole: int
     served: tuple[Share, ...] = ()
+    waited: float = 0.0
 
     def __repr__(self) -> str:
         return f"<TeamRecord: {self}>"
@@ -90,6 +93,8 @@ class TeamRecord(NamedTuple):
             text += f", {self.whole} whole"
         if self.missed:
             text += f", {self.missed} foretold wrongly"
+        if self.waited:
+            text += f"; a helper is slower than its head, which waited {self.waited:.2g} s for it"
         return text
 
 

@@ -29,6 +29,7 @@ from hosting import (  # noqa: E402
     own,
     parallel,
     set_options,
+    settle,
     threads,
 )
 
@@ -353,6 +354,19 @@ def test_a_second_call_on_the_same_modules_is_not_shared() -> None:
 def test_ranks_in_one_run_are_as_told() -> None:
     with parallel(host("sd"), 2, math.inf, split=None) as together:
         assert [len(share) for share in together._ranks.shares] == [1, 1]
+
+
+def test_a_helper_slower_than_its_head_is_told() -> None:
+    case = tiny.CASES["sd"]
+    with pairs(host("sd"), 1, math.inf, max_stride=1) as together, caught():
+        tiny.run(together, case.kwargs(steps=STEPS))
+        module = together._ranks._replicas[1].unet
+        handle = module.register_forward_pre_hook(lambda *given: time.sleep(0.3))
+        settle(together._ranks._replicas[1])
+        tiny.run(together, case.kwargs(steps=STEPS))
+        assert together.report.teams[0].waited > 0.2 * (STEPS - 2)
+        assert "a helper is slower than its head" in str(together.report)
+        handle.remove()
 
 
 # ---- helpers that are lost -----------------------------------------------------------------------
