@@ -323,7 +323,7 @@ def test_rounding_of_latents_is_no_drift() -> None:
     """
     rounds = []
     for loop in (plain, cast, cast_after_the_first_step):
-        together = parallel(written(loop, scheduler=flow()), 4, 0.005)
+        together = parallel(written(loop, scheduler=flow()), 4, "high")
         with no_warnings():
             run(together, num_inference_steps=40)
         rounds.append(together.report.rounds)

@@ -187,7 +187,7 @@ def _if_args(batch: int, cond: int) -> Kwargs:
     return args | {"height": 32, "width": 32, "guidance_scale": 5.0}
 
 
-@case("deepfloyd_if", _if_args, decoded="pt")
+@case("deepfloyd_if", _if_args)
 def deepfloyd_if() -> Any:
     """Pixels in place of latents; the network tells the noise and its variance, six channels."""
     return diffusers.IFPipeline(
