@@ -230,11 +230,11 @@ def is_same(ours: Any, theirs: Any) -> bool:
     if not _alike(ours, theirs):
         return False
     if isinstance(ours, torch.Tensor):
-        return ours.stride() == theirs.stride() and _have_same_bits(ours, theirs)
+        return ours.stride() == theirs.stride() and have_same_bits(ours, theirs)
     return not isinstance(ours, float) or ours.hex() == theirs.hex()
 
 
-def _have_same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+def have_same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     """0 and -0 are equal and not the same, NaN is not equal and may be the same."""
     if ours.is_floating_point() and ours.element_size() in _BITS:
         ours, theirs = (t.view(_BITS[t.element_size()]) for t in (ours, theirs))

@@ -35,6 +35,7 @@ from .forwards import (
     Inputs,
     check_shares,
     form_of,
+    have_same_bits,
     is_finite,
     is_same,
     joined,
@@ -429,7 +430,7 @@ class Team:
         if trial.cut is not None:
             self._cuts.rules[trial.cut] = trial.rule
             self._cuts.forms[trial.cut] = form_of(trial.wanted[0])
-        elif _have_same_bits(output, trial.wanted[0]):
+        elif all(map(have_same_bits, tensors_in(output), tensors_in(trial.wanted[0]))):
             self._cuts.exact.update(trial.places)
         elif self._exact:
             self.dissolve("a helper's output differs in bits from its head's")
@@ -626,7 +627,3 @@ def _followed(last: Inputs, first: Inputs, links: Links, own: bool) -> Inputs:
                 value = copied
         values.append(value)
     return last.with_values(values)
-
-
-def _have_same_bits(ours: Any, theirs: Any) -> bool:
-    return all(map(torch.equal, tensors_in(ours), tensors_in(theirs)))
