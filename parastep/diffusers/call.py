@@ -20,9 +20,9 @@ from .. import _core
 from ..options import Options
 from ..speculation import with_room
 from .batching import Meeting
-from .helpers import Helper
 from .leaving import Leave
-from .teams import Team
+from .teams.helpers import Helper
+from .teams.team import Team
 from .tensors import finished, map_tensors, private
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # a pipeline call's (args, kwargs), for a replica

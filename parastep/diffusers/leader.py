@@ -32,7 +32,7 @@ from .parts import denoisers_of
 from .replicas import denoisers_print
 from .skipping import Outputs
 from .state import State, averages
-from .teams import ALTERED
+from .teams.team import ALTERED
 from .tensors import is_rounded, map_tensors, private
 from .watch import Watch
 

@@ -19,7 +19,6 @@ from ..options import Options
 from .batching import Meeting
 from .call import Call, Followers, Given
 from .compiling import unfit_for_threads
-from .helpers import Helper, LocalHelper
 from .local import LocalFollowers
 from .memory import free_on, without_room
 from .offload import take_turns
@@ -27,7 +26,9 @@ from .remote.groups import Group
 from .remote.workers import Workers
 from .replicas import denoisers_print, fingerprint, refresh, replicate, unfit
 from .state import State, may_write_weights
-from .teams import Cuts, Team
+from .teams.crew import Cuts
+from .teams.helpers import Helper, LocalHelper
+from .teams.team import Team
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds for helpers that are about to leave

@@ -28,8 +28,8 @@ from _waiting import ByItem, WaitingFrames, WaitingQwen, WaitingUNet, WaitingWan
 
 import parastep
 from parastep.diffusers.forwards import Inputs
-from parastep.diffusers.helpers import LocalHelper
 from parastep.diffusers.remote.helping import RemoteHelper, serve
+from parastep.diffusers.teams.helpers import LocalHelper
 from parastep.processes.streams import SocketStream
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))

@@ -22,8 +22,8 @@ from ...processes.peer import Peer
 from ...processes.streams import SocketStream
 from ...threads import HostContext
 from ..forwards import Inputs, tensors_in
-from ..helpers import CannotBeSent, Served, evaluated
 from ..parts import denoisers_of
+from ..teams.helpers import CannotBeSent, Served, evaluated
 from .bundles import Receiver, Sender
 
 _SOON = 0.05  # seconds for the end of a helper that is lost

@@ -25,7 +25,7 @@ from ...threads import HostContext
 from ...tracing.draws import cloned_global_generator
 from ..call import Call, Loop, Remote
 from ..parts import is_scheduler
-from ..teams import Lost
+from ..teams.crew import Lost
 from .packing import pack
 
 _log = logging.getLogger(__name__)

@@ -26,9 +26,10 @@ from ...speculation import with_room
 from ...threads import finish_work
 from ..call import Call, Loop
 from ..follower import Follower
-from ..helpers import Helper
 from ..replicas import refresh
-from ..teams import Cuts, Team
+from ..teams.crew import Cuts
+from ..teams.helpers import Helper
+from ..teams.team import Team
 from ..tensors import own_copy
 from .packing import unpack
 

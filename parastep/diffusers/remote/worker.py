@@ -19,7 +19,7 @@ import torch
 from ...messages import describe
 from ...processes.frames import Frame, Kind, read_frame
 from ...processes.streams import SocketStream
-from ..teams import Cuts
+from ..teams.crew import Cuts
 from .helping import RemoteHelper, serve
 from .packing import pipeline_from_memory
 from .serving import RemoteCall, Server

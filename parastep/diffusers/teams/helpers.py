@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..quiet import thread_name
-from ..threads import HostContext, Task, finish_work
-from .compiling import is_compiled
-from .draws import Drawn, OwnDraws
-from .forwards import Inputs, is_finite
-from .parts import denoisers_of
-from .tensors import map_tensors
+from ...quiet import thread_name
+from ...threads import HostContext, Task, finish_work
+from ..compiling import is_compiled
+from ..draws import Drawn, OwnDraws
+from ..forwards import Inputs, is_finite
+from ..parts import denoisers_of
+from ..tensors import map_tensors
 
 
 class Served(NamedTuple):
