@@ -260,7 +260,13 @@ class Ranks:
             call.helpers += helpers
             devices = [self.places[place] for place in share]
             team = functools.partial(
-                Team, devices, helpers, self._cuts, options.exact, options.deadline
+                Team,
+                devices,
+                helpers,
+                self._cuts,
+                options.exact,
+                options.deadline,
+                where=self.where(share[0]),
             )
             if rank == 0:
                 call.team = team(raises=options.on_failure == "raise")
@@ -268,7 +274,13 @@ class Ranks:
                 leaves = functools.partial(call.has_others, rank) if rank > 0 else _never
                 call.teams[rank] = team(over=lambda: call.over, leaves=leaves)
 
+    def where(self, place: int) -> str:
+        """What reports call it."""
+        return str(self.places[place]) if self.group is None else self.group.where(place)
+
     def _helper(self, place: int, home: torch.device) -> Helper:
+        if self.group is not None:
+            return self.group.helper(place, self._cuts)
         if not isinstance(self._remote, Workers):
             return LocalHelper(self._replicas[place], self.places[place], home, place)
         made = self._remote.made(place)
