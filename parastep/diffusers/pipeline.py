@@ -22,7 +22,7 @@ from ..report import Report
 from ..tolerance import Tolerance
 from .claims import called, check_busy, claimed
 from .parts import denoisers_of
-from .places import Place, ranks_of, refuse_split
+from .places import Place, ranks_of
 from .ranks import Ranks
 from .run import Run
 
@@ -180,7 +180,7 @@ class ParallelPipeline:
             group = self._ranks.group
             if group is None:
                 return self._call(args, kwargs)
-            refuse_split(self.pipe)
+            group.check(self.pipe)
             if group.rank == 0:
                 return group.lead(lambda: self._call(args, kwargs), lambda: self.report)
             result, self.report = group.follow(self.pipe)

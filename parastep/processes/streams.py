@@ -12,11 +12,13 @@ import os
 import socket
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 _TAG = 7421  # and the ones after it: streams of two processes beside each other
+_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _POLL = 0.0005  # seconds between two looks for a message of MPI, whose own waiting takes a core
 
 
@@ -84,15 +86,28 @@ class TorchStream:
 
     def put(self, data: Any, descriptor: int | None = None) -> None:
         message = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        self._group.send([message], self._peer, self._tag).wait()
+        with _ending():
+            self._group.send([message], self._peer, self._tag).wait()
 
     def get(self, count: int) -> bytearray:
         message = torch.empty(count, dtype=torch.uint8, device="cpu")
-        self._group.recv([message], self._peer, self._tag).wait()
+        with _ending():
+            self._group.recv([message], self._peer, self._tag).wait()
         return bytearray(message.numpy())
 
     def close(self) -> None:
         pass  # the group's connections are the host's
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """gloo says in many words, and as a RuntimeError, that there is nobody at the other end."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(words in str(error) for words in _ENDED):
+            raise EOFError("the other process has ended") from error
+        raise
 
 
 class MpiStream:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,12 @@ def told(out: str, ranks: int, scenes: Sequence[str]) -> dict[str, list[Any]]:
     found = {scene: [line for line in lines if line["scene"] == scene] for scene in scenes}
     assert all(len(of_scene) == ranks for of_scene in found.values()), out
     return found
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 # Two namespaces with a wire between them, in a user namespace, so that no privilege is needed.

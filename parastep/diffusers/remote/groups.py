@@ -30,14 +30,17 @@ from ...processes.frames import Frame, Kind, Stream, read_frame, write_frame
 from ...processes.streams import MpiStream, TorchStream
 from ...report import Report
 from ..call import Call
+from ..context import Context, context_of, stand_ins
 from ..parts import denoisers_of
 from ..replicas import fingerprint, refresh, replicate
 from ..teams.crew import Cuts
+from ..teams.helpers import LocalHelper
+from ..teams.together import ContextTeam, Together
 from .helping import RemoteHelper
 from .link import Link, RemoteFollowers, RemoteTeam
 from .members import CHANNEL, Head, Jobs, Member, Refusing
 from .packing import pack, unpack
-from .serving import RemoteCall, Server
+from .serving import RemoteCall, Server, team_of
 
 _log = logging.getLogger(__name__)
 _FOREVER = datetime.timedelta(days=3650)
@@ -47,29 +50,38 @@ _PATIENCE = 5.0  # seconds for the other ranks to say goodbye
 # ---- meeting -------------------------------------------------------------------------------------
 
 
-def group_of(group: Any, device: torch.device, split: str | int | None = None) -> Group | None:
+def group_of(
+    group: Any,
+    device: torch.device,
+    split: str | int | None = None,
+    context: Context | None = None,
+) -> Group | None:
     """The group given, or that of the launcher that started this script, open, with this process on
     that device; None: there is neither. All processes have to call it, and wait for each other.
-    `split`: as `parallelize` has it; None is "none".
+    `split`: as `parallelize` has it, None is "none"; `context`: what the pipe's denoisers are.
     """
     if hasattr(group, "Get_rank") and hasattr(group, "Dup"):
-        return _meet(_mpi_group, group, device, split)
+        return _meet(_mpi_group, group, device, split, context)
     if group is not None:
-        return _meet(_torch_group, group, device, split)
+        return _meet(_torch_group, group, device, split, context)
     if torch.distributed.is_available() and _in_torch_group():
-        return _meet(_torch_group, None, device, split)
+        return _meet(_torch_group, None, device, split, context)
     if "mpi4py.MPI" in sys.modules or _by_mpirun():
         try:
             from mpi4py import MPI
         except ImportError:
             return None
         world = MPI.COMM_WORLD
-        return _meet(_mpi_group, world, device, split) if world.Get_size() > 1 else None
+        return _meet(_mpi_group, world, device, split, context) if world.Get_size() > 1 else None
     return None
 
 
 def _meet(
-    make: Callable[[Any], Group], group: Any, device: torch.device, split: str | int | None
+    make: Callable[[Any], Group],
+    group: Any,
+    device: torch.device,
+    split: str | int | None,
+    context: Context | None,
 ) -> Group:
     """In a thread: who waits for other ranks in C++ or in MPI does not hear Ctrl-C."""
     outcome: queue.SimpleQueue[Group | BaseException] = queue.SimpleQueue()
@@ -77,7 +89,7 @@ def _meet(
     def work() -> None:
         try:
             made = make(group)
-            made.open(device, split)
+            made.open(device, split, context)
             outcome.put(made)
         except BaseException as error:
             outcome.put(error)
@@ -122,7 +134,7 @@ def _torch_group(group: Any) -> Group:
         raise _core.InvalidError("group: this process is not in it")
     own = dist.new_group(ranks, _FOREVER, backend="gloo", use_local_synchronization=True)
     rank = ranks.index(dist.get_rank())
-    return Group(rank, len(ranks), lambda peer, channel: TorchStream(own, peer, channel))
+    return Group(rank, len(ranks), lambda peer, channel: TorchStream(own, peer, channel), ranks)
 
 
 def _mpi_group(comm: Any) -> Group:
@@ -141,14 +153,26 @@ def _mpi_group(comm: Any) -> Group:
 
 class Group:
     """This process's part in the group, for one parallel pipeline; made in all processes at once.
-    `connect` gives the stream to another one, on a channel that both have. `shares`: the processes
-    of each rank, its head first, None where that is chosen call by call.
+    `connect` gives the stream to another one, on a channel that both have; `numbers`: those that
+    torch.distributed has for them.
+
+    `shares`: the processes of each rank, its head first, None where that is chosen call by call;
+    `context`: the denoisers whose forwards the processes of a rank enter together.
     """
 
-    def __init__(self, rank: int, size: int, connect: Callable[[int, int], Stream]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        connect: Callable[[int, int], Stream],
+        numbers: Sequence[int] = (),
+    ) -> None:
         self.rank, self.size = rank, size
-        self.shares: list[tuple[int, ...]] | None = [(k,) for k in range(size)]
-        self._connect = connect
+        self.shares: list[tuple[int, ...]] | None = None
+        self.context: Context | None = None
+        self._connect, self._numbers = connect, numbers
+        self._together: Together | None = None  # of the call that this process is in
+        self._broken: str | None = None  # why there can be no other one
         self._process = os.getpid()
         self._calls = itertools.count(1)
         self._number = 0  # of the call that this process is in
@@ -167,55 +191,73 @@ class Group:
         self._ends: list[Link | Server | Member | Head] = []
         self._close = weakref.finalize(self, _close_all, self._ends, os.getpid())
 
-    def open(self, device: torch.device, split: str | int | None = None) -> None:
+    def open(
+        self, device: torch.device, split: str | int | None = None, context: Context | None = None
+    ) -> None:
         """Greets the others and begins to listen."""
-        teams = teams_of(self.size, split)
-        own = {"version": __version__, "boot": _boot(), "device": str(device), "teams": teams}
-        if self.rank == 0:
-            devices = self._greet_all(own)
+        if context is None:
+            team, how = team_of_size(self.rank, self.size, split), f"split {split or 'none'}"
         else:
-            devices = self._follow_from(device, own)
-        self._devices = [torch.device(each) for each in devices]
-        self.shares = None if split == "auto" else [tuple(team) for team in teams]
-        team = next((team for team in teams if self.rank in team), [self.rank])
+            team, how = self._team_in(context), f"context {', '.join(context.names)}"
+        self.context = context
+        own: dict[str, Any] = {"version": __version__, "boot": _boot(), "device": str(device)}
+        own |= {"team": team, "how": how}
+        every = self._greet_all(own) if self.rank == 0 else self._follow_from(device, own)
+        self._devices = [torch.device(each["device"]) for each in every]
+        shares = dict.fromkeys(tuple(each["team"]) for each in every)
+        self.shares = None if split == "auto" and context is None else list(shares)
         if team[0] == self.rank:
             for place in team[1:]:
-                stream = self._connect(place, CHANNEL)
-                member = Member(stream, place, self.where(place))
-                self._members[place] = member
-                self._ends.append(member)
+                self._members[place] = Member(
+                    self._connect(place, CHANNEL), place, self.where(place)
+                )
+                self._ends.append(self._members[place])
         else:
             self._head = Head(self._connect(team[0], CHANNEL), self._jobs)
             self._ends.append(self._head)
 
-    def _greet_all(self, own: dict[str, Any]) -> list[str]:
+    def _team_in(self, context: Context) -> list[int]:
+        if not set(context.ranks) <= set(self._numbers):
+            raise _core.UnsupportedError(
+                f"{context.names[0]} is split over processes of torch.distributed that are not all "
+                "in this group"
+            )
+        return sorted(map(self._numbers.index, context.ranks))
+
+    def _greet_all(self, own: dict[str, Any]) -> list[dict[str, Any]]:
         """The others speak first: a send may wait for its receive. All of them hear the same."""
         streams = {peer: self._connect(peer, 0) for peer in range(1, self.size)}
-        told = {peer: _hear(stream) for peer, stream in streams.items()}
-        devices = [own["device"], *(told[peer].get("device", "cpu") for peer in streams)]
-        refusals = (_why_unlike(own, told[peer]) for peer in streams)
-        refusal = next((why for why in refusals if why is not None), None)
+        every = [own, *(_hear(stream) for stream in streams.values())]
+        refusal = _why_not(every)
         for stream in streams.values():
-            _say(stream, {**own, "devices": devices, "refusal": refusal})
+            _say(stream, {**own, "every": every, "refusal": refusal})
         if refusal is not None:
             raise _core.ProtocolError(refusal)
         for peer, stream in streams.items():
-            same_clock = bool(own["boot"]) and told[peer].get("boot") == own["boot"]
+            same_clock = bool(own["boot"]) and every[peer].get("boot") == own["boot"]
             self._links[peer] = Link(stream, f"parastep-rank-{peer}", same_clock)
             self._ends.append(self._links[peer])
-        return devices
+        return every
 
-    def _follow_from(self, device: torch.device, own: dict[str, Any]) -> list[str]:
+    def _follow_from(self, device: torch.device, own: dict[str, Any]) -> list[dict[str, Any]]:
         stream, jobs = self._connect(0, 0), self._jobs
         _say(stream, own)
         told = _hear(stream)
-        refusal = told.get("refusal") or _why_unlike(own, told)
+        refusal = told.get("refusal") or _why_not([told, own], all_of_them=False)
         if refusal is not None:
             raise _core.ProtocolError(refusal)
         self._follower = Server(stream, self.rank, device, jobs.put, jobs.put, jobs.put)
         self._ends.append(self._follower)
-        devices: list[str] = told["devices"]
-        return devices
+        every: list[dict[str, Any]] = told["every"]
+        return every
+
+    def check(self, pipe: Any) -> None:
+        """Raises where denoisers are split over processes in another way than when it was made."""
+        if context_of(pipe) != self.context:
+            raise _core.UnsupportedError(
+                "its denoisers are split over processes in another way than when it was made "
+                "parallel (enable_parallelism): call parallelize after that"
+            )
 
     def close(self) -> None:
         self._close()
@@ -236,6 +278,35 @@ class Group:
         """One of this process's own, in the call that it is in. `cuts`: what is known of it."""
         known = place in cuts.close | cuts.exact
         return self._members[place].helper(self._number, self._devices[self.rank], known)
+
+    def enter_together(
+        self, pipe: Any, deadline: float | None, over: Callable[[], bool] = lambda: False
+    ) -> tuple[Together, list[str]]:
+        """A context group's forwards, for the call that this process is in, and what reports call
+        those who make them.
+        """
+        if self._broken is not None:
+            raise _core.LostError(self._broken)
+        assert self.context is not None
+        home, others = self._devices[self.rank], self._members.values()
+        helpers = [member.helper(self._number, home, quiet=True) for member in others]
+        own = LocalHelper(pipe, home, home, self.rank)
+        together = Together(self.context.names, own, helpers, deadline, self._break, over)
+        self._together = together
+        return together, [self.where(place) for place in (self.rank, *self._members)]
+
+    def _break(self, why: str) -> None:
+        self._broken = why
+
+    def replica(self, pipe: Any, device: torch.device, **how: Any) -> Any:
+        """As `replicate` makes one; what is split stands for the pipe's own there."""
+        names = self.context.names if self.context is not None else ()
+        return replicate(pipe, device, instead=stand_ins(pipe, names, self._enter), **how)
+
+    def _enter(self, name: str, args: Any, kwargs: Any) -> Any:
+        if self._together is None:
+            raise _core.StateError(f"{name} of a replica was called beside its pipeline")
+        return self._together.evaluate(name, args, kwargs)
 
     # The leader.
 
@@ -316,17 +387,36 @@ class Group:
         except Exception as error:
             self._replica = None
             call.fail(self.rank, f"its replica cannot be made: {describe(error)}")
+        if self.context is not None:
+            self._serve_together(call, pipe)
+            return
         helpers = [self.helper(place, self._cuts) for place in self._helping]
-        self._follower.serve(call, self._replica, helpers, self._cuts, self.where(self.rank))
+        team = team_of(self._follower.device, helpers, self._cuts, self.where(self.rank))
+        self._follower.serve(call, self._replica, helpers, team)
         for helper in helpers:
             if helper.lost is not None:
                 self._cuts.drop(helper.place)
+
+    def _serve_together(self, call: RemoteCall, pipe: Any) -> None:
+        assert self._follower is not None
+        helpers: list[Any] = []
+
+        def make(exact: bool, deadline: float | None, over: Any, leaves: Any) -> ContextTeam:
+            together, where = self.enter_together(pipe, deadline, over)
+            helpers.extend((*together.others, together.own))
+            return ContextTeam(together, where, watches=True)
+
+        self._follower.serve(call, self._replica, helpers, make)
+        self._together = None
 
     def _help(self, asked: Frame, pipe: Any) -> None:
         """Serves its head through one call, unless that is over here."""
         assert self._follower is not None and self._head is not None
         if asked.call != self._number:
             self._head.leave(asked, self._made)
+            return
+        if self.context is not None:
+            self._head.take_part(asked, denoisers_of(pipe), self._follower.device)
             return
         try:
             self._refresh_replica(pipe)
@@ -345,7 +435,7 @@ class Group:
         if now != self._made_from or self._replica is None:
             self._replica, self._made_from = None, None
             self._cuts, self._made = Cuts(), self._made + 1
-            self._replica = replicate(pipe, self._follower.device)
+            self._replica = self.replica(pipe, self._follower.device)
             self._made_from = now
         refresh(self._replica, pipe)
 
@@ -371,14 +461,15 @@ class _Elsewhere(NamedTuple):
         """Its head says so."""
 
 
-def teams_of(size: int, split: str | int | None) -> list[list[int]]:
-    """The processes of each rank, its head first; by "auto" those that may be one."""
+def team_of_size(rank: int, size: int, split: str | int | None) -> list[int]:
+    """Of this process: its rank's, the head first; by "auto" those that may be one."""
     each = split if isinstance(split, int) else 2 if split == "auto" else 1
     if isinstance(split, int) and size % split:
         raise _core.InvalidError(
             f"split={split}: {size} processes are no whole number of teams of {split}"
         )
-    return [list(range(k, min(k + each, size))) for k in range(0, size, each)]
+    first = rank - rank % each
+    return list(range(first, min(first + each, size)))
 
 
 def _close_all(ends: list[Link | Server | Member | Head], process: int) -> None:
@@ -402,15 +493,20 @@ def _hear(stream: Stream) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def _why_unlike(own: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """Why two processes, by what they say of themselves, cannot be of one group, or None."""
-    if other.get("version") != own["version"]:
-        return (
-            f"one process of the group has parastep {own['version']}, another one "
-            f"{other.get('version')}: all must have the same"
-        )
-    if other.get("teams") != own["teams"]:
-        return "the processes of the group do not agree on split: all must say the same"
+def _why_not(every: list[dict[str, Any]], all_of_them: bool = True) -> str | None:
+    """Why processes, by what they say of themselves, cannot be one group, or None."""
+    versions = [each.get("version") for each in every]
+    if len(set(versions)) > 1:
+        found = " and ".join(sorted({str(version) for version in versions}))
+        return f"the processes of the group have parastep {found}: all must have the same"
+    if not all_of_them:
+        return None
+    hows = list(dict.fromkeys(each.get("how") for each in every))
+    if len(hows) > 1:
+        return f"the processes of the group do not agree on split: {' and '.join(map(str, hows))}"
+    for rank, each in enumerate(every):
+        if rank not in each["team"] or any(every[k]["team"] != each["team"] for k in each["team"]):
+            return f"the processes of the group do not agree on their teams: {each['team']}"
     return None
 
 

@@ -31,11 +31,14 @@ _SOON = 0.05  # seconds for the end of a helper that is lost
 
 
 class Forward(NamedTuple):
-    """A call of a denoiser, as it goes over; `context`: the head's modes, in its first one."""
+    """A call of a denoiser, as it goes over; `context`: the head's modes, in its first one;
+    `quiet`: the head needs no more of its output than that it is there.
+    """
 
     name: str
     watched: bool
     context: HostContext | None
+    quiet: bool
     args: Any
     kwargs: Any
 
@@ -73,6 +76,7 @@ class RemoteHelper:
         left: waits so many seconds until the helper has left the call, where this process is who
             is told; whether it has.
         where: what reports call it.
+        quiet: its outputs are not asked for.
     """
 
     def __init__(
@@ -84,10 +88,11 @@ class RemoteHelper:
         ending: Callable[[], str] | None = None,
         left: Callable[[float], bool] | None = None,
         where: str | None = None,
+        quiet: bool = False,
     ) -> None:
         self.device, self.place, self.where = device, place, where or str(device)
         self.lost: str | None = None
-        self._ending, self._left = ending, left
+        self._ending, self._left, self._quiet = ending, left, quiet
         self._lock = threading.RLock()  # sending may find out that the helper is gone
         self._answers: dict[int, Future[Served]] = {}
         self._count = 0
@@ -103,7 +108,7 @@ class RemoteHelper:
                 if self._gone is not None:
                     raise _core.LostError(self._gone)
                 context = None if self._begun else HostContext()
-                told = Forward(name, watched, context, inputs.args, inputs.kwargs)
+                told = Forward(name, watched, context, self._quiet, inputs.args, inputs.kwargs)
                 body = self._sender.pack(tuple(told))
             except _core.Error as error:
                 answer.set_exception(error)
@@ -192,6 +197,8 @@ def answers(
                     entered = True
                 module, inputs = modules[forward.name], (forward.args, forward.kwargs)
                 served = evaluated(module, *inputs, forward.watched, random)
+                if forward.quiet:
+                    served = served._replace(output=None)
                 kept = receiver.learn(tensors_in(served.output), frame.call)
                 answer = None, served.output, served.flaw, kept
             except BaseException as error:

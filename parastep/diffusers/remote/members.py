@@ -22,6 +22,7 @@ from ...processes.frames import Frame, Kind, Stream
 from ...processes.peer import Peer
 from .helping import RemoteHelper, answers
 
+_MOMENT = 5.0  # seconds for a forward to end when its call has
 CHANNEL = 1  # of a process pair's streams: beside what rank 0 and the other one say to each other
 
 
@@ -38,9 +39,12 @@ class Member:
         self._session: _Session | None = None
         self.peer = Peer(stream, f"parastep-{place}-member", self._handle, self._gone)
 
-    def helper(self, call: int, home: torch.device, known: bool) -> RemoteHelper:
+    def helper(
+        self, call: int, home: torch.device, known: bool = False, quiet: bool = False
+    ) -> RemoteHelper:
         """For one call. `known`: it has shown that it computes what the head does, so that it may
-        not do that with another model than it had then.
+        not do that with another model than it had then. `quiet`: it takes part in forwards, and its
+        outputs are the head's own.
         """
 
         def connect(handle: Callable[[Frame], None], lose: Callable[[str], None]) -> _Session:
@@ -49,7 +53,9 @@ class Member:
         def left(patience: float) -> bool:
             return self._has_left(call, patience)
 
-        return RemoteHelper(connect, home, home, self.place, left=left, where=self.where)
+        return RemoteHelper(
+            connect, home, home, self.place, left=left, where=self.where, quiet=quiet
+        )
 
     def close(self, patience: float) -> None:
         self.peer.close(patience)
@@ -131,6 +137,7 @@ class Head:
 
     def __init__(self, stream: Stream, jobs: Jobs) -> None:
         self._jobs = jobs
+        self._part: threading.Thread | None = None  # of an earlier call, within a forward yet
         self.peer = Peer(stream, "parastep-head", jobs.put, self._gone)
 
     def close(self, patience: float) -> None:
@@ -152,6 +159,28 @@ class Head:
         for answer in answers(self._forwards(), modules, device):
             self.peer.send(answer.kind, answer.call, bytes(answer.body))
         self.leave(asked, model)
+
+    def take_part(self, asked: Frame, modules: Mapping[str, Any], device: torch.device) -> None:
+        """A session of a context group, likewise. In a thread: where another process of the group
+        is lost, nothing ends a forward but the collective's own time-out.
+        """
+        if self._part is not None and self._part.is_alive():
+            modules = Refusing("it has not come back from a forward of an earlier call")
+        forwards: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def work() -> None:
+            for answer in answers(iter(forwards.get, None), modules, device):
+                self.peer.send(answer.kind, answer.call, bytes(answer.body))
+            self.leave(asked, 0)
+
+        part = threading.Thread(target=work, name="parastep-member", daemon=True)
+        part.start()
+        for frame in self._forwards():
+            forwards.put(frame)
+        forwards.put(None)
+        part.join(_MOMENT)
+        if part.is_alive():
+            self._part = part
 
     def leave(self, asked: Frame, model: int) -> None:
         self.peer.send(Kind.LEFT, asked.call, json.dumps(model).encode())

@@ -35,6 +35,20 @@ from .packing import unpack
 _MOMENT = 10.0  # seconds
 
 
+# A rank's team, given what of the options it goes by, and whether the run has ended and whether
+# other followers are left.
+TeamOf = Callable[[bool, float | None, Callable[[], bool], Callable[[], bool]], Any]
+
+
+def team_of(
+    device: torch.device, helpers: Sequence[Helper], cuts: Cuts, where: str | None = None
+) -> TeamOf | None:
+    """Of a head on that device; None where it has no helpers."""
+    devices = [device, *(helper.device for helper in helpers)]
+    made = functools.partial(Team, devices, helpers, cuts, where=where)
+    return made if helpers else None
+
+
 class RemoteCall(Call):
     """A call whose leader is in another process, as this follower sees it."""
 
@@ -185,23 +199,18 @@ class Server:
         call: RemoteCall,
         replica: Any,
         helpers: Sequence[Helper] = (),
-        cuts: Cuts | None = None,
-        where: str | None = None,
+        team_of: TeamOf | None = None,
     ) -> None:
-        """Follows the leader through one call; whatever goes wrong is told to it. `cuts`: what was
-        found out in earlier ones; `where`: what reports call this process.
+        """Follows the leader through one call; whatever goes wrong is told to it. `team_of` makes
+        the team with these helpers, if there are any.
         """
         loop = Follower(replica, self.rank, call, self.device)
-        team: Team | None = None
+        team: Any = None
         try:
             told = unpack(call.arguments, self.device)
             arguments, settings, context, (kind, state), (exact, deadline, others) = told
-            if helpers:
-                devices = [self.device, *(helper.device for helper in helpers)]
-                over, leaves = (lambda: call.over), (lambda: others)
-                team = Team(
-                    devices, helpers, cuts or Cuts(), exact, deadline, over, leaves, where=where
-                )
+            if team_of is not None:
+                team = team_of(exact, deadline, lambda: call.over, lambda: others)
                 call.teams[self.rank] = team
             refresh(replica, types.SimpleNamespace(**settings))
             random = torch.Generator(self.device)
@@ -220,7 +229,7 @@ class Server:
             self.peer.send(Kind.LEFT, call.number, json.dumps(left).encode())
 
 
-def _worked(team: Team | None) -> Any:
+def _worked(team: Any) -> Any:
     """What a team did, as its leader's report has it, and the places of helpers that it lost."""
     if team is None:
         return None

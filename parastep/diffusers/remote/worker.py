@@ -22,7 +22,7 @@ from ...processes.streams import SocketStream
 from ..teams.crew import Cuts
 from .helping import RemoteHelper, by_socket, serve
 from .packing import pipeline_from_memory
-from .serving import RemoteCall, Server
+from .serving import RemoteCall, Server, team_of
 
 
 class _Served(NamedTuple):
@@ -70,7 +70,8 @@ class _Life:
             job = self._jobs.get()
             if isinstance(job, RemoteCall):
                 helpers = self._helpers.pop(job.number, [])
-                self._server.serve(job, self._replica, helpers, self._cuts)
+                team = team_of(self._device, helpers, self._cuts)
+                self._server.serve(job, self._replica, helpers, team)
             elif isinstance(job, _Served):
                 self._serve(job)
             else:

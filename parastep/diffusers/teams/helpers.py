@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from ...quiet import thread_name
 from ...threads import HostContext, Task, finish_work
@@ -78,9 +79,15 @@ def evaluated(
             output = module(*inputs.args, **inputs.kwargs)
     except Drawn as error:
         return Served(None, str(error))
+    output = map_tensors(_settled, output)
     if inputs.state != before:
         return Served(None, "its denoiser writes to its own inputs")
     return Served(output, None if is_finite(output) else NAN, output)
+
+
+def _settled(tensor: torch.Tensor) -> torch.Tensor:
+    """A collective's result is no memory until somebody has waited for it."""
+    return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
 
 
 class _Job(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 import faults
 import tiny
 import torch
-from group_script import rank, tell
+from group_script import join_by_file, rank, tell
 from hosting import set_options
 
 import parastep
@@ -28,8 +28,7 @@ PARTS = {
 def main(folder: Path, name: str, split: str, tolerance: str, scenes: list[str]) -> None:
     torch.set_num_threads(1)
     if "RENDEZVOUS" in os.environ:
-        where = {"init_method": f"file://{os.environ['RENDEZVOUS']}", "rank": rank()}
-        torch.distributed.init_process_group("gloo", **where, world_size=int(os.environ["SIZE"]))
+        join_by_file(os.environ["RENDEZVOUS"], int(os.environ["SIZE"]))
     case = tiny.CASES[name]
     pipe = case.build()
     alone = tiny.run(pipe, case.kwargs(steps=STEPS))

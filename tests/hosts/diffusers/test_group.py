@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 
-from launching import environment, in_networks, need_networks, run, told  # noqa: E402
+from launching import environment, free_port, in_networks, need_networks, run, told  # noqa: E402
 
 pytestmark = pytest.mark.timeout(280)  # every rank imports torch and diffusers
 
@@ -100,12 +99,6 @@ def test_two_nodes(tmp_path: Path) -> None:
     check_good(found["first"])
     check_good(found["after"])
     assert all(line["equal"] and len(line["failures"]) == 1 for line in found["raise"])
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 # Rank 0 of a group whose other rank is late: with a process that does nothing yet, or with none.
