@@ -29,8 +29,11 @@ class ParaStep:
             "STRING",
             {
                 "default": "auto",
-                "tooltip": "auto: all GPUs that ComfyUI sees. Or a list that begins with the "
-                "model's own device: cuda:0, cuda:1. Each one holds a copy of the model.",
+                "tooltip": "auto: all GPUs that ComfyUI sees; where a step evaluates several "
+                "conditions (cfg above 1), pairs of them share each step. Or a list that begins "
+                "with the model's own device: cuda:0, cuda:1 evaluate a step each, "
+                "cuda:0+cuda:1, cuda:2+cuda:3 share one two by two. Each device holds a copy of "
+                "the model.",
             },
         ),
         "quality": (

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from parastep.comfy import guidance
-from parastep.comfy.places import devices_of
+from parastep.comfy.places import places_of
 from parastep.comfy.sampling import Sampling
 
 DEVICES = [torch.device("cuda", 0), torch.device("cuda", 1)]
@@ -41,12 +41,13 @@ def model(device: str) -> Any:
     ],
 )
 def test_a_device_without_a_number_is_the_first(home: str, written: str, found: list[int]) -> None:
-    assert devices_of(model(home), written) == [DEVICES[k] for k in found]
+    places = places_of(model(home), written)
+    assert places.teams == [(DEVICES[k],) for k in found] and places.auto == (written == "auto")
 
 
 def test_a_model_on_a_device_without_a_number() -> None:
     """The host's own word for it is kept, by which it finds the model; tensors have the number."""
-    found = devices_of(model("cuda"), "cuda:0 cuda:1 cuda:0")
+    found = places_of(model("cuda"), "cuda:0 cuda:1 cuda:0").devices
     assert found == [torch.device("cuda"), DEVICES[1], torch.device("cuda")]
     lanes = [types.SimpleNamespace(device=device) for device in found]
     assert [Sampling._place_of(lane, DEVICES[0]) for lane in lanes] == [*DEVICES, DEVICES[0]]
