@@ -281,7 +281,8 @@ class Team:
             return self._instead(evaluate, options)
         except Exception as error:  # the whole says whether it is the share's fault
             outputs = self._instead(evaluate, options)
-            self.dissolve(f"the host's split raises {describe(error)}")
+            for helper in self.serving:
+                self._lose(helper, f"the host's split raises {describe(error)}")
             return outputs
         if not pool.used:
             self.dissolve("the host shares nothing out")
