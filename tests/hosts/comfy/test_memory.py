@@ -27,35 +27,6 @@ def by_copying(model):
     return model
 
 
-@pytest.fixture
-def room(monkeypatch):
-    """{device: bytes} that the host is made to believe free; {} asks the real functions."""
-    from comfy import model_management
-
-    free, asked = {}, []
-    real_free, real_room = model_management.get_free_memory, model_management.free_memory
-
-    def told(device=None, torch_free_too=False):
-        if device not in free:
-            return real_free(device, torch_free_too)
-        return (free[device], free[device]) if torch_free_too else free[device]
-
-    def asking(wanted, device, *more, **others):
-        asked.append((device, wanted))
-        return real_room(wanted, device, *more, **others)
-
-    devices = [torch.device("cpu"), FIRST, SECOND]
-    monkeypatch.setattr(model_management, "get_free_memory", told)
-    monkeypatch.setattr(model_management, "free_memory", asking)
-    monkeypatch.setattr(
-        model_management, "get_all_torch_devices", lambda **given: devices, raising=False
-    )
-    yield free, asked
-    free.clear()
-    for device in devices:
-        real_room(1e30, device)
-
-
 def loaded_on(device):
     from comfy import model_management
 
