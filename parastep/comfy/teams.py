@@ -29,7 +29,7 @@ from ..messages import describe
 from ..report import Share, TeamRecord
 from ..threads import HostContext, finish_work
 from .conditions import active
-from .options import CLONES, POOL, copied
+from .options import CLONES, POOL, copied, map_patches
 
 KEY = "parastep team"  # of the wrapper in model options
 KIND = "calc_cond_batch"  # of wrappers around the evaluation of conditions
@@ -162,6 +162,9 @@ class Team:
         self._log: list[Share] = []
         self._placed: dict[int, _Placed] = {}
 
+    def __deepcopy__(self, memo: Any) -> Team:
+        return self  # packs copy model options deeply
+
     def put_into(self, options: dict[str, Any]) -> None:
         """Innermost of the wrappers; `options` are the caller's own, in all their depth."""
         wrappers = options.setdefault("transformer_options", {}).setdefault("wrappers", {})
@@ -221,9 +224,8 @@ class Team:
         evaluate = partial(executor, model, conds, x, timestep)
         began = time.perf_counter()
         try:
-            if not self._shares(conds, timestep):
-                self._whole += 1
-                return evaluate(options)
+            if not (self._shares(conds, timestep) and self._places(options)):
+                return self._whole_by_head(evaluate, options)
             if any(helper.device not in self._known for helper in self.serving):
                 return self._tried(evaluate, x, options)
             return self._shared_out(evaluate, options)
@@ -253,8 +255,7 @@ class Team:
             if helper.device not in self._known:
                 given = self._options(options, [helper.device])
                 answers.append((helper, self._start(helper, partial(evaluate, given))))
-        outputs = evaluate(options)
-        self._whole += 1
+        outputs = self._whole_by_head(evaluate, options)
         for helper, answer in answers:
             try:
                 found = self._served(helper, answer)
@@ -278,9 +279,9 @@ class Team:
         except (_core.Error, HelperLost, _Left):
             raise
         except _Unserved:
-            return self._instead(evaluate, options)
+            return self._whole_by_head(evaluate, options)
         except Exception as error:  # the whole says whether it is the share's fault
-            outputs = self._instead(evaluate, options)
+            outputs = self._whole_by_head(evaluate, options)
             for helper in self.serving:
                 self._lose(helper, f"the host's split raises {describe(error)}")
             return outputs
@@ -295,13 +296,13 @@ class Team:
         self._waited += time.perf_counter() - pool.through
         return outputs
 
-    def _instead(self, evaluate: Any, options: dict[str, Any]) -> Any:
+    def _whole_by_head(self, evaluate: Any, options: dict[str, Any]) -> Any:
         self._whole += 1
         return evaluate(options)
 
     def _blamed(self, helpers: list[Helper], evaluate: Any, options: dict[str, Any]) -> Any:
         """What holds NaN or Inf, evaluated whole: the model's own, or a helper's."""
-        outputs = self._instead(evaluate, options)
+        outputs = self._whole_by_head(evaluate, options)
         if all(map(_is_finite, outputs)):
             self._lose(helpers[0], "its output holds NaN or Inf")
         return outputs
@@ -310,24 +311,23 @@ class Team:
         """Under which the host evaluates on these devices. It writes into them."""
         own = copied(options)
         own[CLONES] = {device: self._patchers[device] for device in devices}
-        inner = own.get("transformer_options", {})
-        for patches in inner.get("patches", {}).values():
-            patches[:] = map(self._place, patches)
-        for patches in inner.get("patches_replace", {}).values():
-            patches.update({place: self._place(patch) for place, patch in patches.items()})
-        if "model_function_wrapper" in own:
-            own["model_function_wrapper"] = self._place(own["model_function_wrapper"])
+        map_patches(own, lambda patch: self._placed.get(id(patch), patch))
         return own
 
-    def _place(self, patch: Any) -> Any:
-        """A patch with weights of its own (a hypernetwork's), which the host would have in one
-        place at a time, with a copy for each helper.
+    def _places(self, options: dict[str, Any]) -> bool:
+        """Patches with weights of their own (a hypernetwork's), which the host would have in one
+        place at a time, get a copy for each helper; whether they can have one.
         """
-        if not hasattr(patch, "to"):
-            return patch
-        if id(patch) not in self._placed:
+        try:
+            map_patches(copied(options), self._place)
+        except Exception as error:
+            self.dissolve(f"a patch of the model cannot be copied: {describe(error)}")
+        return self._reason is None
+
+    def _place(self, patch: Any) -> Any:
+        if hasattr(patch, "to") and id(patch) not in self._placed:
             self._placed[id(patch)] = _Placed(patch, self._helpers.values())
-        return self._placed[id(patch)]
+        return patch
 
     # ---- helpers ---------------------------------------------------------------------------------
 
