@@ -20,9 +20,10 @@ from .. import _core
 from ..options import Options
 from ..speculation import with_room
 from .batching import Meeting
-from .helpers import Helper
 from .leaving import Leave
-from .teams import Team
+from .memory import Peak
+from .teams.helpers import Helper
+from .teams.team import Team
 from .tensors import finished, map_tensors, private
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # a pipeline call's (args, kwargs), for a replica
@@ -97,6 +98,7 @@ class Call:
         self.teams: dict[int, Any] = {}  # and of its followers, by rank: as a `Team` is told of
         self.helpers: list[Helper] = []  # of all of them
         self.made_from: int | None = None  # the denoisers' fingerprint that theirs have
+        self.peak: Peak | None = None  # of the leader's forwards, which it measures at step 0
         self.remote: dict[int, Remote] = {}  # ranks in other processes
         self._remote_begun = False
         self._x: torch.Tensor | None = None  # a latent of the run

@@ -26,7 +26,7 @@ from .listening import Listening
 from .parts import denoisers_of
 from .replicas import denoisers_print
 from .skipping import Outputs, Skipping
-from .teams import ALTERED, Team
+from .teams.team import ALTERED, Team
 from .tensors import generators_in, is_rounded, map_tensors
 
 

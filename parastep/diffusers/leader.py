@@ -32,7 +32,7 @@ from .parts import denoisers_of
 from .replicas import denoisers_print
 from .skipping import Outputs
 from .state import State, averages
-from .teams import ALTERED
+from .teams.team import ALTERED
 from .tensors import is_rounded, map_tensors, private
 from .watch import Watch
 
@@ -182,6 +182,8 @@ class Leader(Speculation):
 
     def _forward_of(self, name: str, module: torch.nn.Module) -> Any:
         def hook(run: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.steps == 0 and self.call.peak is not None:
+                run = self.call.peak.over(run)
             if self.team is not None:
                 run = functools.partial(self._share_out, self._fresh, name, run)
             if not self.active and self._answer is None:

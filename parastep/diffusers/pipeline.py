@@ -58,7 +58,8 @@ def parallelize(
             runs the loop and helpers that are given a share of each forward (`diffusers.teams`).
         split: how devices in a row make ranks. A number: as many for each rank. "auto": two where
             the call is guided, so that there is something to share, else one, each call anew.
-            "none": one. None: "auto" where `devices` is None, else "none".
+            "none": one. None: "auto" where `devices` is None, else "none". In a group, as many
+            processes for each rank, which all have to say the same; None is "none" there.
         tolerance, policy, max_stride, warmup, order, deadline, on_failure: as in
             `parastep.options.Options`; tolerance 0, or "exact", is the pipeline untouched, but that
             a team's helpers are given calls of it, bit for bit.

@@ -42,7 +42,7 @@ def ranks_of(
         )
     home = _home_of(pipe)
     if devices is None and mode != "threads":
-        found = group_of(group, home)
+        found = group_of(group, home, split)
         if found is not None:
             return _of_group(pipe, found, home)
     places, shares = _shared_out(home, devices, split)
@@ -68,7 +68,7 @@ def _of_group(pipe: Any, group: Group, home: torch.device) -> Ranks:
     except _core.Error:
         group.close()
         raise
-    return Ranks([home] * group.size, group, shares=shares_of(group.size, 1))
+    return Ranks([home] * group.size, group, shares=group.shares)
 
 
 def refuse_split(pipe: Any) -> None:

@@ -19,15 +19,16 @@ from ..options import Options
 from .batching import Meeting
 from .call import Call, Followers, Given
 from .compiling import unfit_for_threads
-from .helpers import Helper, LocalHelper
 from .local import LocalFollowers
-from .memory import free_on, without_room
+from .memory import Peak, free_on, without_room
 from .offload import take_turns
 from .remote.groups import Group
 from .remote.workers import Workers
 from .replicas import denoisers_print, fingerprint, refresh, replicate, unfit
 from .state import State, may_write_weights
-from .teams import Cuts, Team
+from .teams.crew import Cuts
+from .teams.helpers import Helper, LocalHelper
+from .teams.team import Team
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds for helpers that are about to leave
@@ -64,6 +65,7 @@ class Ranks:
         self._full: dict[int, str] = {}  # places without room, and why
         self._housed: set[int] = {0}  # places with it, for a pipe with this fingerprint
         self._housed_for: int | None = None
+        self._peak = Peak(places[0])  # of the leader's forwards
         self._unguided: set[Guidance] = set()  # settings with which there was nothing to share
         self.state = State()
 
@@ -137,6 +139,8 @@ class Ranks:
         ranks = 1 if options.untouched else len(self.shares)
         call = Call(ranks, self.devices[:ranks], lane=lane)
         call.made_from = denoisers_print(pipe) if helped else None
+        if call.home not in call.devices[1:]:  # nobody else evaluates step 0 there
+            call.peak = self._peak
         if self._batch:
             call.meeting = Meeting(call.ranks, leads=not options.exact)
         self._make_teams(call, options)
@@ -164,6 +168,7 @@ class Ranks:
         """A replica that may not be used again."""
         self._replicas.pop(place, None)
         self._cuts.drop(place)
+        self._housed -= {place} - {0}
         if place > 0 and isinstance(self._remote, Workers):
             self._remote.release(place)
 
@@ -222,9 +227,9 @@ class Ranks:
             return
         now = fingerprint(pipe)
         if now != self._housed_for:
-            self._housed, self._housed_for = {0}, now
+            self._housed, self._housed_for, self._peak = {0}, now, Peak(self.places[0])
         others = {p: d for p, d in enumerate(self.places) if p not in self._housed}
-        full = without_room(pipe, others, self.places[0])
+        full = without_room(pipe, others, self.places[0], self._peak.bytes)
         for place in full.keys() - self._full.keys():
             warnings.warn(f"left out: {full[place]}", FollowerWarning, stacklevel=6)
         self._full = full
@@ -259,7 +264,13 @@ class Ranks:
             call.helpers += helpers
             devices = [self.places[place] for place in share]
             team = functools.partial(
-                Team, devices, helpers, self._cuts, options.exact, options.deadline
+                Team,
+                devices,
+                helpers,
+                self._cuts,
+                options.exact,
+                options.deadline,
+                where=self.where(share[0]),
             )
             if rank == 0:
                 call.team = team(raises=options.on_failure == "raise")
@@ -267,7 +278,13 @@ class Ranks:
                 leaves = functools.partial(call.has_others, rank) if rank > 0 else _never
                 call.teams[rank] = team(over=lambda: call.over, leaves=leaves)
 
+    def where(self, place: int) -> str:
+        """What reports call it."""
+        return str(self.places[place]) if self.group is None else self.group.where(place)
+
     def _helper(self, place: int, home: torch.device) -> Helper:
+        if self.group is not None:
+            return self.group.helper(place, self._cuts)
         if not isinstance(self._remote, Workers):
             return LocalHelper(self._replicas[place], self.places[place], home, place)
         made = self._remote.made(place)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import queue
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,9 +25,10 @@ from ...speculation import with_room
 from ...threads import finish_work
 from ..call import Call, Loop
 from ..follower import Follower
-from ..helpers import Helper
 from ..replicas import refresh
-from ..teams import Cuts, Team
+from ..teams.crew import Cuts
+from ..teams.helpers import Helper
+from ..teams.team import Team
 from ..tensors import own_copy
 from .packing import unpack
 
@@ -131,7 +131,7 @@ class Server:
     """A process's part as a follower: takes calls from the leader's frames and serves them.
 
     Args:
-        calls: where its `RemoteCall`s are put.
+        calls: takes its `RemoteCall`s.
         other: handles the frames that are not of a call; `gone` is told when the leader is.
     """
 
@@ -140,7 +140,7 @@ class Server:
         stream: Stream,
         rank: int,
         device: torch.device,
-        calls: queue.SimpleQueue[Any],
+        calls: Callable[[RemoteCall], None],
         other: Callable[[Frame], None],
         gone: Callable[[str], None],
     ) -> None:
@@ -163,7 +163,7 @@ class Server:
     def _handle(self, frame: Frame) -> None:
         if frame.kind == Kind.CALL:
             self._current = RemoteCall(self.rank, frame.call, frame.body, self.peer, self._joining)
-            self._calls.put(self._current)
+            self._calls(self._current)
         elif frame.kind == Kind.PAIR:
             self._let_go()  # the leader has let go of it
             answer = functools.partial(self.peer.send, Kind.PAIRED, 0)
@@ -186,9 +186,10 @@ class Server:
         replica: Any,
         helpers: Sequence[Helper] = (),
         cuts: Cuts | None = None,
+        where: str | None = None,
     ) -> None:
         """Follows the leader through one call; whatever goes wrong is told to it. `cuts`: what was
-        found out in earlier ones.
+        found out in earlier ones; `where`: what reports call this process.
         """
         loop = Follower(replica, self.rank, call, self.device)
         team: Team | None = None
@@ -198,7 +199,9 @@ class Server:
             if helpers:
                 devices = [self.device, *(helper.device for helper in helpers)]
                 over, leaves = (lambda: call.over), (lambda: others)
-                team = Team(devices, helpers, cuts or Cuts(), exact, deadline, over, leaves)
+                team = Team(
+                    devices, helpers, cuts or Cuts(), exact, deadline, over, leaves, where=where
+                )
                 call.teams[self.rank] = team
             refresh(replica, types.SimpleNamespace(**settings))
             random = torch.Generator(self.device)
@@ -221,8 +224,7 @@ def _worked(team: Team | None) -> Any:
     """What a team did, as its leader's report has it, and the places of helpers that it lost."""
     if team is None:
         return None
-    losses = [(str(device), step, why) for device, step, why in team.losses]
-    return team.record().to_dict(), losses, team.lost_places
+    return team.record().to_dict(), team.losses, team.lost_places
 
 
 def _latent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
