@@ -36,7 +36,8 @@ KIND = "calc_cond_batch"  # of wrappers around the evaluation of conditions
 
 _WORDS = "conditions (to rounding)"
 _SLICE = 0.05  # seconds between looks at whether the run is over
-_PATIENCE = 10.0  # for helpers that are at work when the run ends
+_PATIENCE = 30.0  # for a helper, at least, where no deadline is given
+_FIRST = 300.0  # and in its first call: what compiles, or is read from a disk, may be slow
 # How far two devices may differ in the same call, relative to its rms, by the model's dtype.
 _ROUNDING = {torch.float32: 2.0**-12, torch.float16: 2.0**-9}
 _COARSE = 2.0**-7  # bfloat16, and what is stored in less
@@ -119,8 +120,9 @@ class Team:
     Args:
         patchers: the model of each device, the head's first, loaded and ready to run.
         unsplit: why nothing is shared in the whole run, where it is known before.
-        deadline: seconds that the rank may take; None: 60, or ten times the longest call. A helper
-            may take half of them, so that a follower is not late with it.
+        deadline: seconds that the rank may take, of which a helper may take half, so that a
+            follower is not late with it. None: 30 for the helper, or five times the longest call,
+            and 300 for its first one.
         leaves: whether the rank had better leave when a helper is lost.
         raises: a lost helper is a LostError.
         altered: why the model is no function any more, asked before each call.
@@ -343,7 +345,7 @@ class Team:
 
     def _served(self, helper: Helper, answer: Future[Any]) -> Any:
         """A helper's answer; one without, in time, is lost."""
-        patience = left = (self._deadline or max(60.0, 10 * self._longest)) / 2
+        patience = left = self._patience(helper)
         while True:
             try:
                 error = answer.exception(min(_SLICE, left))
@@ -361,6 +363,11 @@ class Team:
             self._lose(helper, describe(error))
             raise _Unserved from error
         return answer.result()
+
+    def _patience(self, helper: Helper) -> float:
+        if self._deadline is not None:
+            return self._deadline / 2
+        return max(_PATIENCE if helper.device in self._known else _FIRST, 5 * self._longest)
 
     def _lose(self, helper: Helper, why: str) -> None:
         if not helper.lost:
