@@ -23,7 +23,6 @@ from .batching import Meeting
 from .leaving import Leave
 from .memory import Peak
 from .teams.helpers import Helper
-from .teams.team import Team
 from .tensors import finished, map_tensors, private
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # a pipeline call's (args, kwargs), for a replica
@@ -94,7 +93,7 @@ class Call:
         self._begun = False  # no more encoder outputs will come
         self.over = False
         self.meeting: Meeting | None = None  # where evaluations share a batch
-        self.team: Team | None = None  # of the leader, where its forwards are shared out
+        self.team: Any = None  # of the leader, where its forwards are shared out
         self.teams: dict[int, Any] = {}  # and of its followers, by rank: as a `Team` is told of
         self.helpers: list[Helper] = []  # of all of them
         self.made_from: int | None = None  # the denoisers' fingerprint that theirs have

@@ -57,7 +57,7 @@ class Cuts:
 class Lost(NamedTuple):
     """A helper that serves no more, from which step on, and why."""
 
-    device: torch.device
+    where: str
     step: int
     why: str
 
@@ -175,8 +175,8 @@ class Crew:
         """It serves no more in this call; raises where that is the end of the call or the rank."""
         if helper.lost is None:
             helper.lost = why
-            self.losses.append(Lost(helper.device, self.step, why))
-        words = f"its helper on {helper.device} was lost: {why}"
+            self.losses.append(Lost(helper.where, self.step, why))
+        words = f"its helper on {helper.where} was lost: {why}"
         if self._raises:
             raise _core.LostError(words)
         if self._leaves():

@@ -33,6 +33,7 @@ class Team:
 
     Args:
         devices: the head's and its helpers'.
+        where: the head's as the report has it, if that is more than a device.
         exact: the head's own bits alone may reach the host: nothing is cut.
         deadline: seconds that the rank may take; None: 60, or ten times the head's longest forward.
             A helper may take half of them, so that a follower is not late with it.
@@ -51,10 +52,12 @@ class Team:
         over: Callable[[], bool] = lambda: False,
         leaves: Callable[[], bool] = lambda: False,
         raises: bool = False,
+        where: str | None = None,
     ) -> None:
         self._crew = Crew(devices, helpers, cuts, exact, deadline, over, leaves, raises)
         self._trials, self._cutting = Trials(self._crew), Cutting(self._crew)
         self._foretelling = Foretelling(self._crew)
+        self._where = where or str(devices[0])
         self._likeness: Likeness | None = None  # None: the loop has not begun
         self._is_still: Callable[[], bool] = lambda: True
         self._unsplit = 0
@@ -111,7 +114,7 @@ class Team:
         own, waited = (sum(c.own_time for c in crews), sum(c.waited for c in crews))
         how = [_WORDS[kind] for kind in sorted(set().union(*(team.kinds for team in teams)))]
         return TeamRecord(
-            devices=[str(device) for device in self._crew.devices],
+            devices=[self._where, *(helper.where for helper in self._crew.all)],
             split=" and ".join(how) or None,
             unsplit=None if how else self._why_unsplit(),
             shared=sum(team._cutting.shared + team._foretelling.shared for team in teams),
