@@ -30,13 +30,15 @@ Given = tuple[tuple[Any, ...], dict[str, Any]]  # a pipeline call's (args, kwarg
 
 @dataclasses.dataclass
 class Loop:
-    """A sampling loop of a call that is over: its steps, what the last of them returned, and the
-    states that the call's generators had when the next one began.
+    """A sampling loop of a call that is over: its steps, what those of its last iteration returned,
+    the states that the call's generators had when the next one began, and how often denoisers were
+    called between them.
     """
 
     steps: int
-    returned: Any
+    returned: list[Any]
     states: list[torch.Tensor]
+    calls: int
 
 
 class Followers(Protocol):
@@ -83,7 +85,7 @@ class Call:
         self, ranks: int, devices: Sequence[torch.device] = (), lane: bool = False
     ) -> None:
         self.ranks, self.devices, self.lane = ranks, devices, lane
-        self.returned: Any = None  # what the leader's first step returned: the followers' form
+        self.returned: Any = None  # what the leader's first iteration was: an `Iteration`
         self.loops: list[Loop] = []  # those before the one that is run
         self._changed = threading.Condition()
         self._encoded: dict[tuple[str, str], list[Any]] = defaultdict(list)
@@ -197,7 +199,7 @@ class Call:
             self._changed.notify_all()
 
     def begin(self, returned: Any) -> None:
-        """The leader's first step returned this; no more encoder outputs will come."""
+        """This was the leader's first iteration; no more encoder outputs will come."""
         map_tensors(finished, returned)
         with self._changed:
             self.returned, self._begun = returned, True

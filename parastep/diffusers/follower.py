@@ -78,7 +78,7 @@ class Follower:
         return self._loop < len(self._outputs) - 1
 
     def _restart(self) -> None:
-        self._step = self._loop = self._calls = 0
+        self._step = self._loop = self._calls = self._between = 0
         self._xs, self._ms = [], []
         self._states: list[torch.Tensor] = []
         self._walk = self._target - 1  # the next iteration not to be passed: that before the target
@@ -158,6 +158,10 @@ class Follower:
                 raise Leave
             if self._calls > 0:
                 raise RuntimeError("the replica's iteration has fewer steps than the leader's")
+            if self._between > 0:  # calls of it that belong to no iteration, and fill caches
+                self._between -= 1
+                with self._draws.lifted():
+                    return run(*args, **kwargs)
             ordinal, inputs = self._ordinals[id(module)], inputs_in(args, kwargs)
             self._ordinals[id(module)] += 1
             if self._end is None and not self._walks:
@@ -263,6 +267,7 @@ class Follower:
             raise RuntimeError("the replica's loop is longer than the leader's")
         if self._step == loop.steps:
             self._loop, self._step, self._states = self._loop + 1, 0, loop.states
+            self._between = loop.calls
             self._walk = self._target - 1
         returned = loop.returned[call]
         return map_tensors(lambda tensor: tensor.to(self.device, copy=True), returned)

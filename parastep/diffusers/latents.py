@@ -174,6 +174,7 @@ class Latents:
             [latent.shape for latent in self.all],
         )
         self.traced = self.all[0].traced
+        self._drawn = 0  # steps whose noise is known
         self._dtype = widest(latent.dtype for latent in self.all)
         self.m_dtype = widest(latent.m_dtype for latent in self.all)
         for latent in self.all:
@@ -199,8 +200,11 @@ class Latents:
 
     def noise(self, step: int) -> torch.Tensor | None:
         """What that step will add, drawn ahead by clones of the generators, in the host's order."""
-        drawn = [latent.noise.noise(step) for latent in self.all if latent.noise is not None]
-        some = [noise for noise in drawn if noise is not None]
+        some: list[torch.Tensor] = []
+        for each in range(min(self._drawn, step), step + 1):
+            drawn = [latent.noise.noise(each) for latent in self.all if latent.noise is not None]
+            some = [noise for noise in drawn if noise is not None]
+        self._drawn = max(self._drawn, step + 1)
         return self.point(some) if some and len(some) == len(self.all) else None
 
     def forget_noise(self, before: int) -> None:

@@ -35,6 +35,7 @@ from .state import State, averages
 from .teams.team import ALTERED
 from .tensors import is_rounded, map_tensors, private
 from .watch import Watch
+from .writing import Written
 
 _FEWEST = 16  # steps that a lane is worth its own check at step 0 for
 
@@ -101,11 +102,13 @@ class Leader(Speculation):
         self._returned: list[Any] = []  # by the program's last iteration
         self._shown: list[torch.Tensor] = []  # inputs of the iteration's first denoiser call
         self._asked: list[torch.Tensor] | None = None  # the samples the core was asked with
-        self._answer: torch.Tensor | None = None
+        self._answer: torch.Tensor | None = None  # until all steps of the iteration had their part
+        self._answered = False  # the iteration was: its denoisers' outputs are none of its own
         self._xs: list[torch.Tensor] = []  # the samples that step is handed, as far as known
         self._ms: list[torch.Tensor] = []  # and outputs, of the iteration
         self._joins = False  # this iteration's evaluation is part of a batch
         self._unseen = 0
+        self._written = Written()  # by the first iteration's calls
         self._forward_ns = 0
         self._length = 0  # steps of the program
         self._noise_given = 0
@@ -181,6 +184,7 @@ class Leader(Speculation):
             if not self.active and self._answer is None:
                 if self._fresh and self.steps == 0:
                     self._begin_loop()
+                self._answered = self._answered and not self._fresh
                 self._fresh = False
                 if self.watch is not None:
                     self.watch.note_inputs(args, kwargs)
@@ -203,7 +207,9 @@ class Leader(Speculation):
                 self.shared += first
                 return self.call.meeting.call(LEADER, name, ordinal, first, run, args, kwargs)
             if self.steps > 0:
+                self._look_at_writing(args, kwargs)
                 return self._with_room(run, args, kwargs)
+            run = self._written.over(run)
             given = Inputs(args, kwargs).own_copy() if self.call.meeting is not None else None
             output = self._with_room(run, args, kwargs)
             self._outputs.keep(module, ordinal, inputs, output)
@@ -245,6 +251,11 @@ class Leader(Speculation):
             self.call.meeting.done(LEADER)
         self._joins = False
 
+    def _look_at_writing(self, args: Any, kwargs: dict[str, Any]) -> None:
+        name = self._written.handed_again(args, kwargs) if self._at == 1 else None
+        if name is not None and self.active:
+            self.give_up(f"a denoiser writes to what it is handed again, {name}")
+
     def _take_gradient(self) -> None:
         """With gradients on in the denoiser's call and off in step, something is made of them."""
         if self.steps == 0:
@@ -255,7 +266,7 @@ class Leader(Speculation):
     def _begin_iteration(self, inputs: list[torch.Tensor]) -> None:
         """The first denoiser call since the last step: the moment to ask."""
         self._end_iteration()
-        self._fresh, self._answer, self._asked = False, None, None
+        self._fresh, self._answered, self._answer, self._asked = False, False, None, None
         self._xs, self._ms = [], []
         self._at, self._calls = self.steps, 0
         self._ordinals.clear()
@@ -277,7 +288,7 @@ class Leader(Speculation):
         self._asked = [x.detach().clone() for x in xs]  # the host may edit x in place
         answered = self._told(self.core.ask, self._at, x, answer)
         if answered:
-            self._answer = answer
+            self._answered, self._answer = True, answer
         elif answered is False and self.call.meeting is not None and self.call.meeting.leads:
             self.call.meeting.begin(LEADER, self.core.company)
             self._joins = True
@@ -388,7 +399,8 @@ class Leader(Speculation):
         lost = {rank: text for rank, _, _, text in ended.report["failures"]}
         states = [generator.get_state() for generator in self.generators]
         self.loops.append(ended)
-        self.call.begin_next_loop(Loop(self.steps, self._returned, states), lost)
+        after = 0 if self._fresh else sum(self._ordinals.values())
+        self.call.begin_next_loop(Loop(self.steps, self._returned, states, after), lost)
         self._ordinals.clear()
         self._begin()
 
@@ -407,7 +419,7 @@ class Leader(Speculation):
         if self.active or self.team is not None:
             self._look_at_state()
         taken_back = self._take_back(scheduler)
-        if self.active or self._answer is not None:
+        if self.active or self._answered:
             named = named_arguments(scheduler, args, kwargs)
             if named is None:
                 self.give_up("the scheduler's step does not take model_output, timestep, sample")
@@ -431,7 +443,7 @@ class Leader(Speculation):
         if not back or index + 1 != self._index:
             return False
         self.steps -= 1
-        self.evaluated -= self._answer is None
+        self.evaluated -= not self._answered
         if self._latents is None and self._first:
             self._first[-1].taken_back = True
         return True
@@ -441,7 +453,7 @@ class Leader(Speculation):
             self._scheduler = scheduler
         if scheduler is self._scheduler:
             self.steps += 1
-            self.evaluated += self._answer is None
+            self.evaluated += not self._answered
             self._index = getattr(scheduler, "_step_index", None)
         call, self._calls = self._calls, self._calls + 1
         self._fresh, self._scaled = True, None
@@ -529,7 +541,7 @@ class Leader(Speculation):
         assert latents is not None
         m, x = arguments["model_output"], arguments["sample"]
         why = latents.why_unlike(call, scheduler, taken_back, x)
-        if why is not None and self._answer is not None:
+        if why is not None and self._answered:
             raise _core.ShapeError(
                 f"{why}, in step {self._at}, which was not evaluated: this pipeline cannot be run "
                 "in parallel"

@@ -128,7 +128,7 @@ class RemoteRank(Remote):
 
     def next_loop(self, loop: Loop) -> None:
         self._told, self._carries = None, False
-        self._send(Kind.NEXT, pack((loop.steps, loop.returned, loop.states)))
+        self._send(Kind.NEXT, pack((loop.steps, loop.returned, loop.states, loop.calls)))
 
     def over(self) -> None:
         """Whoever waits over there for a message that will not come is told so."""

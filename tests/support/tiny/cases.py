@@ -113,7 +113,7 @@ def run(pipe: Any, kwargs: Kwargs) -> torch.Tensor:
 def as_tensor(output: Any) -> torch.Tensor:
     """Return the images, frames or sound of a pipeline's output as one tensor.
 
-    Video with sound comes back as (B, elements of both).
+    Video with sound comes back as (B, elements of both), videos of several lengths end to end.
     """
     if getattr(output, "audio", None) is not None:
         return torch.cat([output.frames.flatten(1), output.audio.flatten(1)], dim=1)
@@ -123,6 +123,8 @@ def as_tensor(output: Any) -> torch.Tensor:
             break
     else:
         output = output[0] if isinstance(output, tuple) else output
+    if isinstance(output, list) and len({np.shape(item) for item in output}) > 1:
+        return torch.cat([torch.as_tensor(item).flatten(1) for item in output], dim=1)
     if isinstance(output, list):
         output = np.stack([np.asarray(item) for item in output])
     return torch.as_tensor(output)

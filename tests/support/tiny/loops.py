@@ -6,10 +6,13 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
+from PIL import Image
 
 from .cases import Kwargs, case
-from .parts import DIT_GAINS, net, picture, text_args
+from .parts import DIT_GAINS, clip_processor, clip_vision, net, picture, tensor, text_args
 from .video_flows import wan_parts
+from .videos import animatediff, animatediff_args
 
 
 class Guardrail(diffusers.ModelMixin, diffusers.ConfigMixin):
@@ -193,4 +196,119 @@ def anyflow_far() -> Any:
     return diffusers.AnyFlowFARPipeline(
         **wan_parts() | {"scheduler": diffusers.FlowMapEulerDiscreteScheduler(shift=5.0)},
         transformer=transformer,
+    )
+
+
+@case("freeinit", animatediff_args, loops=3)
+def freeinit() -> Any:
+    """Three loops over all timesteps, each from the last one's frames in other noise."""
+    pipe = animatediff()
+    pipe.enable_free_init(num_iters=3, use_fast_sampling=False)
+    return pipe
+
+
+def _framepack_args(batch: int, cond: int) -> Kwargs:
+    args = text_args("framepack", batch, cond, mask=True)
+    return {key: value for key, value in args.items() if "negative" not in key} | {
+        "pooled_prompt_embeds": tensor("framepackp", cond, batch, 8),
+        "image": picture("framepack", cond, batch, 3, 64, 64),
+        "height": 64,
+        "width": 64,
+        "num_frames": 9,
+        "latent_window_size": 2,
+    }
+
+
+@case("framepack", _framepack_args, needs="HunyuanVideoFramepackPipeline", loops=2)
+def framepack() -> Any:
+    """A loop for each section, the last frames first; what was made before is shown to the next."""
+    return diffusers.HunyuanVideoFramepackPipeline(
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        image_encoder=clip_vision(transformers.CLIPVisionModel),
+        feature_extractor=clip_processor(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        vae=net(
+            diffusers.AutoencoderKLHunyuanVideo,
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+        ),
+        transformer=net(
+            diffusers.HunyuanVideoFramepackTransformer3DModel,
+            gains=DIT_GAINS,
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=10,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            patch_size=2,
+            patch_size_t=1,
+            guidance_embeds=True,
+            text_embed_dim=32,
+            pooled_projection_dim=8,
+            rope_axes_dim=(2, 4, 4),
+            image_condition_type=None,
+            has_image_proj=True,
+            image_proj_dim=32,
+            has_clean_x_embedder=True,
+        ),
+    )
+
+
+def _frames(name: str, cond: int, count: int, size: int = 32) -> list[Any]:
+    shades = picture(name, cond, count, 3, size, size).permute(0, 2, 3, 1).mul(255).byte().numpy()
+    return [Image.fromarray(shade) for shade in shades]
+
+
+def _wan_animate_args(batch: int, cond: int) -> Kwargs:
+    return text_args("animate", batch, cond) | {
+        "image": _frames("animate", cond, 1)[0],
+        "pose_video": _frames("pose", cond, 9),
+        "face_video": _frames("face", cond, 9, 16),
+        "height": 32,
+        "width": 32,
+        "segment_frame_length": 5,
+        "prev_segment_conditioning_frames": 1,
+        "guidance_scale": 1.0,
+    }
+
+
+@case("wan_animate", _wan_animate_args, needs="WanAnimatePipeline", loops=2)
+def wan_animate() -> Any:
+    """A loop for each segment: what the last one decoded to is encoded for the next."""
+    sizes = {"4": 8, "8": 8, "16": 8}
+    return diffusers.WanAnimatePipeline(
+        **wan_parts(),
+        image_encoder=clip_vision(transformers.CLIPVisionModel),
+        image_processor=clip_processor(),
+        transformer=net(
+            diffusers.WanAnimateTransformer3DModel,
+            gains=DIT_GAINS,
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=12,
+            latent_channels=4,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=64,
+            ffn_dim=32,
+            num_layers=2,
+            rope_max_seq_len=32,
+            image_dim=32,
+            motion_encoder_channel_sizes=sizes,
+            motion_encoder_size=16,
+            motion_style_dim=8,
+            motion_dim=4,
+            motion_encoder_dim=16,
+            face_encoder_hidden_dim=16,
+            face_encoder_num_heads=2,
+            inject_face_latents_blocks=2,
+        ),
     )

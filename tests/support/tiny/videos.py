@@ -234,11 +234,11 @@ def allegro() -> Any:
     )
 
 
-def _animatediff_args(batch: int, cond: int) -> Kwargs:
+def animatediff_args(batch: int, cond: int) -> Kwargs:
     return sd_args(batch, cond) | {"num_frames": 3}
 
 
-@case("animatediff", _animatediff_args, decoded="pt")
+@case("animatediff", animatediff_args, decoded="pt")
 def animatediff() -> Any:
     """A UNet with motion modules, frames in one batch."""
     adapter = net(
