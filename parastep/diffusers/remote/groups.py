@@ -290,6 +290,13 @@ class Group:
         assert self.context is not None
         home, others = self._devices[self.rank], self._members.values()
         helpers = [member.helper(self._number, home, quiet=True) for member in others]
+        missing = next((helper for helper in helpers if helper.gone is not None), None)
+        if missing is not None:  # before anybody has entered a forward, which would wait for it
+            for helper in helpers:
+                helper.close(0.0)
+            raise _core.LostError(
+                f"its context group cannot go on: {missing.where}: {missing.gone}"
+            )
         own = LocalHelper(pipe, home, home, self.rank)
         together = Together(self.context.names, own, helpers, deadline, self._break, over)
         self._together = together
