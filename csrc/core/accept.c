@@ -50,7 +50,7 @@ ps_status ps__measure(const ps_leader *leader, int step, const void *point, cons
       .x = x,
       .guess = point,
       .m = m,
-      .slope = rebase ? program->g[step] : 0.0,
+      .slope = rebase ? leader->slope[step] : 0.0,
       .floor = ps__rounding(leader->layout.x),
       .out = out,
       .keep_x = keep_x,

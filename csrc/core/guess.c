@@ -194,7 +194,7 @@ static void add_known(const ps__guesser *guesser, double *row, double factor, co
 
 static void carry_output(const ps_leader *leader, ps__guesser *guesser, const known *from)
 {
-  double slope = leader->program->g[from->step], *row = m_row(guesser, from->step);
+  double slope = leader->slope[from->step], *row = m_row(guesser, from->step);
   row[from->m] = 1.0;
   row[from->point] = -slope;
   add_row(guesser, row, slope, x_row(guesser, from->step));
@@ -480,7 +480,7 @@ void ps__foresee_answer(ps_leader *leader, int j, const void *const *outputs, co
                         int count)
 {
   ps__guesser *guesser = leader->guesser;
-  double *row = host_row(guesser, guesser->host_m, j), slope = leader->program->g[j];
+  double *row = host_row(guesser, guesser->host_m, j), slope = leader->slope[j];
   clear_row(guesser, row);
   for (int k = 0; k < count; ++k) {
     row[column_of(guesser, guesser->guesses, outputs[k], leader->layout.m)] += weight[k];

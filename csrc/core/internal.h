@@ -2,7 +2,8 @@
  *
  * A leader is one struct with one arena, and its parts are files: pace.c what answers cost and how
  * far apart a round's steps lie, plan.c who evaluates which, guess.c at which latent, links.c the
- * wire, between.c the answers between them, accept.c how far off each is.  leader.c drives them:
+ * wire, between.c the answers between them, accept.c how far off each is, slope.c along which slope
+ * it is rebased.  leader.c drives them:
  * ask measures and answers, or begins a round (pace, plan, guess, post); submit gathers.
  */
 #ifndef PS_INTERNAL_H
@@ -46,6 +47,13 @@ typedef struct ps__anchor {
   int step;
   void *m;
 } ps__anchor;
+
+/* The last evaluation of a step that a round evaluates again: copies, since its own overwrite it.
+ */
+typedef struct ps__pair {
+  int step;
+  void *x, *m;
+} ps__pair;
 
 enum {
   PS__DEGREE = 3,               /* of the interpolation between nodes */
@@ -117,6 +125,10 @@ struct ps_leader {
   ps__node *fresh; /* (window_max + 1) the next round's, while guesses still read the last one's */
 
   ps__pace pace;
+  double *slope;      /* (steps) of rebasing: the program's g, or what was seen since */
+  bool *seen;         /* (steps) which were */
+  ps__pair *pair;     /* (window_max) */
+  int pairs;          /* of the round at hand */
   int anchors;        /* made so far; the newest is at [(anchors - 1) % anchors_max] */
   int old_anchors;    /* those made before the round at hand */
   int anchors_max;    /* PS__ANCHORS of the past and a round's own */
@@ -192,6 +204,14 @@ ps_status ps__leave_one_out(ps_leader *leader, int *step, int *oldest, double *g
 /* Where a host that is at x will be at a step ahead, the steps until there answered between nodes;
  * (items, size) of layout.x. */
 ps_status ps__foresee(ps_leader *leader, const void *x, int step, void *point);
+
+/* slope.c */
+bool ps__slope_learns(const ps_leader *leader); /* whether anything is kept at all */
+void ps__slope_begin(ps_leader *leader);        /* once, when slopes have their room */
+/* Before a round's points are written: keeps what it evaluates again, still in leader->node. */
+ps_status ps__slope_keep(ps_leader *leader, const ps__node *fresh, int count);
+/* When its outputs are there. */
+ps_status ps__slope_learn(ps_leader *leader);
 
 /* links.c: the leader's side of the wire. */
 

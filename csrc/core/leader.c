@@ -307,6 +307,9 @@ static ps_status begin_round(ps_leader *leader, bool alone)
   int count;
   ps_status status = plan_round(leader, alone, &count);
   if (status == PS_OK) {
+    status = ps__slope_keep(leader, leader->fresh, count);
+  }
+  if (status == PS_OK) {
     status = write_points(leader, count);
   }
   if (status != PS_OK) {
@@ -344,12 +347,19 @@ static ps_verdict verdict_of(const ps_leader *leader)
   return is_exact(&leader->node[0]) ? PS_EVALUATE : PS_AHEAD;
 }
 
+/* The round's outputs are there, and what they tell. */
+static ps_status gather(ps_leader *leader)
+{
+  ps_status status = ps__gather_round(leader);
+  return status == PS_OK ? ps__slope_learn(leader) : status;
+}
+
 /* Everything at hand lies ahead, and a lane or the followers evaluate it: nothing for the host. */
 static ps_status gather_ahead(ps_leader *leader)
 {
   leader->submitted_ns = ps_now_ns();
   leader->phase = PS__ASKING;
-  return ps__gather_round(leader);
+  return gather(leader);
 }
 
 static ps_status take_turn(ps_leader *leader, const void *x, void *m_out, ps_verdict *verdict)
@@ -535,7 +545,7 @@ ps_status ps_leader_submit(ps_leader *leader, const void *m, ps_dtype m_dtype, i
     return status;
   }
   leader->phase = PS__ASKING;
-  return ps__gather_round(leader);
+  return gather(leader);
 }
 
 /* ---- beside the turn ------------------------------------------------------------------------- */

@@ -109,6 +109,21 @@ static void carve_anchors(ps_leader *leader, ps__arena *arena)
   }
 }
 
+static void carve_slopes(ps_leader *leader, ps__arena *arena)
+{
+  size_t window = (size_t)leader->window_max;
+  leader->slope = ps__carve(arena, (size_t)leader->program->steps, sizeof(double));
+  leader->seen = ps__carve(arena, (size_t)leader->program->steps, sizeof(bool));
+  leader->pair = ps__carve(arena, window, sizeof(ps__pair));
+  for (size_t k = 0; ps__slope_learns(leader) && k < window; ++k) {
+    ps__pair pair = {.x = ps__carve_vector(arena, ps__x_bytes(&leader->layout)),
+                     .m = ps__carve_vector(arena, ps__m_bytes(&leader->layout))};
+    if (leader->pair != NULL) {
+      leader->pair[k] = pair;
+    }
+  }
+}
+
 /* Runs twice: on a leader on the stack to count, on the one in the arena to hand out. */
 static void carve_leader(ps_leader *leader, ps__arena *arena, ps_link *const *links,
                          const int *slots)
@@ -127,6 +142,7 @@ static void carve_leader(ps_leader *leader, ps__arena *arena, ps_link *const *li
   leader->pace.drift_cost = ps__carve(arena, (size_t)leader->program->steps, sizeof(double));
   leader->pace.gap_cost = ps__carve(arena, (size_t)leader->program->steps, sizeof(double));
   carve_anchors(leader, arena);
+  carve_slopes(leader, arena);
   leader->row_term = ps__carve(arena, row, sizeof(ps_term));
   leader->row_weight = ps__carve(arena, row, sizeof(double));
   if (leader->program->draws) {
@@ -175,6 +191,7 @@ static ps_leader *leader_new(const ps_leader *like, ps_link *const *links, const
   leader->vectors = arena.vectors;
   carve_leader(leader, &arena, links, slots);
   ps__pace_begin(leader);
+  ps__slope_begin(leader);
   return leader;
 }
 

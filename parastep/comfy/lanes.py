@@ -16,7 +16,7 @@ import torch
 
 from ..tracing.kdiffusion import Function
 from .guidance import with_function
-from .options import copied, without_host_split
+from .options import copied, map_patches, without_host_split
 from .places import Team as Devices
 from .teams import Team
 
@@ -129,13 +129,7 @@ def _move_patches(options: dict[str, Any], device: torch.device) -> None:
     def moved(patch: Any) -> Any:
         return copy.deepcopy(patch).to(device) if hasattr(patch, "to") else patch
 
-    transformer_options = options.get("transformer_options", {})
-    for patches in transformer_options.get("patches", {}).values():
-        patches[:] = [moved(patch) for patch in patches]
-    for patches in transformer_options.get("patches_replace", {}).values():
-        patches.update({place: moved(patch) for place, patch in patches.items()})
-    if "model_function_wrapper" in options:
-        options["model_function_wrapper"] = moved(options["model_function_wrapper"])
+    map_patches(options, moved)
 
 
 def make_lanes(

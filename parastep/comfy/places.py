@@ -54,7 +54,8 @@ class Places(NamedTuple):
             idle = room[2 * len(pairs) :]
             return pairs, [f"{device} is idle: it has no partner" for device in idle]
         teams = self.with_devices(room).teams
-        whole, size = len(teams[0]) == len(self.teams[0]), len(self.teams[0])
+        size = max(map(len, self.teams))  # some have lost a device that cannot have a replica
+        whole = len(teams[0]) == size
         kept = [team for team in teams if len(team) == size or not whole]
         short = [device for team in teams if team not in kept for device in team]
         return kept, [f"{device} is left out: its partner is missing" for device in short]

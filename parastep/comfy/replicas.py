@@ -77,7 +77,8 @@ def _host_clone(model: Any, device: torch.device) -> Any:
 
     for loaded in model_management.loaded_models():
         if (
-            loaded.load_device == device
+            loaded is not None  # a model that nobody holds any more
+            and loaded.load_device == device
             and loaded.clone_base_uuid == model.clone_base_uuid
             and loaded.is_multigpu_base_clone
         ):

@@ -29,14 +29,15 @@ from ..messages import describe
 from ..report import Share, TeamRecord
 from ..threads import HostContext, finish_work
 from .conditions import active
-from .options import CLONES, POOL, copied
+from .options import CLONES, POOL, copied, map_patches
 
 KEY = "parastep team"  # of the wrapper in model options
 KIND = "calc_cond_batch"  # of wrappers around the evaluation of conditions
 
 _WORDS = "conditions (to rounding)"
 _SLICE = 0.05  # seconds between looks at whether the run is over
-_PATIENCE = 10.0  # for helpers that are at work when the run ends
+_PATIENCE = 30.0  # for a helper, at least, where no deadline is given
+_FIRST = 300.0  # and in its first call: what compiles, or is read from a disk, may be slow
 # How far two devices may differ in the same call, relative to its rms, by the model's dtype.
 _ROUNDING = {torch.float32: 2.0**-12, torch.float16: 2.0**-9}
 _COARSE = 2.0**-7  # bfloat16, and what is stored in less
@@ -119,8 +120,9 @@ class Team:
     Args:
         patchers: the model of each device, the head's first, loaded and ready to run.
         unsplit: why nothing is shared in the whole run, where it is known before.
-        deadline: seconds that the rank may take; None: 60, or ten times the longest call. A helper
-            may take half of them, so that a follower is not late with it.
+        deadline: seconds that the rank may take, of which a helper may take half, so that a
+            follower is not late with it. None: 30 for the helper, or five times the longest call,
+            and 300 for its first one.
         leaves: whether the rank had better leave when a helper is lost.
         raises: a lost helper is a LostError.
         altered: why the model is no function any more, asked before each call.
@@ -161,6 +163,9 @@ class Team:
         self._longest = self._own_time = self._waited = 0.0
         self._log: list[Share] = []
         self._placed: dict[int, _Placed] = {}
+
+    def __deepcopy__(self, memo: Any) -> Team:
+        return self  # packs copy model options deeply
 
     def put_into(self, options: dict[str, Any]) -> None:
         """Innermost of the wrappers; `options` are the caller's own, in all their depth."""
@@ -221,9 +226,8 @@ class Team:
         evaluate = partial(executor, model, conds, x, timestep)
         began = time.perf_counter()
         try:
-            if not self._shares(conds, timestep):
-                self._whole += 1
-                return evaluate(options)
+            if not (self._shares(conds, timestep) and self._places(options)):
+                return self._whole_by_head(evaluate, options)
             if any(helper.device not in self._known for helper in self.serving):
                 return self._tried(evaluate, x, options)
             return self._shared_out(evaluate, options)
@@ -253,8 +257,7 @@ class Team:
             if helper.device not in self._known:
                 given = self._options(options, [helper.device])
                 answers.append((helper, self._start(helper, partial(evaluate, given))))
-        outputs = evaluate(options)
-        self._whole += 1
+        outputs = self._whole_by_head(evaluate, options)
         for helper, answer in answers:
             try:
                 found = self._served(helper, answer)
@@ -278,9 +281,9 @@ class Team:
         except (_core.Error, HelperLost, _Left):
             raise
         except _Unserved:
-            return self._instead(evaluate, options)
+            return self._whole_by_head(evaluate, options)
         except Exception as error:  # the whole says whether it is the share's fault
-            outputs = self._instead(evaluate, options)
+            outputs = self._whole_by_head(evaluate, options)
             for helper in self.serving:
                 self._lose(helper, f"the host's split raises {describe(error)}")
             return outputs
@@ -295,13 +298,13 @@ class Team:
         self._waited += time.perf_counter() - pool.through
         return outputs
 
-    def _instead(self, evaluate: Any, options: dict[str, Any]) -> Any:
+    def _whole_by_head(self, evaluate: Any, options: dict[str, Any]) -> Any:
         self._whole += 1
         return evaluate(options)
 
     def _blamed(self, helpers: list[Helper], evaluate: Any, options: dict[str, Any]) -> Any:
         """What holds NaN or Inf, evaluated whole: the model's own, or a helper's."""
-        outputs = self._instead(evaluate, options)
+        outputs = self._whole_by_head(evaluate, options)
         if all(map(_is_finite, outputs)):
             self._lose(helpers[0], "its output holds NaN or Inf")
         return outputs
@@ -310,24 +313,23 @@ class Team:
         """Under which the host evaluates on these devices. It writes into them."""
         own = copied(options)
         own[CLONES] = {device: self._patchers[device] for device in devices}
-        inner = own.get("transformer_options", {})
-        for patches in inner.get("patches", {}).values():
-            patches[:] = map(self._place, patches)
-        for patches in inner.get("patches_replace", {}).values():
-            patches.update({place: self._place(patch) for place, patch in patches.items()})
-        if "model_function_wrapper" in own:
-            own["model_function_wrapper"] = self._place(own["model_function_wrapper"])
+        map_patches(own, lambda patch: self._placed.get(id(patch), patch))
         return own
 
-    def _place(self, patch: Any) -> Any:
-        """A patch with weights of its own (a hypernetwork's), which the host would have in one
-        place at a time, with a copy for each helper.
+    def _places(self, options: dict[str, Any]) -> bool:
+        """Patches with weights of their own (a hypernetwork's), which the host would have in one
+        place at a time, get a copy for each helper; whether they can have one.
         """
-        if not hasattr(patch, "to"):
-            return patch
-        if id(patch) not in self._placed:
+        try:
+            map_patches(copied(options), self._place)
+        except Exception as error:
+            self.dissolve(f"a patch of the model cannot be copied: {describe(error)}")
+        return self._reason is None
+
+    def _place(self, patch: Any) -> Any:
+        if hasattr(patch, "to") and id(patch) not in self._placed:
             self._placed[id(patch)] = _Placed(patch, self._helpers.values())
-        return self._placed[id(patch)]
+        return patch
 
     # ---- helpers ---------------------------------------------------------------------------------
 
@@ -343,7 +345,7 @@ class Team:
 
     def _served(self, helper: Helper, answer: Future[Any]) -> Any:
         """A helper's answer; one without, in time, is lost."""
-        patience = left = (self._deadline or max(60.0, 10 * self._longest)) / 2
+        patience = left = self._patience(helper)
         while True:
             try:
                 error = answer.exception(min(_SLICE, left))
@@ -361,6 +363,11 @@ class Team:
             self._lose(helper, describe(error))
             raise _Unserved from error
         return answer.result()
+
+    def _patience(self, helper: Helper) -> float:
+        if self._deadline is not None:
+            return self._deadline / 2
+        return max(_PATIENCE if helper.device in self._known else _FIRST, 5 * self._longest)
 
     def _lose(self, helper: Helper, why: str) -> None:
         if not helper.lost:

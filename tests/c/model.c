@@ -24,7 +24,7 @@ typedef struct model {
   thought node[MODEL_STEPS];
   double *own[STAGE_SEEN]; /* the published rule: the last output of the k-th of a window's ranks */
   int rounds, answered, accepted[MODEL_STEPS];
-  double drift[MODEL_STEPS];
+  double drift[MODEL_STEPS], slope[MODEL_STEPS];
   int evaluations;
   int rank[STAGE_SEEN], step[STAGE_SEEN];
   double *point[STAGE_SEEN];
@@ -79,8 +79,7 @@ static double *carried(const model *is, int j, const double *x)
   }
   double *m = new_vector(is);
   for (size_t i = 0; i < is->n; ++i) {
-    m[i] = is->node[k].output[i] +
-           ps_program_table(is->on->program, 'g')[j] * (x[i] - is->node[k].point[i]);
+    m[i] = is->node[k].output[i] + is->slope[j] * (x[i] - is->node[k].point[i]);
   }
   return m;
 }
@@ -165,6 +164,31 @@ static void forget_round(model *is)
   is->nodes = 0;
 }
 
+/* What two outputs of step j show of how it changes with the latent; see slope.c. */
+static void learn_slope(model *is, int j, const thought *now)
+{
+  int k = j - is->begun;
+  double along = 0.0, square = 0.0, changed = 0.0;
+  if (is->on->options.policy == PS_PAPER || is->on->options.tolerance == 0.0 || k < 1 ||
+      k >= is->nodes) {
+    return;
+  }
+  for (size_t i = 0; i < is->n; ++i) {
+    double moved = now->point[i] - is->node[k].point[i];
+    double change = now->output[i] - is->node[k].output[i];
+    along += moved * change;
+    changed += change * change;
+    square += moved * moved;
+  }
+  if (square > 0.0 && changed > 0.0) {
+    int exponent;
+    double own = ps_program_table(is->on->program, 'g')[j];
+    double weight = along * along / (square * changed);
+    double part = frexp(own + weight * (along / square - own), &exponent);
+    is->slope[j] = ldexp(floor(part * 1024.0 + 0.5) / 1024.0, exponent);
+  }
+}
+
 static void think_ahead(model *is, int i, int window)
 {
   thought fresh[MODEL_STEPS] = {{NULL, NULL}};
@@ -173,14 +197,15 @@ static void think_ahead(model *is, int i, int window)
     const double *reused = is->own[k] != NULL ? is->own[k] : is->m[i - 1];
     fresh[k].point = roll(is, i, k, paper ? reused : NULL);
   }
-  forget_round(is);
   for (int k = 1; k < window; ++k) {
     int rank = rank_of_node(is->on, k);
     fresh[k].output = evaluated(is, rank, i + k, fresh[k].point);
     note_evaluation(is, rank, i + k, fresh[k].point);
     free(is->own[k]);
     is->own[k] = stage_copy(fresh[k].output, is->n * sizeof(double));
+    learn_slope(is, i + k, &fresh[k]);
   }
+  forget_round(is);
   memcpy(is->node, fresh, sizeof fresh);
 }
 
@@ -281,6 +306,9 @@ static model *model_of(const stage *on, const double *x)
     is->window += on->slots[rank];
   }
   is->x[0] = stage_copy(x, is->n * sizeof *x);
+  for (int j = 0; j < is->steps; ++j) {
+    is->slope[j] = ps_program_table(on->program, 'g')[j];
+  }
   for (int j = 0; j < is->steps; ++j) {
     is->drift[j] = NAN;
     call_model(is, j);

@@ -107,6 +107,19 @@ def test_memory_is_given_back(room, replicas):
     assert not loaded_on(FIRST)
 
 
+def test_models_that_nobody_holds_any_more_are_no_replicas(room, monkeypatch):
+    """The host has None in their place until it looks for room the next time."""
+    from comfy import model_management
+
+    from parastep.comfy.node import of_model, patch
+
+    real = model_management.loaded_models
+    monkeypatch.setattr(model_management, "loaded_models", lambda *given: [None, *real(*given)])
+    ours = patch(build("eps"), ["cpu", "cpu:1"])
+    sample(ours, "eps")
+    assert of_model(ours).report.ranks == 2
+
+
 def test_a_model_too_large_for_a_device_gets_no_replica_there(monkeypatch, caplog):
     from comfy import model_management
 

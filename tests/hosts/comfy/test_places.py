@@ -129,6 +129,16 @@ def test_auto_makes_pairs_of_those_with_room(room: Any, share: bool, ranks: Any,
     assert places.shared_out([DEVICES[k] for k in room], share) == (pairs(*ranks), left)
 
 
+def test_pairs_of_which_one_cannot_have_a_replica() -> None:
+    """A leader alone goes beside others as they are; a follower alone, not beside a whole pair."""
+    written = Places(pairs((0, 1), (2, 3)))
+    for kept, ranks, left in (([0, 1, 2], [(0, 1)], [2]), ([0, 2, 3], [(0,), (2, 3)], [])):
+        places = written.with_devices([DEVICES[k] for k in kept])
+        found, told = places.shared_out(places.devices, True)
+        assert found == pairs(*ranks) and [int(line[5]) for line in told] == left
+    assert not written.with_devices([DEVICES[0], DEVICES[2]]).may_share
+
+
 def test_a_flat_list_keeps_its_meaning() -> None:
     places = places_of(model("cuda:0"), "cuda:0, cuda:1, cuda:0")
     assert not places.may_share

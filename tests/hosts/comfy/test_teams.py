@@ -230,6 +230,14 @@ def test_patches_with_weights_have_a_copy_on_each_device():
     assert options["transformer_options"]["patches"]["attn1"] == [patch]
 
 
+def test_a_patch_that_cannot_be_copied_is_not_shared():
+    patch, run = Patch(), Run()
+    patch.lock = threading.Lock()
+    for _ in range(3):
+        check(*run(options={"transformer_options": {"patches": {"attn1": [patch]}}}))
+    assert "cannot be copied" in run.end().unsplit and run.models[PARTNER].calls == 0
+
+
 def test_what_is_known_before_shares_nothing():
     run = Run(unsplit=EXACT)
     run.all(3)
