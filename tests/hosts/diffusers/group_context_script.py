@@ -74,8 +74,10 @@ def main(folder: Path, name: str, size: int, scenes: list[str]) -> None:
     if scenes == ["late"]:
         together = parastep.parallelize(pipe, tolerance="rehearse")
     mesh = parastep.node_mesh(size)
-    config = ContextParallelConfig(ulysses_degree=size, mesh=mesh)
-    pipe.transformer.enable_parallelism(config=config)
+    for part in (pipe.transformer, getattr(pipe, "transformer_2", None)):
+        if part is not None:
+            config = ContextParallelConfig(ulysses_degree=size, mesh=mesh)
+            part.enable_parallelism(config=config)
     if scenes[0] in ("late", "teams", "cache", "callback", "odd"):
         refused(pipe, together if scenes == ["late"] else None, case, scenes[0])
         return

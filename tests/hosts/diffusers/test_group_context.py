@@ -55,7 +55,9 @@ def of_whole_ranks(name: str, count: int, stride: int | None) -> list[int]:
     return together.report.evaluations
 
 
-@pytest.mark.parametrize(("name", "calls"), [("flux", 1), ("wan", 2), ("qwenimage", 2)])
+@pytest.mark.parametrize(
+    ("name", "calls"), [("flux", 1), ("wan", 2), ("wan22", 2), ("qwenimage", 2)]
+)
 def test_two_groups_of_two(tmp_path: Path, name: str, calls: int) -> None:
     scenes = ["0", "rehearse", "0.02", "strided"]
     out = run([*TORCHRUN, "4", SCRIPT, str(tmp_path), name, "2", *scenes])
