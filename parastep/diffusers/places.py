@@ -13,7 +13,7 @@ from .context import context_of
 from .offload import home_of
 from .parts import denoisers_of
 from .ranks import Ranks, Shares, ranks_at, shares_of
-from .remote.groups import group_of
+from .remote.meeting import group_of
 
 Place: TypeAlias = str | torch.device  # as a user names one
 

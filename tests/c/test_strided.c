@@ -395,3 +395,56 @@ TEST(a_host_that_edits_again_and_again)
   }
   ps_program_release(program);
 }
+
+/* At the host's own latents outputs promise long strides; what lies ahead is rubbish. */
+static double promising_f(const stage_rank *self, int step, double x, size_t i)
+{
+  (void)self;
+  (void)x;
+  return 0.01 * step + (double)i;
+}
+
+static double rubbish_f(const stage_rank *self, int step, double x, size_t i)
+{
+  return 1e6 * rough_f(self, step, x, i);
+}
+
+/* Every round ahead is in vain: what is left is the host's own run. */
+TEST(a_run_that_saves_nothing_changes_nothing)
+{
+  ps_program *program = stage_euler(STEPS);
+  double x[SIZE], m[SIZE], wanted[SIZE];
+  stage on, alone;
+  open_run(&on, program, 1, false, 0.02);
+  alone = on;
+  alone.f = promising_f;
+  fill(x);
+  fill(wanted);
+  stage_plain(&alone, wanted);
+  stage_open(&on);
+  for (int j = 0; j < STEPS; ++j) {
+    ps_verdict verdict;
+    CHECK_OK(ps_leader_ask(on.leader, j, x, m, &verdict));
+    while (verdict == PS_AHEAD) {
+      ps_work work;
+      CHECK_OK(ps_leader_work(on.leader, &work));
+      on.f = rubbish_f;
+      stage_evaluate(&on.rank[0], work.step[0], work.point[0], work.output[0]);
+      CHECK_OK(ps_leader_submit(on.leader, NULL, PS_F64, 0));
+      CHECK_OK(ps_leader_ask(on.leader, j, x, m, &verdict));
+    }
+    CHECK_EQ(verdict, PS_EVALUATE);
+    on.f = promising_f;
+    stage_evaluate(&on.rank[0], j, x, m);
+    CHECK_OK(ps_leader_submit(on.leader, m, PS_F64, 0));
+    CHECK_OK(ps_leader_advance(on.leader, NULL, x));
+  }
+  stage_end(&on);
+  CHECK_LT(stage_report(&on).rounds, STEPS + 2);
+  CHECK_EQ(stage_report(&on).answered, 0);
+  for (int i = 0; i < SIZE; ++i) {
+    CHECK_NEAR(x[i], wanted[i], 1e-9);
+  }
+  stage_close(&on);
+  ps_program_release(program);
+}

@@ -123,6 +123,11 @@ class RemoteHelper:
             self._line.send_now(Kind.FORWARD, self._count, body)
         return answer
 
+    @property
+    def gone(self) -> str | None:
+        """Why nothing can be sent there any more."""
+        return self._gone
+
     def close(self, patience: float) -> bool:
         self._closing = True
         self._line.close(_SOON if self.lost else min(patience, 1.0))

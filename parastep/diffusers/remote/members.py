@@ -137,7 +137,6 @@ class Head:
 
     def __init__(self, stream: Stream, jobs: Jobs) -> None:
         self._jobs = jobs
-        self._part: threading.Thread | None = None  # of an earlier call, within a forward yet
         self.peer = Peer(stream, "parastep-head", jobs.put, self._gone)
 
     def close(self, patience: float) -> None:
@@ -164,8 +163,6 @@ class Head:
         """A session of a context group, likewise. In a thread: where another process of the group
         is lost, nothing ends a forward but the collective's own time-out.
         """
-        if self._part is not None and self._part.is_alive():
-            modules = Refusing("it has not come back from a forward of an earlier call")
         forwards: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def work() -> None:
@@ -178,9 +175,7 @@ class Head:
         for frame in self._forwards():
             forwards.put(frame)
         forwards.put(None)
-        part.join(_MOMENT)
-        if part.is_alive():
-            self._part = part
+        part.join(_MOMENT)  # no other session begins before it says that it has left this one
 
     def leave(self, asked: Frame, model: int) -> None:
         self.peer.send(Kind.LEFT, asked.call, json.dumps(model).encode())

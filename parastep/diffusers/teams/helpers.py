@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from ...quiet import thread_name
 from ...threads import HostContext, Task, finish_work
@@ -87,7 +86,8 @@ def evaluated(
 
 def _settled(tensor: torch.Tensor) -> torch.Tensor:
     """A collective's result is no memory until somebody has waited for it."""
-    return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
+    settle = getattr(tensor, "trigger_wait", None)  # of torch's AsyncCollectiveTensor
+    return tensor if settle is None else settle()
 
 
 class _Job(NamedTuple):

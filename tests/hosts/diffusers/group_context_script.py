@@ -3,7 +3,8 @@ by diffusers' own context parallelism, steps across the groups, one scene after 
 
 A scene is a tolerance, "strided", or a fault, the process that has it and at which of its forwards:
 "raise:3:2"; each process prints a line of JSON for it. Or it is alone, and refused: "cache",
-another hook of diffusers, "teams", helpers besides, "late", parallelism after parallelize.
+another hook of diffusers, "teams", helpers besides, "late", parallelism after parallelize,
+"callback", one that edits weights, "odd", a sequence that cannot be split.
 """
 
 from __future__ import annotations
@@ -36,16 +37,32 @@ def break_in(pipe: Any, folder: Path) -> None:
     setattr(blocks[0], name, faults.Faulty(getattr(blocks[0], name), folder))
 
 
+def edit_weights(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Of the leader's process alone, as callbacks are."""
+    if step == 3:
+        with torch.no_grad():
+            next(pipe.transformer.parameters()).mul_(1.5)
+    return {}
+
+
 def refused(pipe: Any, together: Any, case: Any, scene: str) -> None:
-    """Prints why a use of it cannot be."""
+    """Prints why a use of it cannot be, and whether the next call is fine where it may be."""
     try:
         if scene == "cache":
             pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
         if together is None:
             together = parastep.parallelize(pipe, split=2 if scene == "teams" else None)
-        tiny.run(together, case.kwargs(steps=STEPS))
-    except parastep.Error as error:
+        kwargs = {}
+        if scene == "callback":
+            kwargs["callback_on_step_end"] = edit_weights
+        if scene == "odd":
+            kwargs |= {"height": 20, "width": 20}
+        tiny.run(together, case.kwargs(steps=STEPS, **kwargs))
+    except (parastep.Error, AssertionError) as error:
         sys.stdout.write(f"{type(error).__name__}: {error}\n")
+    if scene == "odd":
+        tiny.run(together, case.kwargs(steps=STEPS))
+        sys.stdout.write(f"after it: {together.report.teams[0].split}\n")
 
 
 def main(folder: Path, name: str, size: int, scenes: list[str]) -> None:
@@ -57,9 +74,11 @@ def main(folder: Path, name: str, size: int, scenes: list[str]) -> None:
     if scenes == ["late"]:
         together = parastep.parallelize(pipe, tolerance="rehearse")
     mesh = parastep.node_mesh(size)
-    config = ContextParallelConfig(ulysses_degree=size, mesh=mesh)
-    pipe.transformer.enable_parallelism(config=config)
-    if scenes in (["late"], ["teams"], ["cache"]):
+    for part in (pipe.transformer, getattr(pipe, "transformer_2", None)):
+        if part is not None:
+            config = ContextParallelConfig(ulysses_degree=size, mesh=mesh)
+            part.enable_parallelism(config=config)
+    if scenes[0] in ("late", "teams", "cache", "callback", "odd"):
         refused(pipe, together if scenes == ["late"] else None, case, scenes[0])
         return
     split = tiny.run(pipe, case.kwargs(steps=STEPS))  # as its user has it: all processes run it

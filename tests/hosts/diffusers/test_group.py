@@ -104,16 +104,16 @@ def test_two_nodes(tmp_path: Path) -> None:
 # Rank 0 of a group whose other rank is late: with a process that does nothing yet, or with none.
 WAITS = """
 import os, signal, sys, threading, torch
-from parastep.diffusers.remote import groups
+from parastep.diffusers.remote import meeting
 
-groups._LATE = 0.2
+meeting._LATE = 0.2
 torch.distributed.init_process_group("gloo") if sys.argv[1] == "idle" else None
 if os.environ["RANK"] == "1":
     sys.stdin.read()
     sys.exit()
 threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
-    groups.group_of(None, torch.device("cpu"))
+    meeting.group_of(None, torch.device("cpu"))
 except KeyboardInterrupt:
     print("interrupted")
 """
@@ -139,7 +139,7 @@ def test_ctrl_c_while_a_rank_is_late(other: str) -> None:
 
 def test_a_group_of_one_is_none() -> None:
     """torchrun with one process: nothing to join."""
-    from parastep.diffusers.remote.groups import group_of
+    from parastep.diffusers.remote.meeting import group_of
 
     before = dict(os.environ)
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

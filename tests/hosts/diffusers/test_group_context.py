@@ -55,7 +55,9 @@ def of_whole_ranks(name: str, count: int, stride: int | None) -> list[int]:
     return together.report.evaluations
 
 
-@pytest.mark.parametrize(("name", "calls"), [("flux", 1), ("wan", 2), ("qwenimage", 2)])
+@pytest.mark.parametrize(
+    ("name", "calls"), [("flux", 1), ("wan", 2), ("wan22", 2), ("qwenimage", 2)]
+)
 def test_two_groups_of_two(tmp_path: Path, name: str, calls: int) -> None:
     scenes = ["0", "rehearse", "0.02", "strided"]
     out = run([*TORCHRUN, "4", SCRIPT, str(tmp_path), name, "2", *scenes])
@@ -130,12 +132,20 @@ def test_lost_members(tmp_path: Path, fault: str, follower: int, leader: int) ->
         ("cache", "has other hooks of diffusers"),
         ("teams", "is split over processes already"),
         ("late", "call parallelize after that"),
+        ("callback", "of which the other processes of its context group see nothing"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, scene: str, words: str) -> None:
     """In every process, and none waits for another."""
     out = run([*TORCHRUN, "2", SCRIPT, str(tmp_path), "flux", "2", scene])
     assert out.count(words) == 2, out
+
+
+def test_what_all_processes_raise_is_the_hosts_own(tmp_path: Path) -> None:
+    """They are in step, so that the next call is fine."""
+    out = run([*TORCHRUN, "2", SCRIPT, str(tmp_path), "flux", "2", "odd"])
+    assert out.count("AssertionError: Tensor size along dimension to be sharded") == 2, out
+    assert out.count("after it: context 2") == 2, out
 
 
 # Two processes in each network: what is split stays within one, steps go over the wire.

@@ -4,9 +4,12 @@ returns the picture, whatever a helper does.
 
 from __future__ import annotations
 
+import json
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 
 from launching import environment, run, told  # noqa: E402
+
+from parastep import __version__  # noqa: E402
+from parastep.diffusers.remote.bundles import Receiver, Sender  # noqa: E402
+from parastep.diffusers.remote.groups import Group  # noqa: E402
+from parastep.diffusers.remote.helping import Forward  # noqa: E402
+from parastep.diffusers.remote.packing import pack  # noqa: E402
+from parastep.processes.frames import Frame, Kind, read_frame, write_frame  # noqa: E402
+from parastep.processes.streams import SocketStream  # noqa: E402
+from parastep.threads import HostContext  # noqa: E402
 
 pytestmark = pytest.mark.timeout(280)  # every process imports torch and diffusers
 
@@ -117,6 +129,44 @@ def test_a_split_that_cannot_be(tmp_path: Path, split: str, words: str) -> None:
     """All processes say so, and none waits."""
     out = run([*TORCHRUN, "4", SCRIPT, str(tmp_path), "wan", split, "exact", "call"])
     assert out.count(words) == 4, out
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        return 2 * x
+
+
+class Pipe:
+    def __init__(self) -> None:
+        self.transformer = Twice()
+
+
+def test_a_head_that_is_in_the_next_call_already() -> None:
+    """Its words come on another way than the result of the call before, which may take longer."""
+    ours, theirs = zip(*(socket.socketpair() for _ in range(2)))
+    leader, head = map(SocketStream, ours)
+    group = Group(1, 2, lambda peer, channel: SocketStream(theirs[channel]))
+    every = [{"device": "cpu", "team": [0, 1]}] * 2
+    hello = {"version": __version__, "every": every, "refusal": None}
+    write_frame(leader, Frame(Kind.HELLO, 0, json.dumps(hello).encode()))
+    group.open(torch.device("cpu"), 2)
+    x = torch.arange(4.0)
+    asked = Forward("transformer", False, HostContext(), False, (x,), {})
+    write_frame(head, Frame(Kind.SERVE, 2, b"null"))
+    write_frame(head, Frame(Kind.FORWARD, 1, Sender().pack(tuple(asked))))
+    time.sleep(0.2)  # by now it has them
+    write_frame(leader, Frame(Kind.RESULT, 1, pack((True, "first", None))))
+    assert group.follow(Pipe())[0] == "first"
+    write_frame(head, Frame(Kind.END, 2, b""))
+    write_frame(leader, Frame(Kind.RESULT, 2, pack((True, "second", None))))
+    assert group.follow(Pipe())[0] == "second"
+    output = read_frame(head)
+    assert output.kind == Kind.OUTPUT
+    assert torch.equal(Receiver(torch.device("cpu")).unpack(output.body)[1], 2 * x)
+    assert read_frame(head).kind == Kind.LEFT
+    for stream in (leader, head):
+        write_frame(stream, Frame(Kind.BYE, 0, b""))
+    group.close()
 
 
 def test_mpi(tmp_path: Path) -> None:
