@@ -222,6 +222,35 @@ def test_tokens_with_timesteps_of_their_own(scale: float) -> None:
     assert exact.report.evaluations == [20, 19, 18]
 
 
+def some_held(pipe: Any, steps: int, generator: Any) -> torch.Tensor:
+    """The first two tokens are clean: by their timesteps step leaves them where they are."""
+    pipe.scheduler.set_timesteps(steps)
+    x = torch.randn(2, 8, 4, generator=generator)
+    free = torch.ones(2, 8)
+    free[:, :2] = 0
+    for t in pipe.scheduler.timesteps:
+        m = pipe.denoiser(x.transpose(1, 2), t).transpose(1, 2)
+        given = {"per_token_timesteps": t * free, "return_dict": False}
+        x = pipe.scheduler.step(-m, t, x, **given)[0]
+    return x
+
+
+def test_guesses_know_which_tokens_are_held() -> None:
+    pipe = written(some_held, scheduler=flow())
+    alone = run(pipe, 20)
+    for tolerance in (0.0, 0.02, math.inf):
+        together = parallel(pipe, 4, tolerance)
+        with no_warnings():
+            result = run(together, 20)
+        if tolerance == 0.0:
+            assert torch.equal(result, alone) and together.report.evaluations == [20, 19, 18, 17]
+            assert max(together.report.drift[2:]) < 0.1  # a held token that moves makes 0.2
+        elif tolerance == math.inf:
+            assert distance(result, alone) < 0.1
+        else:
+            assert distance(result, alone) < 0.02 and together.report.rounds < 15
+
+
 @pytest.mark.parametrize("name", ["ltx2", "cosmos_v2w", "skyreels_df", "ltx_condition"])
 def test_in_worker_processes(name: str) -> None:
     if name not in tiny.CASES:

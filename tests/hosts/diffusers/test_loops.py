@@ -12,6 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+import hosting  # noqa: E402
+import tiny  # noqa: E402
 from chunked import chunked  # noqa: E402
 from hosting import caught, distance, no_warnings  # noqa: E402
 
@@ -145,3 +147,34 @@ def test_later_loops_that_cannot_be_carried(options: Any, call: Any, why: str) -
             assert torch.equal(result_of(together, **call), alone)
         assert "second sampling loop" in together.report.fallback
         assert why in together.report.fallback
+
+
+@pytest.mark.parametrize("name", tiny.SEVERAL)
+def test_pipelines_of_several_loops(name: str) -> None:
+    """Those of diffusers: chunks, sections and segments of a video, FreeInit."""
+    case, pipe = tiny.SEVERAL[name], hosting.host(name)
+    alone = tiny.run(pipe, case.kwargs(steps=8))
+    for tolerance in ("rehearse", "balanced"):
+        with parastep.parallelize(pipe, ["cpu"] * 3, tolerance=tolerance) as together:
+            with no_warnings():
+                result = tiny.run(together, case.kwargs(steps=8))
+            report, steps = together.report, 8 * case.loops
+            assert report.steps == sum(report.accepted) == steps
+            if tolerance == "rehearse":
+                assert torch.equal(result, alone)
+                assert report.evaluations == [case.loops * count for count in (8, 7, 6)]
+            else:
+                assert distance(result, alone) < 0.02 and report.rounds < steps
+
+
+@pytest.mark.parametrize("name", ["deepfloyd_if", "kandinsky_ddpm"])
+def test_without_learned_variance_as_the_reason_says(name: str) -> None:
+    case = tiny.CASES[name]
+    pipe = case.build()
+    assert pipe.scheduler.config.variance_type == "learned_range"
+    config = pipe.scheduler.config
+    pipe.scheduler = diffusers.DDPMScheduler.from_config(config, variance_type="fixed_small")
+    alone = tiny.run(pipe, case.kwargs(steps=6))
+    with parastep.parallelize(pipe, ["cpu"] * 3, tolerance="rehearse") as together, no_warnings():
+        assert torch.equal(tiny.run(together, case.kwargs(steps=6)), alone)
+        assert together.report.evaluations == [6, 5, 4] and together.report.fallback is None
