@@ -209,6 +209,7 @@ class Follower:
                 return self._walked(scheduler, named["timestep"])
             if self._form is None:
                 self._join(scheduler, named["timestep"])
+            assert self._form is not None
             if self._step == self._target and not self._form.kept[self._calls]:
                 self._calls += 1
                 return original(*args, **kwargs)

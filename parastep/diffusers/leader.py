@@ -439,8 +439,9 @@ class Leader(Speculation):
         was for what that predicts.
         """
         index = getattr(scheduler, "_step_index", None)
-        back = scheduler is self._scheduler and self._fresh and None not in (index, self._index)
-        if not back or index + 1 != self._index:
+        if scheduler is not self._scheduler or not self._fresh or None in (index, self._index):
+            return False
+        if self._index != index + 1:  # type: ignore[operator]
             return False
         self.steps -= 1
         self.evaluated -= not self._answered
