@@ -10,6 +10,7 @@ runs as it would without us, and the reason is kept for the report.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -104,6 +105,7 @@ class Leader(Speculation):
         self._scaled: torch.Tensor | None = None  # what scale_model_input was given
         self._previous: torch.Tensor | None = None  # what the last step returned
         self._returned: Any = None  # all of it, once the program's last step is done
+        self._edited_before = False  # by a callback, between the last two steps
         self._previous_is_next: bool | None = None  # and the next step was handed, so far
         self._shown: list[torch.Tensor] = []  # inputs of the iteration's first denoiser call
         self._shown_at: int | None = None  # which of them is the latent; None where none is
@@ -277,7 +279,8 @@ class Leader(Speculation):
         self._give_noise()
         answer = torch.empty(self._shape, dtype=self._m_dtype, device=x.device)
         self._asked = x.detach().clone()  # the host may edit x in place
-        answered = self._told(self.core.ask, self.steps, self._as_latent(x), answer)
+        wanted = () if self._edited_at_once() else (answer,)
+        answered = self._told(self.core.ask, self.steps, self._as_latent(x), *wanted)
         if answered:
             self._answer = answer
         elif answered is False and self.call.meeting is not None and self.call.meeting.leads:
@@ -348,6 +351,15 @@ class Leader(Speculation):
     def _edited(self) -> bool:
         """Whether a callback edited the latents since the last step."""
         return self.watch is not None and self.watch.latents_edited
+
+    def _edited_at_once(self) -> bool:
+        """Whether a callback has made an edit of its own here, which is evaluated, however small. One
+        that edits in every step is part of the loop, and what it does is drift; so is all where
+        drift has no limit, or none of it is let pass.
+        """
+        tolerance = self.options.verified_at
+        limited = tolerance is not None and 0 < tolerance < math.inf
+        return limited and self._edited() and not self._edited_before
 
     def _shown_latent(self) -> torch.Tensor | None:
         if self._shown_at is None:
@@ -445,6 +457,7 @@ class Leader(Speculation):
         last = self.active and self.steps == self._length
         self._returned = map_tensors(private, result) if last else None
         if self.watch is not None:
+            self._edited_before = self.watch.latents_edited
             self.watch.latents_edited = False
         return result
 
