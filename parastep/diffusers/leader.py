@@ -353,7 +353,7 @@ class Leader(Speculation):
         return self.watch is not None and self.watch.latents_edited
 
     def _edited_at_once(self) -> bool:
-        """Whether a callback has made an edit of its own here, which is evaluated, however small. One
+        """Whether a callback made an edit at this step alone: it is evaluated, however small. One
         that edits in every step is part of the loop, and what it does is drift; so is all where
         drift has no limit, or none of it is let pass.
         """
