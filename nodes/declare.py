@@ -4,7 +4,7 @@ A node here is a class with `node_id`, `display_name`, `description`, `category`
 optional inputs and outputs in the older notation, {name: (type, options)} and ((type, name), ...),
 and a static method `run`; `cached` is False where it is to run whenever the graph does. A class
 method `valid`, where there is one, names inputs that it checks in place of the host: True, or why
-not.
+not; a class method `version` gives, for the inputs, what changes when the node is to run again.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def old_node(node: Any) -> type:
     }
     if not node.cached:
         members["IS_CHANGED"] = classmethod(_always_new)
+    elif hasattr(node, "version"):
+        members["IS_CHANGED"] = node.version
     if hasattr(node, "valid"):
         members["VALIDATE_INPUTS"] = node.valid
     return type(node.node_id, (), members)
@@ -82,6 +84,8 @@ def _v3_node(node: Any) -> type:
     }
     if not node.cached:
         members["fingerprint_inputs"] = classmethod(_always_new)
+    elif hasattr(node, "version"):
+        members["fingerprint_inputs"] = node.version
     if hasattr(node, "valid"):
         members["validate_inputs"] = node.valid
     return type(node.node_id, (io.ComfyNode,), members)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from .files import calibration_at, version_of
 from .package import NOTE, host
 
+_SCALE = 2  # what a tolerance means, as parastep.tolerance has it
 _QUALITIES = ("exact", "high", "balanced", "fast")  # the names that parastep.tolerance has
 _CUSTOM = "custom"
-_BEFORE = "own tolerance"  # what graphs that were saved earlier say for it
+_BEFORE = "own tolerance"  # what graphs say for it that were saved at scale 1
 
 
 class ParaStep:
@@ -29,8 +31,11 @@ class ParaStep:
             "STRING",
             {
                 "default": "auto",
-                "tooltip": "auto: all GPUs that ComfyUI sees. Or a list that begins with the "
-                "model's own device: cuda:0, cuda:1. Each one holds a copy of the model.",
+                "tooltip": "auto: all GPUs that ComfyUI sees; where a step evaluates several "
+                "conditions (cfg above 1), pairs of them share each step. Or a list that begins "
+                "with the model's own device: cuda:0, cuda:1 evaluate a step each, "
+                "cuda:0+cuda:1, cuda:2+cuda:3 share one two by two. Each device holds a copy of "
+                "the model.",
             },
         ),
         "quality": (
@@ -91,6 +96,27 @@ class ParaStep:
                 "0: as far apart as the quality allows.",
             },
         ),
+        "calibration": (
+            "STRING",
+            {
+                "default": "",
+                "advanced": True,
+                "tooltip": "The file of a calibration (parastep.calibrate, saved as JSON) in "
+                "ComfyUI's input folder: its tolerance takes the place of quality and tolerance. "
+                "Empty: none.",
+            },
+        ),
+        "scale": (
+            "INT",
+            {
+                "default": _SCALE,
+                "min": 1,
+                "max": 64,
+                "advanced": True,
+                "tooltip": "What a number in tolerance means, so that this graph can be told from "
+                "one of another version: leave it as it is.",
+            },
+        ),
     }
     outputs = (("MODEL", "model"),)
 
@@ -103,6 +129,11 @@ class ParaStep:
         words = (*_QUALITIES, _CUSTOM)
         return quality in (*words, _BEFORE) or f"{quality!r} is none of {', '.join(words)}"
 
+    @classmethod
+    def version(cls, calibration: str | None = "", **inputs: Any) -> str:
+        """Changes with what is in the file, so that the node runs again."""
+        return version_of(calibration)
+
     @staticmethod
     def run(
         model: Any,
@@ -112,8 +143,27 @@ class ParaStep:
         policy: str,
         order: int,
         max_stride: int = 0,
+        calibration: str = "",
+        scale: int = _SCALE,
     ) -> tuple[Any]:
         options: dict[str, Any] = {"policy": policy, "order": order}
-        options["tolerance"] = tolerance if quality in (_CUSTOM, _BEFORE) else quality
+        if calibration.strip():
+            options["tolerance"] = calibration_at(calibration)
+        elif quality in (_CUSTOM, _BEFORE):
+            options["tolerance"] = _of_today(tolerance, 1 if quality == _BEFORE else scale)
+        else:
+            options["tolerance"] = quality
         options["max_stride"] = max_stride or None
         return (host().patch(model, devices, **options),)
+
+
+def _of_today(tolerance: float, scale: int) -> float:
+    """A number of a saved graph. At scale 1 the default was .02, which stood for about what .04
+    does now.
+    """
+    if scale not in (1, _SCALE):
+        raise ValueError(
+            f"scale: this graph's tolerance is of scale {scale}, which a newer parastep wrote: "
+            f"update parastep, or choose a quality (scale here: {_SCALE})"
+        )
+    return tolerance * _SCALE / scale

@@ -39,6 +39,7 @@ from .report import Report
 from .sampling import sample
 
 if TYPE_CHECKING:
+    from .diffusers.context import node_mesh
     from .diffusers.pipeline import ParallelPipeline, parallelize
     from .tracing.program import trace
 
@@ -68,13 +69,19 @@ __all__ = [
     "__version__",
     "build_info",
     "calibrate",
+    "node_mesh",
     "parallelize",
     "plan",
     "sample",
     "trace",
 ]
 
-_LAZY = {"parallelize": "diffusers", "ParallelPipeline": "diffusers", "trace": "tracing.program"}
+_LAZY = {
+    "parallelize": "diffusers",
+    "ParallelPipeline": "diffusers",
+    "node_mesh": "diffusers.context",
+    "trace": "tracing.program",
+}
 
 
 def __getattr__(name: str) -> Any:

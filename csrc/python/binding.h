@@ -3,6 +3,7 @@
  * csrc/python turns Python calls into calls of the C API and back; it holds no maths.  Its headers,
  * from the bottom; a file calls those above it in this list, and those of its own line:
  *
+ *   holders.h  what containers hold, seen twice: holders.c
  *   errors.h   the core's errors as exceptions, Ctrl-C: errors.c
  *   lookup.h   what other libraries offer: lookup.c
  *   place.h    where tensors are: place.c

@@ -4,6 +4,7 @@
  * state is the module's own, so that sub-interpreters and free-threaded builds work.
  */
 #include "ends.h"
+#include "holders.h"
 #include "leader.h"
 #include "lookup.h"
 #include "options.h"
@@ -78,6 +79,10 @@ static PyMethodDef methods[] = {
      "check_options($module, /, *, tolerance=0.04, policy='verified', order=1, max_stride=None, "
      "warmup=5, deadline=None, on_failure='continue')\n--\n\n"
      "Raises what Leader raises for options that cannot be, without a program and a latent."},
+    {"holds", psb_holds, METH_VARARGS,
+     "holds($module, holders, items, counts, /)\n--\n\n"
+     "Whether the k-th of a list of containers holds the next counts[k] of items, the very objects "
+     "in\nthe order that it is iterated in, of a dict its values."},
     {"build_info", core_build_info, METH_NOARGS,
      "build_info($module)\n--\n\nVersion, backends and transports of this build, as a dict."},
     {"join", psb_join, METH_VARARGS,

@@ -1,4 +1,6 @@
-"""ComfyUI: what of the host reaches into a run: cancelling, an inpainting's mask, the guider."""
+"""ComfyUI: what of the host reaches into a run: cancelling, an inpainting's mask, the guider, and
+the helpers of its ranks.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,9 @@ from typing import Any
 
 import torch
 
-from .lanes import without_host_split
+from .options import split_by_graph, without_host_split
 from .sampling import Host
+from .sharing import Sharing
 from .state import Look
 
 _log = logging.getLogger(__name__)
@@ -26,6 +29,7 @@ class ComfyHost(Host):
         self._model, self._guider = model, model.inner_model
         self._before = self._settings()
         self.look: Look | None = None
+        self.sharing: Sharing | None = None
         self.share = 1.0  # of an item's rms that a drift within the mask alone has
         mask = extra_args.get("denoise_mask")
         if mask is not None:
@@ -34,21 +38,25 @@ class ComfyHost(Host):
     def cancel(self, on: bool) -> None:
         self._management.interrupt_current_processing(on)
 
-    def alone(self, extra_args: dict[str, Any], parallel: bool) -> dict[str, Any]:
-        """Arguments under which the leader's model uses one device.
+    def arguments(self, extra_args: dict[str, Any], parallel: bool) -> dict[str, Any]:
+        """Arguments under which the leader's model uses its own devices: one, or its team's.
 
         The host splits CFG over its clones of a model wherever it finds them. Where a node of the
-        host's asked for that, the split is left alone if nothing runs in parallel otherwise.
+        graph's asked for that, the split is left alone if nothing runs in parallel otherwise.
         """
         options = extra_args.get("model_options", {})
-        asked_for = "multigpu_options" in options
-        if "multigpu_clones" not in options or (asked_for and not parallel):
+        team = None if self.sharing is None else self.sharing.leader
+        asked_for = split_by_graph(options)
+        if team is None and ("multigpu_clones" not in options or (asked_for and not parallel)):
             return extra_args
-        if asked_for:
+        own = without_host_split(options)
+        if team is not None:
+            team.put_into(own)
+        elif asked_for:
             _log.warning(
                 "ParaStep: the GPUs of MultiGPU CFG Split evaluate whole steps; remove that node"
             )
-        return {**extra_args, "model_options": without_host_split(options)}
+        return {**extra_args, "model_options": own}
 
     def settle(
         self, denoised: torch.Tensor, sigma: torch.Tensor, arguments: dict[str, Any]
@@ -71,7 +79,31 @@ class ComfyHost(Host):
 
     def look_at(self, evaluate: Any) -> tuple[Any, str | None]:
         assert self.look is not None
-        return self.look.first(evaluate), self.look.reason
+        made = self.look.first(evaluate)
+        if self.sharing is not None and self.sharing.leader is not None:
+            if self.look.reason is not None:
+                self.sharing.leader.dissolve(self.look.reason)
+            self.sharing.leader.held = False
+        return made, self.look.reason
+
+    @property
+    def shares(self) -> bool:  # type: ignore[override]
+        return self.sharing is not None and self.sharing.leader is not None
+
+    def at(self, rank: int, step: int) -> None:
+        if self.sharing is not None:
+            self.sharing.at(rank, step)
+
+    def leave(self) -> None:
+        if self.sharing is not None:
+            self.sharing.leave()
+
+    def end(self) -> None:
+        if self.sharing is not None:
+            self.sharing.end()
+
+    def busy(self) -> bool:
+        return self.sharing is not None and self.sharing.busy
 
     def altered(self) -> str | None:
         now = self._settings()

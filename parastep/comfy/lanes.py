@@ -16,22 +16,29 @@ import torch
 
 from ..tracing.kdiffusion import Function
 from .guidance import with_function
-
-_OF_THE_HOST = ("multigpu_clones", "multigpu_thread_pool")  # its own split of CFG over GPUs
+from .options import copied, map_patches, without_host_split
+from .places import Team as Devices
+from .teams import Team
 
 
 class Lane:
     """`lane(x, sigma)` is the denoised output at x, on this lane's device and back on that of x."""
 
     def __init__(
-        self, model: Any, extra_args: dict[str, Any], patcher: Any, device: torch.device
+        self,
+        model: Any,
+        extra_args: dict[str, Any],
+        patcher: Any,
+        device: torch.device,
+        team: Team | None = None,
     ) -> None:
         """`model` and `extra_args` are those that the sampler function is handed.
 
-        `patcher` is the ModelPatcher whose weights are on `device`, loaded and ready to run.
+        `patcher` is the ModelPatcher whose weights are on `device`, loaded and ready to run; `team`
+        shares out what it evaluates.
         """
         guider = model.inner_model
-        self.device = device
+        self.device, self.team = device, team
         self._elsewhere = device != guider.model_patcher.load_device
         self.model = copy.copy(model)
         self.model.inner_model = self._guider(guider, patcher)
@@ -44,7 +51,13 @@ class Lane:
             transformer_options["sample_sigmas"] = self._here(transformer_options["sample_sigmas"])
         if self._elsewhere:
             _move_patches(options, device)
+        if team is not None:
+            team.put_into(options)
         self.extra_args["model_options"] = options
+
+    @property
+    def devices(self) -> Devices:
+        return (self.device,) if self.team is None else self.team.devices
 
     def __call__(
         self, x: torch.Tensor, sigma: torch.Tensor, after_guidance: Function | None = None
@@ -116,44 +129,27 @@ def _move_patches(options: dict[str, Any], device: torch.device) -> None:
     def moved(patch: Any) -> Any:
         return copy.deepcopy(patch).to(device) if hasattr(patch, "to") else patch
 
-    transformer_options = options.get("transformer_options", {})
-    for patches in transformer_options.get("patches", {}).values():
-        patches[:] = [moved(patch) for patch in patches]
-    for patches in transformer_options.get("patches_replace", {}).values():
-        patches.update({place: moved(patch) for place, patch in patches.items()})
-    if "model_function_wrapper" in options:
-        options["model_function_wrapper"] = moved(options["model_function_wrapper"])
-
-
-def copied(options: dict[str, Any]) -> dict[str, Any]:
-    """The dictionaries and lists of model options anew: the host writes into them in a call."""
-    return {name: _copied(value) for name, value in options.items()}
-
-
-def _copied(value: Any) -> Any:
-    if type(value) is dict:
-        return copied(value)
-    return list(value) if type(value) is list else value
-
-
-def without_host_split(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in copied(options).items() if name not in _OF_THE_HOST}
+    map_patches(options, moved)
 
 
 def make_lanes(
     model: Any,
     extra_args: dict[str, Any],
-    devices: Sequence[torch.device],
+    ranks: Sequence[Devices],
     patcher_of: Callable[[torch.device], Any],
+    team_of: Callable[[Devices], Team | None],
 ) -> tuple[list[Lane], list[str]]:
-    """A lane for each device that can have one, and why the others cannot.
+    """A lane for each rank whose devices can have one, and why the others cannot.
 
-    `patcher_of` raises RuntimeError, or anything, where there is no replica on the device.
+    `patcher_of` and `team_of` raise RuntimeError, or anything, where there is no replica on a
+    device.
     """
     lanes, missing = [], []
-    for device in devices:
+    for devices in ranks:
         try:
-            lanes.append(Lane(model, extra_args, patcher_of(device), device))
+            lane = Lane(model, extra_args, patcher_of(devices[0]), devices[0], team_of(devices))
+            lanes.append(lane)
         except Exception as error:
-            missing.append(f"{device} is left out: {error}")
+            named = " + ".join(map(str, devices))
+            missing.append(f"{named} is left out: {error}")
     return lanes, missing

@@ -22,13 +22,17 @@ from .. import _core
 from ..options import Options
 from ..report import Report
 from ..tolerance import Tolerance, number_of
+from .conditions import nothing_to_share
 from .host import ComfyHost
 from .lanes import Lane, make_lanes
-from .places import devices_of
+from .options import split_by_graph
+from .places import Place, Places, places_of
+from .places import Team as Devices
 from .replicas import Replicas, add_replicas, patcher_on
 from .rows import rows_of
 from .sampling import Sampling
 from .serial import reason_against
+from .sharing import EXACT, Sharing, no_split
 from .state import Look
 from .telling import picture, words
 
@@ -39,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 def patch(
     model: Any,
-    devices: str | Sequence[str | torch.device] = "auto",
+    devices: str | Sequence[Place | Sequence[Place]] = "auto",
     *,
     tolerance: Tolerance = "balanced",
     policy: str = "verified",
@@ -52,10 +56,13 @@ def patch(
     """A clone of the ModelPatcher under which samplers evaluate several steps at once, and take
     those between from the outputs around them where the tolerance allows: one device gains too.
 
-    `devices`: the first is the model's own, repeats allowed; also as one string, "cuda:0, cuda:1",
-    or "auto", all that the host sees. A device without room for a replica is left out, with a
-    warning. The other arguments are those of `parastep.options.Options`; at a `max_stride` of 1
-    every step is evaluated, and one device gains nothing.
+    `devices`: the first is the model's own, repeats allowed; also as one string, "cuda:0, cuda:1".
+    Tuples, or "cuda:0+cuda:1, cuda:2+cuda:3", are ranks of several devices, which share out the
+    conditions of each step (`teams`); where there is one condition a step, each is a rank of its
+    own. "auto" is all that the host sees, in pairs where a step has several conditions. A device
+    without room for a replica is left out, with a warning. The other arguments are those of
+    `parastep.options.Options`; at a `max_stride` of 1 every step is evaluated, and one device gains
+    nothing.
 
     Raises InvalidError, DeviceError, UnsupportedError: subclasses of parastep.Error; the text says
     what to do.
@@ -64,10 +71,10 @@ def patch(
         raise _core.InvalidError(f"model: {type(model).__name__} is not a ComfyUI MODEL")
     options = Options(tolerance, policy, max_stride, warmup, order, deadline, on_failure)
     model = model.clone()
-    found = devices_of(model, devices)
+    places = places_of(model, devices)
     if not options.untouched:
-        found = add_replicas(model, found)
-    steps = ParaStep(found, options)
+        places = places.with_devices(add_replicas(model, places.devices))
+    steps = ParaStep(places, options)
     wrappers = _wrappers()
     for kind in (wrappers.SAMPLER_SAMPLE, wrappers.PREPARE_SAMPLING):
         model.wrappers.get(kind, {}).pop(KEY, None)  # of a node before this one
@@ -109,9 +116,11 @@ class ParaStep:
     conditioning processed.
     """
 
-    def __init__(self, devices: list[torch.device], options: Options) -> None:
-        self.devices, self.options = devices, options
-        self.replicas = Replicas(devices)
+    def __init__(self, places: Places, options: Options) -> None:
+        self.places, self.options = places, options
+        self.no_split = no_split() if places.may_share else None
+        shared = places.may_share and self.no_split is None
+        self.replicas = Replicas(places.devices, shared)
         self.report: Report | None = None
 
     def __deepcopy__(self, memo: Any) -> ParaStep:
@@ -144,29 +153,20 @@ class ParaStep:
         **options: Any,
     ) -> torch.Tensor:
         """In place of the stock sampler function, which runs in here."""
-        reason: str | None = None
-        lanes: list[Lane] = []
         host = ComfyHost(model, extra_args)
         tolerance = host.share * number_of(self.options.tolerance)
         run_options = dataclasses.replace(self.options, tolerance=tolerance)
-        several = len(self.devices) > 1 and not run_options.untouched
-        if several or run_options.strides:
-            model_options = extra_args.get("model_options", {})
-            reason = reason_against(guider, model_options)
-            if reason is None:
-                host.look = Look(guider.inner_model, guider, model_options, shared=several)
-                reason = host.look.reason
-        if several and reason is None:
-            patcher = functools.partial(
-                patcher_on, guider.model_patcher, extra_args.get("model_options", {})
-            )
-            devices, short = self.replicas.with_room()
-            lanes, missing = make_lanes(model, extra_args, devices, patcher)
-            for line in dict.fromkeys([*short, *missing]):
-                _log.warning("ParaStep: %s", line)
+        model_options = extra_args.get("model_options", {})
+        reason = self._look(host, guider, model_options, run_options)
+        ranks: list[Devices] = [(guider.model_patcher.load_device,)]
+        lanes: list[Lane] = []
+        why = reason or self.no_split
+        if self._several(run_options) and reason is None:
+            why = why or nothing_to_share(guider, model_options, sigmas)
+            ranks, lanes = self._share_out(host, model, extra_args, run_options, why is None)
         run = Sampling(model, lanes, run_options, host, reason)
         rows = functools.partial(rows_of, stock, model, sigmas, extra_args, options)
-        arguments = host.alone(extra_args, bool(lanes))
+        arguments = host.arguments(extra_args, bool(lanes))
         try:
             return run.run(
                 stock, x, sigmas, arguments, options, rows, callback=callback, disable=disable
@@ -174,16 +174,69 @@ class ParaStep:
         finally:
             if host.look is not None and (kept := host.look.end()) is not None:
                 run.give_up(kept)
-            report, asked = run.report, len(self.devices)
-            if run_options.untouched:
-                report.add_idle(asked, run_options.idle_reason(asked))
+            report = run.report
+            if host.sharing is not None and self.places.may_share:
+                host.sharing.tell(report, ranks, why, run.began)
+            self._limit(report, run_options, arguments.get("model_options", {}))
             self._tell(report)
+
+    def _several(self, options: Options) -> bool:
+        return len(self.places.devices) > 1 and not options.untouched
+
+    def _look(
+        self, host: ComfyHost, guider: Any, model_options: dict[str, Any], options: Options
+    ) -> str | None:
+        """Why the run is to be serial, as far as can be read."""
+        several = self._several(options)
+        if not several and not options.strides:
+            return None
+        reason = reason_against(guider, model_options)
+        if reason is None:
+            host.look = Look(guider.inner_model, guider, model_options, shared=several)
+            reason = host.look.reason
+        return reason
+
+    def _share_out(
+        self,
+        host: ComfyHost,
+        model: Any,
+        extra_args: dict[str, Any],
+        options: Options,
+        share: bool,
+    ) -> tuple[list[Devices], list[Lane]]:
+        """The devices of each rank that there is room for, and the followers' lanes."""
+        guider = model.inner_model
+        patcher = functools.partial(
+            patcher_on, guider.model_patcher, extra_args.get("model_options", {})
+        )
+        assert host.look is not None
+        room, short = self.replicas.with_room()
+        wanted, idle = self.places.shared_out(room, share)
+        host.sharing = sharing = Sharing(guider, patcher, options, host.interrupt)
+        sharing.lead(wanted[0], host.look.needed, host.look.changed)
+        lanes, missing = make_lanes(model, extra_args, wanted[1:], patcher, sharing.follow)
+        sharing.number([lane.team for lane in lanes])
+        for line in dict.fromkeys([*short, *idle, *missing]):
+            _log.warning("ParaStep: %s", line)
+        return [wanted[0], *(lane.devices for lane in lanes)], lanes
+
+    def _limit(self, report: Report, options: Options, model_options: dict[str, Any]) -> None:
+        """What kept the run from being faster, and a split that is the graph's own."""
+        if options.untouched:
+            ranks = self.places.ranks
+            report.add_idle(ranks, options.idle_reason(ranks))
+            if any(len(team) > 1 for team in self.places.teams):
+                report.limit = f"{report.limit}; {EXACT}"
+        split = split_by_graph(model_options)
+        if split:
+            text = f"the graph's own MultiGPU CFG Split goes on over {' + '.join(map(str, split))}"
+            report.limit = f"{report.limit}; {text}" if report.limit else text
 
     def _tell(self, report: Report) -> None:
         self.report = report
         _log.info("ParaStep: %s", report)
         for line in report.failures:
-            name = f"rank {line.rank} was left out at step {line.step} ({line.status})"
+            name = f"rank {line.rank} {line.became} at step {line.step} ({line.status})"
             _log.warning("ParaStep: %s: %s", name, line.text)
         if report.fallback is not None:
             _log.warning("ParaStep: running serially: %s", report.fallback)

@@ -77,7 +77,8 @@ def _host_clone(model: Any, device: torch.device) -> Any:
 
     for loaded in model_management.loaded_models():
         if (
-            loaded.load_device == device
+            loaded is not None  # a model that nobody holds any more
+            and loaded.load_device == device
             and loaded.clone_base_uuid == model.clone_base_uuid
             and loaded.is_multigpu_base_clone
         ):
@@ -102,10 +103,14 @@ def _own_copy(model: Any, device: torch.device) -> Any:
 class Replicas:
     """The replicas in a model's runs: those there is room for, with the model's patches."""
 
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        """`devices`: one for each rank, the model's own first."""
-        self._devices = list(devices)
-        self._room: Counter[torch.device] = Counter(devices)  # ranks that the last run has room for
+    def __init__(self, devices: Sequence[torch.device], shared: bool = False) -> None:
+        """`devices`: one for each evaluation at a time, the model's own first; `shared`: several
+        of them share the conditions of one, or evaluate one condition each.
+        """
+        self._devices, self._shared = list(devices), shared
+        self._room: Counter[torch.device] = Counter(
+            devices
+        )  # evaluations that the last run has room for
         self._missing: list[str] = []
 
     def __deepcopy__(self, memo: Any) -> Replicas:
@@ -133,13 +138,13 @@ class Replicas:
                 _set_others(model, key, [*_others(model, key), *others])
 
     def with_room(self) -> tuple[list[torch.device], list[str]]:
-        """The followers' devices in this run, and why others are missing."""
+        """The devices of this run, the model's own first, and why others are missing."""
         left, found = +self._room, []
         for device in self._devices:
             if left[device] > 0:
                 found.append(device)
             left[device] -= 1
-        return found[1:], self._missing
+        return found, self._missing
 
     def _ask_for_room(self, model: Any, noise_shape: Any, conds: Any) -> None:
         """Asks the host for the weights and for as many evaluations at a time as there are ranks,
@@ -150,7 +155,8 @@ class Replicas:
 
         self._missing = []
         fixed = _fixed_control(conds)
-        one, _ = estimate_memory(model, noise_shape, conds)
+        several, single = estimate_memory(model, noise_shape, conds)
+        one = single if self._shared else several
         least = model_management.minimum_inference_memory()
         for device, ranks in Counter(self._devices).items():
             self._room[device] = ranks

@@ -54,6 +54,7 @@ class Host:
     """
 
     interrupt: type[BaseException] = KeyboardInterrupt
+    shares = False  # whether others help the leader with its own evaluations
 
     def begin(self, arguments: dict[str, Any]) -> None:
         """The sampler makes its first call of the model, with these."""
@@ -78,6 +79,19 @@ class Host:
     def altered(self) -> str | None:
         """Why the lanes no longer compute what the model does, or None."""
         return None
+
+    def at(self, rank: int, step: int) -> None:
+        """A rank evaluates this step next, in this thread."""
+
+    def leave(self) -> None:
+        """Followers are to leave; who helps them need not be waited for."""
+
+    def end(self) -> None:
+        """The run is over; helpers of all ranks are to leave."""
+
+    def busy(self) -> bool:
+        """Whether helpers are still at work."""
+        return False
 
 
 class Sampling(Speculation):
@@ -109,6 +123,7 @@ class Sampling(Speculation):
         self._guidance: Guidance | None = None  # of a sampler that uses the unguided output as well
         self._functions: list[Any] = []  # by which it learns of that
         self._seconds = 0.0
+        self.began = 0.0  # by time.perf_counter; what the report's times are counted from
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -127,7 +142,7 @@ class Sampling(Speculation):
 
         `traced` gives the function's rows; it is called only where they are needed.
         """
-        began = time.perf_counter()
+        began = self.began = time.perf_counter()
         try:
             if (self._lanes or self._options.strides) and self.reason is None:
                 self._open(function, x, sigmas, extra_args, options, traced)
@@ -137,6 +152,9 @@ class Sampling(Speculation):
             raise
         finally:
             self._close()
+            self._host.end()
+            if self._host.busy():
+                self._wait_while(self._host.busy, time.monotonic() + _PATIENCE)
             self._seconds = time.perf_counter() - began
 
     @property
@@ -188,6 +206,7 @@ class Sampling(Speculation):
                     **self._options.for_core(),
                 )
             )
+            self.began = time.perf_counter()
         except (NotTraceableError, _core.Error) as error:
             self.give_up(str(error))
             return
@@ -222,14 +241,25 @@ class Sampling(Speculation):
         if self.core is None:
             return
         self.core.finish()
+        self._host.leave()
         lost = {line[0] for line in self.core.report()["failures"]}
         patience = time.monotonic() + _PATIENCE
         for rank, thread in self._threads.items():
             until = time.monotonic() + 0.05 if rank in lost else patience
-            while thread.is_alive() and time.monotonic() < until:
-                if self._interrupted is not None:
-                    self._host.cancel(True)
-                thread.join(0.02 if self._interrupted is not None else until - time.monotonic())
+            self._wait_while(thread.is_alive, until, thread.join)
+
+    def _wait_while(
+        self,
+        at_work: Callable[[], bool],
+        until: float,
+        wait: Callable[[float], Any] = lambda left: time.sleep(min(left, 0.002)),
+    ) -> None:
+        """Those at work are told again and again of what the user cancelled."""
+        while at_work() and (left := until - time.monotonic()) > 0:
+            if self._interrupted is not None:
+                self._host.cancel(True)
+                left = min(left, 0.02)
+            wait(left)
         if self._interrupted is not None:
             self._host.cancel(False)
 
@@ -237,6 +267,7 @@ class Sampling(Speculation):
 
     def _follow(self, lane: Lane, point: torch.Tensor, step: int, rank: int) -> torch.Tensor:
         """In a follower's thread: d at a guess of the latents of this call."""
+        self._host.at(rank, step)
         try:
             return self._d(lane, step, point)
         except self._host.interrupt as error:
@@ -283,12 +314,14 @@ class Sampling(Speculation):
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **arguments: Any) -> torch.Tensor:
         step, self.calls = self.calls, self.calls + 1
+        self._host.at(0, step)
         if step == 0:
             self._host.begin(arguments)
-        if self.core is None or self.reason is not None:
-            return self._evaluate(x, sigma, None, arguments)
-        self._watch(step, x, sigma, arguments)
+        if self.core is not None and self.reason is None:
+            self._watch(step, x, sigma, arguments)
         alone = self._alone(x, sigma, arguments) if step == 0 else None
+        if self.core is None or self.reason is not None:
+            return alone[1] if alone else self._evaluate(x, sigma, None, arguments)
         if self.reason is None and (answer := self._ask(step, x, arguments)) is not None:
             return self._answered(x, sigma, answer, arguments)
         began, denoised, unguided = alone or self._evaluation(x, sigma, arguments)
@@ -305,8 +338,9 @@ class Sampling(Speculation):
     def _alone(
         self, x: torch.Tensor, sigma: torch.Tensor, arguments: dict[str, Any]
     ) -> Evaluation | None:
-        """The first evaluation, before any follower's, where the model has to be looked at."""
-        if self.reason is not None or not self._host.unknown():
+        """The first evaluation, before any other's, where the model has to be looked at."""
+        led = self.core is not None and self.reason is None
+        if not (led or self._host.shares) or not self._host.unknown():
             return None
         evaluate = partial(self._evaluation, x, sigma, arguments)
         made, reason = self._host.look_at(evaluate)
@@ -320,6 +354,7 @@ class Sampling(Speculation):
         self, x: torch.Tensor, sigma: torch.Tensor, arguments: dict[str, Any]
     ) -> Evaluation:
         """One by the leader, at the latents of a call."""
+        self._host.at(0, self.calls - 1)  # it may have evaluated ahead
         began = _core.now_ns()
         unguided = Unguided() if self._guidance is not None else None
         return began, self._evaluate(x, sigma, unguided, arguments), unguided
@@ -388,7 +423,10 @@ class Sampling(Speculation):
         assert self.core is not None
         model = partial(self._evaluate, unguided=None, arguments=arguments)
         work = self._told(self.core.work) or []
-        outputs = [self._d(model, step, point) for step, point in work]
+        outputs = []
+        for step, point in work:
+            self._host.at(0, step)
+            outputs.append(self._d(model, step, point))
         for take, given in ((self.core.fill, outputs), (self.core.submit, None)):
             if self.reason is None:
                 self._told(take, given)

@@ -18,7 +18,7 @@ def words(report: Report) -> str:
     if known:
         worst = max(known)
         lines.append(f"drift of the guesses: mean {sum(known) / len(known):.4f}, worst {worst:.4f}")
-    lines += [f"rank {f.rank} was left out at step {f.step}: {f.text}" for f in report.failures]
+    lines += [f"rank {f.rank} {f.became} at step {f.step}: {f.text}" for f in report.failures]
     return "\n".join(lines)
 
 

@@ -85,6 +85,18 @@ def first_times(scheduler: Any, timestep: Any) -> torch.Tensor:
     return timesteps[begin:]
 
 
+def iterations_of(pipe: Any) -> int | None:
+    """How many a pipeline's loop has, where it says so."""
+    count = getattr(pipe, "_num_timesteps", None)
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def loop_times(pipe: Any, scheduler: Any, first: Any) -> torch.Tensor:
+    """What the loop will hand to step, by the scheduler's list from the first one on."""
+    left, count = first_times(scheduler, first), iterations_of(pipe)
+    return left[:count] if count is not None and count < len(left) else left
+
+
 def sample_in(result: Any) -> torch.Tensor | None:
     """The new sample in what a scheduler's step returned."""
     if isinstance(result, (tuple, list)) and result:

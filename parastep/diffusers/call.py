@@ -20,9 +20,9 @@ from .. import _core
 from ..options import Options
 from ..speculation import with_room
 from .batching import Meeting
-from .helpers import Helper
 from .leaving import Leave
-from .teams import Team
+from .memory import Peak
+from .teams.helpers import Helper
 from .tensors import finished, map_tensors, private
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # a pipeline call's (args, kwargs), for a replica
@@ -93,10 +93,11 @@ class Call:
         self._begun = False  # no more encoder outputs will come
         self.over = False
         self.meeting: Meeting | None = None  # where evaluations share a batch
-        self.team: Team | None = None  # of the leader, where its forwards are shared out
+        self.team: Any = None  # of the leader, where its forwards are shared out
         self.teams: dict[int, Any] = {}  # and of its followers, by rank: as a `Team` is told of
         self.helpers: list[Helper] = []  # of all of them
         self.made_from: int | None = None  # the denoisers' fingerprint that theirs have
+        self.peak: Peak | None = None  # of the leader's forwards, which it measures at step 0
         self.remote: dict[int, Remote] = {}  # ranks in other processes
         self._remote_begun = False
         self._x: torch.Tensor | None = None  # a latent of the run

@@ -1,8 +1,8 @@
 """Two looks at what an object consists of: which part of it is no longer what it was.
 
-One is taken before and one after each callback of a user's, so they are quick: what parts hold is
-compared by identity, weights by version and address besides, and names are made for what differs
-alone. Writes past torch's book-keeping (`weight.data.mul_`) go unseen.
+They are taken around each callback of a user's and each forward of a team's, so they are quick:
+what parts hold is compared by identity, weights by version and address besides, and names are made
+for what differs alone. Writes past torch's book-keeping (`weight.data.mul_`) go unseen.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+
+from .. import _core
 
 # What torch keeps in each module beside what its forward reads.
 _IGNORED = ("state_dict", "backward", "non_persistent", "with_kwargs", "always_called")
@@ -40,6 +42,7 @@ class Changes:
         others = [(name, holder) for name, holder in found if not isinstance(holder, dict)]
         self._names = [name for name, _ in dicts + others]
         self._dicts, self._others = [d for _, d in dicts], [o for _, o in others]
+        self._holders = [*self._dicts, *self._others]
         items = {id(item): item for item in self._items()}.values()
         tensors = [item for item in items if isinstance(item, torch.Tensor)]
         self._counted = [tensor for tensor in tensors if not tensor.is_inference()]
@@ -52,13 +55,19 @@ class Changes:
     def look(self) -> Seen:
         return Seen(
             list(self._items()),
-            list(map(len, itertools.chain(self._dicts, self._others))),
-            [tensor._version for tensor in self._counted],
-            [tensor.data_ptr() for tensor in self._placed],
+            list(map(len, self._holders)),
+            *self._books(),
         )
+
+    def _books(self) -> tuple[list[int], list[int]]:
+        versions = [tensor._version for tensor in self._counted]
+        return versions, [tensor.data_ptr() for tensor in self._placed]
 
     def changed(self, before: Seen) -> str | None:
         """The name of a part that is not what it was in a look before, or None."""
+        same = _core.holds(self._holders, before.items, before.counts)
+        if same and self._books() == before[2:]:
+            return None
         now = self.look()
         if before.counts != now.counts:
             pairs = zip(self._names, before.counts, now.counts)
@@ -78,8 +87,7 @@ class Changes:
 
     def _name_of(self, k: int) -> str:
         """Of the k-th item of all."""
-        holders = itertools.chain(self._dicts, self._others)
-        for name, holder in zip(self._names, holders):
+        for name, holder in zip(self._names, self._holders):
             if k < len(holder):
                 return _joined(name, list(holder)[k] if isinstance(holder, dict) else None)
             k -= len(holder)

@@ -16,17 +16,19 @@ import torch
 
 from .. import _core
 from ..messages import describe
+from . import tokens
 from .arguments import inputs_in, named_arguments
 from .call import Call
 from .compiling import is_compiled
 from .draws import OwnDraws
 from .hooks import Hooks
+from .iteration import Iteration, widest
 from .leaving import GoBack, Leave
 from .listening import Listening
 from .parts import denoisers_of
 from .replicas import denoisers_print
 from .skipping import Outputs, Skipping
-from .teams import ALTERED, Team
+from .teams.team import ALTERED, Team
 from .tensors import generators_in, is_rounded, map_tensors
 
 
@@ -42,7 +44,11 @@ class Follower:
         self._skipping = Skipping(replica)
         self._target = 0  # the step to evaluate next
         self._point: torch.Tensor | None = None  # where; None at step 0, which has its own latent
-        self._skipped: Any = None  # what iterations on the way work with: its shape alone matters
+        self._form: Iteration | None = None  # of the run's iterations, once there is a run
+        self._xs: list[torch.Tensor] = []  # what steps of the target were handed, and the outputs
+        self._ms: list[torch.Tensor] = []
+        self._skipped: dict[int, Any] = {}  # by its calls, what iterations on the way work with:
+        # the shape alone matters
         self._end: _core.Follower | None = None
         self._listening = Listening()
         self._restart()
@@ -72,7 +78,8 @@ class Follower:
         return self._loop < len(self._outputs) - 1
 
     def _restart(self) -> None:
-        self._step = self._loop = 0
+        self._step = self._loop = self._calls = 0
+        self._xs, self._ms = [], []
         self._states: list[torch.Tensor] = []
         self._walk = self._target - 1  # the next iteration not to be passed: that before the target
         self._ordinals: dict[int, int] = defaultdict(int)
@@ -115,7 +122,7 @@ class Follower:
         for name, module in denoisers_of(self.replica).items():
             hooks.wrap_call(module, self._forward_of(name, module))
         hooks.wrap_encoders(self.replica, self._replay_of)
-        hooks.wrap(self.replica.scheduler, "step", self._step_hook)
+        hooks.wrap(self.replica.scheduler, "step", self._step_hook)  # and of copies of that
         if hasattr(self.replica.scheduler, "set_timesteps"):
             hooks.wrap(self.replica.scheduler, "set_timesteps", self._set_timesteps)
         self._skipping.place(hooks, self.replica, self._passed)
@@ -149,6 +156,8 @@ class Follower:
         def hook(run: Any, *args: Any, **kwargs: Any) -> Any:
             if self.call.over:
                 raise Leave
+            if self._calls > 0:
+                raise RuntimeError("the replica's iteration has fewer steps than the leader's")
             ordinal, inputs = self._ordinals[id(module)], inputs_in(args, kwargs)
             self._ordinals[id(module)] += 1
             if self._end is None and not self._walks:
@@ -190,41 +199,73 @@ class Follower:
         team.begin(self._step)
 
     def _step_hook(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
-        if scheduler is not self.replica.scheduler:
-            return original(*args, **kwargs)
         with self._draws.lifted():
-            return self._stepped(scheduler, named_arguments(scheduler, args, kwargs) or {})
+            named = named_arguments(scheduler, args, kwargs) or {}
+            if self._walks:
+                return self._walked(scheduler, named["timestep"])
+            if self._form is None:
+                self._join(scheduler, named["timestep"])
+            if self._step == self._target and not self._form.kept[self._calls]:
+                self._calls += 1
+                return original(*args, **kwargs)
+            return self._stepped(self._form, scheduler, named)
 
-    def _stepped(self, scheduler: Any, named: dict[str, Any]) -> Any:
+    def _join(self, scheduler: Any, timestep: Any) -> None:
+        """The run, as soon as there is one. The leader's message of step 0 tells its own first
+        latent; ours was evaluated meanwhile.
+        """
+        self._end = self.call.follower(self.rank)
+        self._form, began_ns = self.call.returned, self._began_ns
+        self._take_work()
+        self._began_ns = began_ns
+        self._skipping.begin(scheduler, timestep)
+        if self._form.calls > 1:
+            self._skipping.give_up()  # copies of the scheduler would not be counted
+
+    def _stepped(self, form: Iteration, scheduler: Any, named: dict[str, Any]) -> Any:
         """What the scheduler's step returns here, in whose iteration the target may lie."""
-        if self._step == self._target and not self._walks:
-            self._submit(**named)
+        call, evaluated = self._calls, self._step == self._target
+        self._calls = (call + 1) % form.calls
+        if evaluated:
+            self._collect(form, call, scheduler, named)
+        if evaluated and self._calls == 0:
+            self._submit(form, named["timestep"])
             self._take_work()
-        self._step += 1
-        self._ordinals.clear()
+            if self._walks and form.calls == 1:
+                self._calls = call
+                return self._walked(scheduler, named["timestep"])
+        coming = self._step + 1
+        if self._calls == 0:
+            self._step = coming
+            self._ordinals.clear()
         _count_step(scheduler, named["timestep"])
-        if self._walks:
-            return self._walked()
-        if self._target < self._step:
+        # The first of several steps have returned before it was known what comes next.
+        if self._calls == 0 and self._target < coming + (evaluated and form.calls > 1):
             raise GoBack
-        if self._step < self._target and not self._skipping.known:
-            if self._skipped is None:
-                self._skipped = map_tensors(self._as_returned, self.call.returned)
-            return self._skipped
+        if coming != self._target and not self._skipping.known:
+            if call not in self._skipped:
+                self._skipped[call] = self._as_returned(form, call)
+            return self._skipped[call]
         self._walk = self._target
-        return map_tensors(self._as_returned, self.call.returned)
+        return self._as_returned(form, call)
 
-    def _walked(self) -> Any:
-        """What a step of an earlier loop returns: the last one what the leader's did, with which
+    def _walked(self, scheduler: Any, timestep: Any) -> Any:
+        """What a step of an earlier loop returns: the last ones what the leader's did, with which
         the code goes on that leads to the next loop.
         """
-        loop = self.call.loops[self._loop]
+        loop, call = self.call.loops[self._loop], self._calls
+        self._calls = (call + 1) % len(loop.returned)
+        _count_step(scheduler, timestep)
+        if self._calls == 0:
+            self._step += 1
+            self._ordinals.clear()
         if self._step > loop.steps:
             raise RuntimeError("the replica's loop is longer than the leader's")
         if self._step == loop.steps:
             self._loop, self._step, self._states = self._loop + 1, 0, loop.states
             self._walk = self._target - 1
-        return map_tensors(lambda tensor: tensor.to(self.device, copy=True), loop.returned)
+        returned = loop.returned[call]
+        return map_tensors(lambda tensor: tensor.to(self.device, copy=True), returned)
 
     def _set_timesteps(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Between loops: the leader's steps may have drawn, and nothing is stepped here."""
@@ -233,32 +274,43 @@ class Follower:
         self._states = []
         return original(*args, **kwargs)
 
-    def _as_returned(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The point, in place of a sample that the leader's first step returned; a copy, since the
+    def _as_returned(self, form: Iteration, call: int) -> Any:
+        """What the leader's step returned, with the point in place of its sample; a copy, since the
         host may edit it in place.
         """
         assert self._point is not None
-        if tensor.shape != self._point.shape or not tensor.is_floating_point():
-            return tensor.to(self.device, copy=True)
-        return self._point.to(tensor.dtype, copy=True)
+        part = None
+        if form.kept[call]:
+            part = form.part(self._point, form.latent_of(call))
 
-    def _submit(
-        self, model_output: torch.Tensor, sample: torch.Tensor, timestep: Any, **_: Any
+        def placed(tensor: torch.Tensor) -> torch.Tensor:
+            if part is None or tensor.shape != part.shape or not tensor.is_floating_point():
+                return tensor.to(self.device, copy=True)
+            return part.to(tensor.dtype, copy=True)
+
+        return map_tensors(placed, form.returned[call])
+
+    def _collect(
+        self, form: Iteration, call: int, scheduler: Any, arguments: dict[str, Any]
     ) -> None:
-        began_ns = self._began_ns
-        if self._end is None:
-            # The leader's message of step 0 tells its own first latent; ours was evaluated
-            # meanwhile.
-            self._end = self.call.follower(self.rank)
-            self._take_work()
-            self._skipping.begin(self.replica.scheduler, timestep)
+        """One of the target's latents and its output; copies, where others are to come."""
+        m, x = arguments["model_output"].detach(), arguments["sample"].detach()
+        if form.by_token[form.latent_of(call)]:
+            m = tokens.in_rows_measure(m, tokens.shares(scheduler, arguments))
+        several = len(form.shapes) > 1
+        self._xs.append(x.clone() if several else x)
+        self._ms.append(m.clone() if several else m)
+
+    def _submit(self, form: Iteration, timestep: Any) -> None:
         assert self._point is not None
-        moved = None
-        if not is_rounded(sample, self._point):
-            moved = [sample.detach().to(self._point.dtype).contiguous()]
+        began_ns, moved = self._began_ns, None
+        parts = (form.part(self._point, k) for k in range(len(form.shapes)))
+        if not all(map(is_rounded, self._xs, parts)):
+            moved = [form.joined(self._xs, self._point.dtype)]
         if self._step > 0 and not self._skipping.check(self._step, timestep, moved is not None):
             raise GoBack  # the target lies elsewhere in this loop, which is to be walked through
-        self._m = model_output.detach().contiguous()
+        self._m = form.joined(self._ms, widest(m.dtype for m in self._ms))
+        self._xs, self._ms = [], []
         self._hand_in(self._m, moved, began_ns)
 
     def _hand_in(self, m: torch.Tensor, moved: Any = None, began_ns: int = 0) -> None:
@@ -276,7 +328,7 @@ class Follower:
         self._target, point = work[0]
         self._point = point.to(self.device)
         self._began_ns = 0
-        self._skipped = None
+        self._skipped = {}
         if self.call.meeting is not None and self._target > 0:
             self.call.meeting.begin(self.rank, self._end.company)
 
@@ -285,7 +337,7 @@ class Follower:
         self.call.loop_before(len(self._outputs) - 1)
         self._outputs.append(Outputs())
         self._skipping.give_up()
-        self._end, self._point, self._skipped = None, None, None
+        self._end, self._form, self._point, self._skipped = None, None, None, {}
         self._target = self._began_ns = 0
 
 

@@ -21,32 +21,23 @@ from .. import _core
 from ..messages import describe
 from ..options import Options
 from ..speculation import CROWDED, Speculation, give_room, out_of_memory
-from ..tracing.noise import NoiseAhead
-from ..tracing.program import Traced, trace_rows
-from .arguments import first_times, inputs_in, latent_in, named_arguments, sample_in
+from . import tokens
+from .arguments import inputs_in, loop_times, named_arguments
 from .batching import LEADER
 from .call import Call, Followers, Loop
 from .forwards import Inputs
 from .hooks import Hooks
+from .latents import Apart, Latent, Latents, refusal
 from .listening import Listening
 from .parts import denoisers_of
 from .replicas import denoisers_print
 from .skipping import Outputs
 from .state import State, averages
-from .teams import ALTERED
+from .teams.team import ALTERED
 from .tensors import is_rounded, map_tensors, private
 from .watch import Watch
 
 _FEWEST = 16  # steps that a lane is worth its own check at step 0 for
-_STEP_TENSORS = ("model_output", "sample", "timestep", "old_pred_original_sample", "timestep_back")
-
-
-class _First(NamedTuple):
-    """What the first step was handed, from before it ran."""
-
-    m: torch.Tensor
-    x: torch.Tensor
-    traced: Traced
 
 
 class Ended(NamedTuple):
@@ -98,26 +89,27 @@ class Leader(Speculation):
     def _begin(self) -> None:
         """Nothing is known of the loop to come."""
         self.core = None
-        self.steps = 0  # calls of the scheduler's step so far
+        self.steps = 0  # calls of the scheduler's step so far, but for those that were taken back
         self.opened = 0.0  # seconds from the call's beginning to the run's
         self._outputs = Outputs()
-        self._scheduler: Any = None  # the one that steps: the pipeline's own, or its copy of that
+        self._scheduler: Any = None  # the iteration's first that steps, whose steps are counted
+        self._index: int | None = None  # where the last step left its scheduler
+        self._copies: list[Any] = []  # of the scheduler, that were set up for the loop
         self._scaled: torch.Tensor | None = None  # what scale_model_input was given
-        self._previous: torch.Tensor | None = None  # what the last step returned
-        self._returned: Any = None  # all of it, once the program's last step is done
-        self._edited_before = False  # by a callback, between the last two steps
-        self._previous_is_next: bool | None = None  # and the next step was handed, so far
+        self._first: list[Latent] = []  # of the first iteration's calls of step
+        self._latents: Latents | None = None  # all of them, once that is over
+        self._at = self._calls = 0  # the iteration's step, and its calls of step so far
+        self._returned: list[Any] = []  # by the program's last iteration
+        self._edited_before = False  # by a callback, ahead of the last iteration
         self._shown: list[torch.Tensor] = []  # inputs of the iteration's first denoiser call
-        self._shown_at: int | None = None  # which of them is the latent; None where none is
-        self._asked: torch.Tensor | None = None
+        self._asked: list[torch.Tensor] | None = None  # the samples the core was asked with
         self._answer: torch.Tensor | None = None
+        self._xs: list[torch.Tensor] = []  # the samples that step is handed, as far as known
+        self._ms: list[torch.Tensor] = []  # and outputs, of the iteration
         self._joins = False  # this iteration's evaluation is part of a batch
         self._unseen = 0
         self._forward_ns = 0
-        self._m_dtype = self._dtype = torch.float32
-        self._shape: tuple[int, ...] = ()
         self._length = 0  # steps of the program
-        self._noise: NoiseAhead | None = None
         self._noise_given = 0
 
     def place(self, hooks: Hooks) -> None:
@@ -170,7 +162,7 @@ class Leader(Speculation):
         module = getattr(self.pipe, key[0])
 
         def hook(original: Any, *args: Any, **kwargs: Any) -> Any:
-            self._encodes = self._encodes or (self.steps > 0 and self._returned is None)
+            self._encodes = self._encodes or (self.steps > 0 and not self._is_over())
             if not self.active or (self.steps > 0 and self._why_last_loop() is not None):
                 return original(*args, **kwargs)
             with self._listening.recorded(module) as heard:
@@ -184,6 +176,8 @@ class Leader(Speculation):
 
     def _forward_of(self, name: str, module: torch.nn.Module) -> Any:
         def hook(run: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.steps == 0 and self.call.peak is not None:
+                run = self.call.peak.over(run)
             if self.team is not None:
                 run = functools.partial(self._share_out, self._fresh, name, run)
             if not self.active and self._answer is None:
@@ -262,34 +256,48 @@ class Leader(Speculation):
 
     def _begin_iteration(self, inputs: list[torch.Tensor]) -> None:
         """The first denoiser call since the last step: the moment to ask."""
+        self._end_iteration()
         self._fresh, self._answer, self._asked = False, None, None
+        self._xs, self._ms = [], []
+        self._at, self._calls = self.steps, 0
         self._ordinals.clear()
         self._shown = inputs if self._scaled is None else [self._scaled, *inputs]
         if self.steps == 0:
             self._begin_loop()
         self._forward_ns = _core.now_ns()
-        if self.core is None or self._beyond_end():
+        if self.core is None or self._latents is None or self._beyond_end():
             return
-        x = self._coming_latent()
-        if x is None:
+        xs = self._latents.coming(self._shown, self._edited())
+        if xs is None:
             self._unseen += 1
             if self._unseen > 2:
                 self.give_up(self._why_unseen())
             return
-        self._give_noise()
-        answer = torch.empty(self._shape, dtype=self._m_dtype, device=x.device)
-        self._asked = x.detach().clone()  # the host may edit x in place
+        self._give_noise(self._latents)
+        x = self._latents.point(xs)
+        answer = torch.empty(x.shape, dtype=self._latents.m_dtype, device=x.device)
+        self._asked = [x.detach().clone() for x in xs]  # the host may edit x in place
         wanted = () if self._edited_at_once() else (answer,)
-        answered = self._told(self.core.ask, self.steps, self._as_latent(x), *wanted)
+        answered = self._told(self.core.ask, self._at, x, *wanted)
         if answered:
             self._answer = answer
         elif answered is False and self.call.meeting is not None and self.call.meeting.leads:
             self.call.meeting.begin(LEADER, self.core.company)
             self._joins = True
 
+    def _end_iteration(self) -> None:
+        """No more of its calls of step will come: the first one is known now, the others are to
+        have been alike.
+        """
+        if self._latents is None:
+            if self._first and self.active:
+                self._open()
+        elif self.active and 0 < self._calls < self._latents.form.calls:
+            self.give_up("some iterations have fewer steps of a scheduler than the first")
+
     def _beyond_end(self) -> bool:
         """Of the program: a call after the last step, to fill a cache for one, or more steps."""
-        return self.steps >= self._length
+        return self._at >= self._length
 
     def _begin_loop(self) -> None:
         reason = averages(self.pipe) if self.active else None
@@ -325,69 +333,49 @@ class Leader(Speculation):
             else:
                 self._open_team()
 
-    def _coming_latent(self) -> torch.Tensor | None:
-        """The sample that the next step will be handed, as far as can be told now.
-
-        What the last step returned, if the input agrees; the input itself where the host edited or
-        cast it. Where the input shows no latent, what the last step returned, as long as that has
-        always been the next sample. The step hook sees the sample itself and corrects what was
-        wrong here.
-        """
-        previous, shown = self._previous, self._shown_latent()
-        if shown is None:
-            trusted = self._previous_is_next is not False and not self._edited()
-            seen = previous is not None and tuple(previous.shape) == self._shape
-            return previous if trusted and seen else None
-        if previous is None or self._previous_is_next is False or not is_rounded(previous, shown):
-            return shown
-        return previous
-
     def _why_unseen(self) -> str:
-        """NaN equals nothing, itself included."""
-        if self._previous is not None and not torch.isfinite(self._previous).all():
+        if self._latents is not None and not all(one.is_finite() for one in self._latents.all):
             return "the pipeline's own latents hold NaN or Inf"
         return "the latents cannot be seen in the denoiser's input"
-
-    def _edited(self) -> bool:
-        """Whether a callback edited the latents since the last step."""
-        return self.watch is not None and self.watch.latents_edited
 
     def _edited_at_once(self) -> bool:
         """Whether a callback made an edit at this step alone: it is evaluated, however small. One
         that edits in every step is part of the loop, and what it does is drift; so is all where
         drift has no limit, or none of it is let pass.
         """
+        before, self._edited_before = self._edited_before, self._edited()
         tolerance = self.options.verified_at
         limited = tolerance is not None and 0 < tolerance < math.inf
-        return limited and self._edited() and not self._edited_before
+        return limited and self._edited_before and not before
 
-    def _shown_latent(self) -> torch.Tensor | None:
-        if self._shown_at is None:
-            return None
-        first = self._shown[self._shown_at : self._shown_at + 1]
-        found = (latent_in(given, self._shape) for given in (*first, *self._shown))
-        return next((latent for latent in found if latent is not None), None)
+    def _edited(self) -> bool:
+        """Whether a callback edited the latents since the last step."""
+        return self.watch is not None and self.watch.latents_edited
 
-    def _as_latent(self, x: torch.Tensor) -> torch.Tensor:
-        return x.detach().to(self._dtype).contiguous()
-
-    def _give_noise(self) -> None:
+    def _give_noise(self, latents: Latents) -> None:
         """Noise of the steps that the next guesses may pass, drawn ahead by a clone."""
-        if self._noise is None or self.core is None:
+        if self.core is None or not latents.draws:
             return
-        self._noise.release(self.steps)
-        for step in range(max(self._noise_given, self.steps), self.core.horizon):
-            drawn = self._noise.noise(step)
+        latents.forget_noise(self._at)
+        for step in range(max(self._noise_given, self._at), self.core.horizon):
+            drawn = latents.noise(step)
             if drawn is not None:
-                self._told(self.core.noise, step, self._as_latent(drawn))
+                self._told(self.core.noise, step, drawn)
         self._noise_given = max(self._noise_given, self.core.horizon)
 
     # ---- scheduler -------------------------------------------------------------------------------
 
     def _set_timesteps(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.steps > 0 and scheduler is self._scheduler:
+        if self.steps > 0 and (scheduler is self._scheduler or self._is_over()):
             self._begin_next_loop()
+        if self.steps == 0 and scheduler is not self.pipe.scheduler:
+            self._copies.append(scheduler)
         return original(*args, **kwargs)
+
+    def _is_over(self) -> bool:
+        """Whether the program's last iteration is done, and its calls of step."""
+        calls = len(self._first) if self._latents is None else self._latents.form.calls
+        return 0 < len(self._returned) == calls
 
     def _why_last_loop(self) -> str | None:
         """Why followers cannot go on to a second loop, or None."""
@@ -395,12 +383,13 @@ class Leader(Speculation):
             return "and ranks that share forwards cannot follow there"
         if self._encodes:
             return "and the first calls an encoder at its steps"
-        if self._returned is None:
+        if not self._is_over():
             return "and the first was longer or shorter than its scheduler's"
         return None
 
     def _begin_next_loop(self) -> None:
         """A loop is over, and its run; the code goes on to another one in the same call."""
+        self._end_iteration()
         if not self.active or self.core is None:
             return
         why = self._why_last_loop()
@@ -427,102 +416,101 @@ class Leader(Speculation):
         return original(*args, **kwargs)
 
     def _step(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
-        first = None
         self._leave_batch()
         if self.active or self.team is not None:
             self._look_at_state()
+        taken_back = self._take_back(scheduler)
         if self.active or self._answer is not None:
             named = named_arguments(scheduler, args, kwargs)
             if named is None:
                 self.give_up("the scheduler's step does not take model_output, timestep, sample")
-            elif self._scheduler is None:
-                first = self._prepared(scheduler, named)
+            elif self._latents is None:
+                self._prepare(scheduler, named)
             else:
-                self._turn(scheduler, named)
-        if self._answer is not None and "model_output" in kwargs:
-            kwargs["model_output"] = self._answer
-        elif self._answer is not None:
-            args = (self._answer, *args[1:])
+                m, answer = named["model_output"], self._turn(scheduler, named, taken_back)
+                if answer is not None:
+                    args = tuple(answer if value is m else value for value in args)
+                    kwargs = {k: answer if value is m else value for k, value in kwargs.items()}
         result = original(*args, **kwargs)
-        if self._scheduler is None:
-            self._scheduler = scheduler
-        if scheduler is not self._scheduler:
-            return result  # a copy that steps something else, sound beside video
-        if first is not None:
-            self._open(first, result)
-        self.steps += 1
-        self.evaluated += self._answer is None
-        self._fresh, self._scaled, self._answer = True, None, None
-        self._previous = sample_in(result)
-        last = self.active and self.steps == self._length
-        self._returned = map_tensors(private, result) if last else None
-        if self.watch is not None:
-            self._edited_before = self.watch.latents_edited
-            self.watch.latents_edited = False
+        self._stepped(scheduler, result)
         return result
 
-    def _refusal(self, scheduler: Any, arguments: dict[str, Any]) -> str | None:
+    def _take_back(self, scheduler: Any) -> bool:
+        """Whether the host has taken back the last step of this scheduler, to step once more: it
+        was for what that predicts.
+        """
+        index = getattr(scheduler, "_step_index", None)
+        back = scheduler is self._scheduler and self._fresh and None not in (index, self._index)
+        if not back or index + 1 != self._index:
+            return False
+        self.steps -= 1
+        self.evaluated -= self._answer is None
+        if self._latents is None and self._first:
+            self._first[-1].taken_back = True
+        return True
+
+    def _stepped(self, scheduler: Any, result: Any) -> None:
+        if self._scheduler is None or not self._fresh:
+            self._scheduler = scheduler
+        if scheduler is self._scheduler:
+            self.steps += 1
+            self.evaluated += self._answer is None
+            self._index = getattr(scheduler, "_step_index", None)
+        call, self._calls = self._calls, self._calls + 1
+        self._fresh, self._scaled = True, None
+        over = last = False
+        if self._latents is not None:
+            over, last = self._calls >= self._latents.form.calls, self._at + 1 == self._length
+            if call < self._latents.form.calls:
+                self._latents.calls[call].stepped(result)
+        elif self._first:
+            over, last = True, len(self._first[0].traced) == 1
+            if self._first[-1].result is None:
+                self._first[-1].result = result
+        if last and self.active:
+            self._returned.append(map_tensors(private, result))
+        else:
+            self._returned.clear()
+        if over:
+            self._answer = None
+        if over and self.watch is not None:
+            self.watch.latents_edited = False
+
+    def _prepare(self, scheduler: Any, arguments: dict[str, Any]) -> None:
+        """Before a step of the first iteration: whether that can be carried, draws to come."""
+        reason = refusal(arguments) or self._why_not()
+        if reason is not None:
+            self.give_up(reason)
+            return
+        try:
+            timesteps = loop_times(self.pipe, scheduler, arguments["timestep"])
+            given = (scheduler, arguments, timesteps, self._shown, self.generator)
+            latent = Latent(*given, self._first)
+        except Exception as error:  # a class of the user's own may do anything on a trace
+            self.give_up(f"the scheduler cannot be traced: {describe(error)}")
+            return
+        self._start_followers()
+        self._first.append(latent)
+
+    def _why_not(self) -> str | None:
         """Why the first step shows that this loop cannot be carried, or None."""
-        m, x = arguments.get("model_output"), arguments.get("sample")
-        if not isinstance(m, torch.Tensor) or not isinstance(x, torch.Tensor):
-            return "the scheduler's step is not handed tensors as model_output and sample"
-        if m.shape != x.shape:
-            shapes = f"{tuple(m.shape)} where the latents are {tuple(x.shape)}"
-            if m.ndim > 1 and (m.shape[0], m.shape[1] // 2, *m.shape[2:]) == tuple(x.shape):
-                return f"the denoiser predicts the variance of the noise too, {shapes}"
-            return f"the model output has another shape, {shapes}"
-        if scheduler is not self.pipe.scheduler:
-            return "the pipeline steps a copy of its scheduler"
-        if self._fresh:
+        if self._fresh and not self._first:
             return "the scheduler stepped before a denoiser was called"
         if self._gradients and not torch.is_grad_enabled():
             return "the pipeline takes gradients through the denoiser"
-        for name, value in arguments.items():
-            if name not in _STEP_TENSORS and isinstance(value, torch.Tensor) and value.numel() > 1:
-                return f"step is handed a tensor as {name!r}"
         return None
 
-    def _prepared(self, scheduler: Any, arguments: dict[str, Any]) -> _First | None:
-        """Before the first step: whether the loop can be carried, and the draws to come."""
-        reason = self._refusal(scheduler, arguments)
-        if reason is not None:
-            self.give_up(reason)
-            return None
-        m, x = (arguments[name].detach().clone() for name in ("model_output", "sample"))
-        step_kwargs = {k: v for k, v in arguments.items() if k not in _STEP_TENSORS[:3]}
-        try:
-            timesteps = self._timesteps(scheduler, arguments["timestep"])
-            traced = trace_rows(scheduler, timesteps, step_kwargs=step_kwargs)
-            if traced.stochastic:
-                self._noise = NoiseAhead(
-                    scheduler,
-                    timesteps,
-                    x.shape,
-                    x.dtype,
-                    x.device,
-                    arguments.get("generator", self.generator),
-                    step_kwargs,
-                    model_dtype=m.dtype,
-                )
-        except Exception as error:  # a class of the user's own may do anything on a trace
-            self.give_up(f"the scheduler cannot be traced: {describe(error)}")
-            return None
-        self._start_followers()
-        return _First(m, x, traced)
-
-    def _open(self, first: _First, result: Any) -> None:
-        """After the first step: shapes and dtypes are known, the leader's output is there. Begins
-        the run.
+    def _open(self) -> None:
+        """After the first iteration: shapes and dtypes are known, the leader's output is there.
+        Begins the run.
         """
-        m, x = first.m, first.x
-        self._shape, self._m_dtype = tuple(x.shape), m.dtype
-        shown = [latent_in(given, self._shape) for given in self._shown]
-        seen = [k for k, latent in enumerate(shown) if latent is not None and is_rounded(x, latent)]
-        self._shown_at = seen[0] if seen else None
-        self._dtype = _latents_dtype(x, sample_in(result), shown[seen[0]] if seen else None)
-        self._shown = []
-        program = first.traced.program(noise_ahead=True)
-        x, self._length = self._as_latent(x), len(program)
+        try:
+            latents = Latents(self._first, self.pipe, self._copies)
+        except Apart as why:
+            self.give_up(str(why))
+            return
+        program = latents.traced.program(noise_ahead=True)
+        (x, m), self._length = latents.first(), len(program)
         self.call.lane = lane = self.call.lane and program.strides and len(program) >= _FEWEST
         if self.call.ranks == 1 and not lane:
             self.active = False
@@ -530,12 +518,13 @@ class Leader(Speculation):
         self.core = self._told(self.call.lead, program, x, self.options)
         if self.core is None:
             return
+        self._latents = latents
         for some in self._followers if lane and not self._lane_started else ():
             some.start_lane()
         self._lane_started = self._lane_started or lane
         self.opened = time.perf_counter() - self.began
         patience = self.options.deadline or max(60.0, 10 * self.opened)
-        self.call.open(self.core, result, patience)
+        self.call.open(self.core, latents.form, patience)
         self._told(self.core.ask, 0, x)
         self._submit(m)
 
@@ -543,66 +532,60 @@ class Leader(Speculation):
         core = self.core
         assert core is not None
         self.submitted += 1
-        self._told(core.submit, m.contiguous(), self._forward_ns)
+        self._told(core.submit, m, self._forward_ns)
 
-    def _timesteps(self, scheduler: Any, first: Any) -> Any:
-        """What the loop will hand to step, by the scheduler's list from the first one on."""
-        left = first_times(scheduler, first)
-        count = getattr(self.pipe, "_num_timesteps", None)
-        return left[:count] if isinstance(count, int) and 0 < count < len(left) else left
-
-    def _turn(self, scheduler: Any, arguments: dict[str, Any]) -> None:
-        """A later step: hands in the leader's output, or puts the answer in its place."""
+    def _turn(
+        self, scheduler: Any, arguments: dict[str, Any], taken_back: bool
+    ) -> torch.Tensor | None:
+        """A later step: hands in the leader's output, or gives the answer that takes its place."""
+        latents, call = self._latents, self._calls
+        assert latents is not None
         m, x = arguments["model_output"], arguments["sample"]
-        if scheduler is not self._scheduler or self._fresh:
-            self.give_up("two steps of a scheduler in one iteration")
-            return
-        if tuple(x.shape) != self._shape:
-            if self._answer is not None:
-                raise _core.ShapeError(
-                    f"the latents are {tuple(x.shape)} in step {self.steps} where the denoiser was "
-                    f"shown {self._shape}; this pipeline cannot be run in parallel"
-                )
-            self.give_up(f"the latents became {tuple(x.shape)} where they were {self._shape}")
-            return
-        if self._beyond_end():
-            return
-        if self._asked is None or not is_rounded(self._asked, x):
-            self._correct(x)
-        if self._answer is None and self.active and self.core is not None:
-            self._submit(m.detach())
+        why = latents.why_unlike(call, scheduler, taken_back, x)
+        if why is not None and self._answer is not None:
+            raise _core.ShapeError(
+                f"{why}, in step {self._at}, which was not evaluated: this pipeline cannot be run "
+                "in parallel"
+            )
+        if why is not None:
+            self.give_up(why)
+            return None
+        if not latents.form.kept[call] or self._beyond_end():
+            return None
+        number = latents.form.latent_of(call)
+        shares = tokens.shares(scheduler, arguments) if latents.form.by_token[number] else None
+        x, m = x.detach(), m.detach()
+        if latents.form.calls > 1:  # the host may edit them before the last one comes
+            x, m = x.clone(), m.clone()
+        self._xs.append(x)
+        if self._asked is None or not is_rounded(self._asked[number], x):
+            self._correct(number)
+        if self._answer is not None:
+            answer = latents.form.part(self._answer, number).to(latents.all[number].m_dtype)
+            return answer if shares is None else tokens.in_own_measure(answer, shares)
+        self._ms.append(m if shares is None else tokens.in_rows_measure(m, shares))
+        if latents.form.is_last(number) and self.active and self.core is not None:
+            self._submit(latents.output(self._ms))
+        return None
 
-    def _correct(self, x: torch.Tensor) -> None:
-        """The sample that the step is handed is not what the core was asked with: it measures and
+    def _correct(self, number: int) -> None:
+        """The sample that this step is handed is not what the core was asked with: it measures and
         rebases on this one.
         """
-        core = self.core
-        if core is None:
+        core, latents = self.core, self._latents
+        if core is None or latents is None:
             return
-        if self._previous is not None and not self._edited():
-            self._previous_is_next = is_rounded(self._previous, x)
+        if not self._edited():
+            latents.all[number].was_handed(self._xs[-1])
         if self._asked is None:
-            self._told(core.ask, self.steps, self._as_latent(x))
-        elif self._answer is None:
-            self._told(core.amend, self._as_latent(x))
-        else:
-            spent = self._told(core.amend, self._as_latent(x), self._answer)
-            tolerance = self.options.verified_at
-            if None not in (spent, tolerance) and not spent < tolerance:
-                self.give_up("the host edited the latents after the denoiser was called")
-
-
-def _latents_dtype(
-    x: torch.Tensor, stepped: torch.Tensor | None, shown: torch.Tensor | None
-) -> torch.dtype:
-    """How finely the host keeps its latents, in which guesses travel and drift is measured.
-
-    Some begin in float32 and go on in the model's dtype, others hand step a wider copy of what the
-    denoiser is shown.
-    """
-    if stepped is not None and stepped.dtype.itemsize < x.dtype.itemsize:
-        return stepped.dtype
-    if shown is not None and shown.dtype.itemsize < x.dtype.itemsize:
-        if torch.equal(shown.to(x.dtype), x):
-            return shown.dtype
-    return x.dtype
+            if latents.form.is_last(number):
+                self._told(core.ask, self._at, latents.point(self._xs))
+            return
+        point = latents.point([*self._xs, *self._asked[number + 1 :]])
+        if self._answer is None:
+            self._told(core.amend, point)
+            return
+        spent = self._told(core.amend, point, self._answer)
+        tolerance = self.options.verified_at
+        if None not in (spent, tolerance) and not spent < tolerance:
+            self.give_up("the host edited the latents after the denoiser was called")

@@ -22,7 +22,7 @@ from ..report import Report
 from ..tolerance import Tolerance
 from .claims import called, check_busy, claimed
 from .parts import denoisers_of
-from .places import Place, ranks_of, refuse_split
+from .places import Place, ranks_of
 from .ranks import Ranks
 from .run import Run
 
@@ -58,7 +58,8 @@ def parallelize(
             runs the loop and helpers that are given a share of each forward (`diffusers.teams`).
         split: how devices in a row make ranks. A number: as many for each rank. "auto": two where
             the call is guided, so that there is something to share, else one, each call anew.
-            "none": one. None: "auto" where `devices` is None, else "none".
+            "none": one. None: "auto" where `devices` is None, else "none". In a group, as many
+            processes for each rank, which all have to say the same; None is "none" there.
         tolerance, policy, max_stride, warmup, order, deadline, on_failure: as in
             `parastep.options.Options`; tolerance 0, or "exact", is the pipeline untouched, but that
             a team's helpers are given calls of it, bit for bit.
@@ -179,7 +180,7 @@ class ParallelPipeline:
             group = self._ranks.group
             if group is None:
                 return self._call(args, kwargs)
-            refuse_split(self.pipe)
+            group.check(self.pipe)
             if group.rank == 0:
                 return group.lead(lambda: self._call(args, kwargs), lambda: self.report)
             result, self.report = group.follow(self.pipe)

@@ -9,11 +9,11 @@ import torch
 
 from .. import _core
 from ..messages import describe
+from .context import context_of
 from .offload import home_of
 from .parts import denoisers_of
 from .ranks import Ranks, Shares, ranks_at, shares_of
-from .remote.groups import Group, group_of
-from .replicas import split_over_processes
+from .remote.meeting import group_of
 
 Place: TypeAlias = str | torch.device  # as a user names one
 
@@ -42,9 +42,15 @@ def ranks_of(
         )
     home = _home_of(pipe)
     if devices is None and mode != "threads":
-        found = group_of(group, home)
+        context = context_of(pipe)
+        if context is not None and isinstance(split, int):
+            raise _core.InvalidError(
+                f"split={split}: {context.names[0]} is split over processes already "
+                "(enable_parallelism), which are a rank each time: leave out split"
+            )
+        found = group_of(group, home, split, context)
         if found is not None:
-            return _of_group(pipe, found, home)
+            return Ranks([home] * found.size, found, shares=found.shares)
     places, shares = _shared_out(home, devices, split)
     batch = slots == "batch"
     if batch and len(set(places)) > 1:
@@ -60,27 +66,6 @@ def ranks_of(
             "out split, and tuples in devices"
         )
     return ranks_at(places, by_workers(mode, places), batch, mode == "auto", shares)
-
-
-def _of_group(pipe: Any, group: Group, home: torch.device) -> Ranks:
-    try:
-        refuse_split(pipe)
-    except _core.Error:
-        group.close()
-        raise
-    return Ranks([home] * group.size, group, shares=shares_of(group.size, 1))
-
-
-def refuse_split(pipe: Any) -> None:
-    """A group whose processes share each forward of a denoiser cannot have them as ranks as well:
-    they would wait for each other.
-    """
-    name = split_over_processes(pipe)
-    if name is not None:
-        raise _core.UnsupportedError(
-            f"{name} is split over processes (enable_parallelism) that are to be ranks of a group "
-            "here: they would wait for each other; leave out one of the two"
-        )
 
 
 def by_workers(mode: str, places: list[torch.device]) -> bool:

@@ -19,15 +19,17 @@ from ..options import Options
 from .batching import Meeting
 from .call import Call, Followers, Given
 from .compiling import unfit_for_threads
-from .helpers import Helper, LocalHelper
 from .local import LocalFollowers
-from .memory import free_on, without_room
+from .memory import Peak, free_on, without_room
 from .offload import take_turns
 from .remote.groups import Group
 from .remote.workers import Workers
 from .replicas import denoisers_print, fingerprint, refresh, replicate, unfit
 from .state import State, may_write_weights
-from .teams import Cuts, Team
+from .teams.crew import Cuts
+from .teams.helpers import Helper, LocalHelper
+from .teams.team import Team
+from .teams.together import ContextTeam
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds for helpers that are about to leave
@@ -64,6 +66,7 @@ class Ranks:
         self._full: dict[int, str] = {}  # places without room, and why
         self._housed: set[int] = {0}  # places with it, for a pipe with this fingerprint
         self._housed_for: int | None = None
+        self._peak = Peak(places[0])  # of the leader's forwards
         self._unguided: set[Guidance] = set()  # settings with which there was nothing to share
         self.state = State()
 
@@ -106,13 +109,21 @@ class Ranks:
         """A call and its followers; or one of the leader alone, and the reason why, which may be
         known before. `guidance`: the settings of the call's, None where it is off.
         """
+        found = self._call(pipe, given, options, guidance, reason)
+        if self._split and found[0].team is None:  # alone, or not: its forwards are its group's
+            self._enter_together(found[0], pipe, options)
+        return found
+
+    def _call(
+        self, pipe: Any, given: Given, options: Options, guidance: Guidance, reason: str | None
+    ) -> tuple[Call, list[Followers], str | None]:
         if not options.untouched or self._given is None or len(self._given[0]) > 1:
             self._look_for_room(pipe)
         self._share_out(guidance)
         helped = any(len(share) > 1 for share in self.shares)
         if self.leader_alone(options) or (options.untouched and not helped):
             return Call(1), [], None
-        reason = reason or unfit(pipe)
+        reason = reason or unfit(pipe, self._split)
         lane = options.strides and not take_turns(pipe)
         if reason is None and len(self.places) == 1 and not lane:
             reason = "its denoisers take turns on the one device, by CPU offload"
@@ -137,16 +148,21 @@ class Ranks:
         ranks = 1 if options.untouched else len(self.shares)
         call = Call(ranks, self.devices[:ranks], lane=lane)
         call.made_from = denoisers_print(pipe) if helped else None
+        if call.home not in call.devices[1:]:  # nobody else evaluates step 0 there
+            call.peak = self._peak
         if self._batch:
             call.meeting = Meeting(call.ranks, leads=not options.exact)
-        self._make_teams(call, options)
+        if self._split:
+            self._enter_together(call, pipe, options)
+        else:
+            self._make_teams(call, options)
         try:
             return call, self._followers(call, pipe, given, options), None
         except Exception as error:
             reason = f"the arguments cannot be sent to other processes: {describe(error)}"
         self.gather(call)
         if self._goes_on_in_threads(reason):
-            return self.call(pipe, given, options, guidance)
+            return self._call(pipe, given, options, guidance, None)
         return Call(1), [], reason
 
     def _followers(self, call: Call, pipe: Any, given: Given, options: Options) -> list[Followers]:
@@ -164,6 +180,7 @@ class Ranks:
         """A replica that may not be used again."""
         self._replicas.pop(place, None)
         self._cuts.drop(place)
+        self._housed -= {place} - {0}
         if place > 0 and isinstance(self._remote, Workers):
             self._remote.release(place)
 
@@ -201,7 +218,9 @@ class Ranks:
             self._made_from, self._cuts = now, Cuts()
         for place in self._places_here(options, lane) - self._replicas.keys():
             own_weights, home = may_write_weights(pipe), self.places[place]
-            self._replicas[place] = replicate(pipe, home, own_weights, lane=place == 0)
+            make = replicate if self.group is None else self.group.replica
+            lane = place == 0
+            self._replicas[place] = make(pipe, home, own_weights=own_weights, lane=lane)
         for replica in self._replicas.values():
             refresh(replica, pipe)
 
@@ -222,9 +241,9 @@ class Ranks:
             return
         now = fingerprint(pipe)
         if now != self._housed_for:
-            self._housed, self._housed_for = {0}, now
+            self._housed, self._housed_for, self._peak = {0}, now, Peak(self.places[0])
         others = {p: d for p, d in enumerate(self.places) if p not in self._housed}
-        full = without_room(pipe, others, self.places[0])
+        full = without_room(pipe, others, self.places[0], self._peak.bytes)
         for place in full.keys() - self._full.keys():
             warnings.warn(f"left out: {full[place]}", FollowerWarning, stacklevel=6)
         self._full = full
@@ -259,7 +278,13 @@ class Ranks:
             call.helpers += helpers
             devices = [self.places[place] for place in share]
             team = functools.partial(
-                Team, devices, helpers, self._cuts, options.exact, options.deadline
+                Team,
+                devices,
+                helpers,
+                self._cuts,
+                options.exact,
+                options.deadline,
+                where=self.where(share[0]),
             )
             if rank == 0:
                 call.team = team(raises=options.on_failure == "raise")
@@ -267,7 +292,29 @@ class Ranks:
                 leaves = functools.partial(call.has_others, rank) if rank > 0 else _never
                 call.teams[rank] = team(over=lambda: call.over, leaves=leaves)
 
+    def where(self, place: int) -> str:
+        """What reports call it."""
+        return str(self.places[place]) if self.group is None else self.group.where(place)
+
+    @property
+    def _split(self) -> tuple[str, ...]:
+        """Denoisers whose forwards the processes of a rank enter together."""
+        context = self.group.context if self.group is not None else None
+        return context.names if context is not None else ()
+
+    def _enter_together(self, call: Call, pipe: Any, options: Options) -> None:
+        """The leader and its lane take turns, whoever else evaluates ahead."""
+        assert self.group is not None
+        together, where = self.group.enter_together(pipe, options.deadline)
+        call.helpers += [*together.others, together.own]
+        call.made_from = denoisers_print(pipe)
+        call.team = ContextTeam(together, where)
+        if call.lane:
+            call.teams[0] = ContextTeam(together, where, watches=True)
+
     def _helper(self, place: int, home: torch.device) -> Helper:
+        if self.group is not None:
+            return self.group.helper(place, self._cuts)
         if not isinstance(self._remote, Workers):
             return LocalHelper(self._replicas[place], self.places[place], home, place)
         made = self._remote.made(place)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import types
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,27 +37,21 @@ Memo = dict[int, Any]  # of a deep copy
 _OF_MODULES = ("_parameters", "_buffers", "_modules")
 
 
-def unfit(pipe: Any) -> str | None:
-    """Why replicas of the pipeline would not compute what it does itself, or None."""
+def unfit(pipe: Any, split: Sequence[str] = ()) -> str | None:
+    """Why replicas of the pipeline would not compute what it does itself, or None. `split`: names
+    of denoisers that replicas have no copies of.
+    """
     reason = moves_within(pipe)
     if reason is not None:
         return reason
     for name, module in denoisers_of(pipe).items():
-        for part in module.modules():
+        for part in module.modules() if name not in split else ():
             hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", None)
             if hooks:  # their closures hold the module that they were made for
                 return f"{name} has hooks of diffusers that cannot be copied: {', '.join(hooks)}"
     guider = getattr(pipe, "guider", None)
     if any("momentum" in name and value for name, value in getattr(guider, "__dict__", {}).items()):
         return "its guider averages over the outputs of earlier steps"
-    return None
-
-
-def split_over_processes(pipe: Any) -> str | None:
-    """The denoiser of which every process of a group holds a part of each forward, or None."""
-    for name, module in denoisers_of(pipe).items():
-        if getattr(module, "_parallel_config", None) is not None:
-            return name
     return None
 
 
@@ -152,18 +146,23 @@ def replicate(
     own_weights: bool = False,
     lane: bool = False,
     along: Sequence[torch.Tensor] | None = None,
+    instead: Mapping[str, torch.nn.Module] | None = None,
 ) -> Any:
     """A pipeline of the same class with its own modules and schedulers, for a follower; `as_made`
     brings its denoisers back to what they are now. With its own weights on the pipe's device too,
     for code that may write to them. A `lane` is on the leader's device. `along`: as `going_along`
-    has it, where the pipe itself can no longer tell.
+    has it, where the pipe itself can no longer tell. `instead`: what it has in place of a copy of
+    these denoisers.
     """
     memo: Memo = {}
     forget_hooks(pipe, memo)
     for module in encoders_of(pipe).values():
         twin_of(module, memo)
-    for module in denoisers_of(pipe).values():
-        _share(module, device, own_weights, lane, memo)
+    for name, module in denoisers_of(pipe).items():
+        if instead and name in instead:
+            memo[id(module)] = instead[name]
+        else:
+            _share(module, device, own_weights, lane, memo)
     for tensor in going_along(pipe) if along is None else along:
         if id(tensor) not in memo:
             memo[id(tensor)] = _moved(tensor, device)
@@ -171,7 +170,8 @@ def replicate(
     unhook_denoisers(replica)
     for module in denoisers_of(replica).values():
         move_scales(module, device)
-    compile_parts(replica, compiled_parts(pipe))
+    compiled = compiled_parts(pipe)
+    compile_parts(replica, {k: how for k, how in compiled.items() if k[0] not in (instead or ())})
     _without_bars(replica)
     cls = type(pipe)
     # Its encoders stay where the leader's are, so it cannot tell its own device from them, which

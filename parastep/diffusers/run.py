@@ -132,13 +132,13 @@ class Run:
         helped = {**({0: leading} if leading else {}), **others}
         for rank in range(report.ranks) if helped else ():
             if rank not in helped:
-                devices = [str(self._ranks.places[place]) for place in self._ranks.shares[rank]]
+                devices = [self._ranks.where(place) for place in self._ranks.shares[rank]]
                 why = "one device" if len(devices) == 1 else "it evaluated nothing"
                 report.teams.append(TeamRecord(devices, None, why, 0, 0, 0))
         for rank, teams in helped.items():
             report.teams.insert(rank, teams[0].record(teams[1:]).since(self._leader.began))
             for lost in (line for team in teams for line in team.losses):
-                text = f"its helper on {lost.device} was lost: {lost.why}"
+                text = f"its helper on {lost.where} was lost: {lost.why}"
                 report.failures.append(Failure(rank, lost.step, HELPER_LOST, text))
         if call.team is not None and report.fallback is None:
             self._ranks.learn(self._guidance, bool(call.team.kinds or call.team.losses))

@@ -39,9 +39,10 @@ class Kind(enum.IntEnum):
     BYE = 14  # both: nothing more will come
     PAIR = 15  # down: NCCL could carry the latents; what the leader has of it
     PAIRED = 16  # up: the id to meet under, or why not
-    SERVE = 17  # down: who is at the other end of the socket that comes along has forwards for it
+    SERVE = 17  # who is at the other end of the socket that comes along has forwards for it; in a
+    # group the one who has them says it itself
     HELPER = 18  # down: and here: who is there serves this rank with forwards in this call
-    FORWARD = 19  # to a helper, over that socket: a denoiser's inputs
+    FORWARD = 19  # to a helper, from the one it serves: a denoiser's inputs
     OUTPUT = 20  # from it: what the denoiser gave
     NEXT = 21  # down: the run is over, and another loop of the call begins
 

@@ -12,11 +12,13 @@ import os
 import socket
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-_TAG = 7421
+_TAG = 7421  # and the ones after it: streams of two processes beside each other
+_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _POLL = 0.0005  # seconds between two looks for a message of MPI, whose own waiting takes a core
 
 
@@ -75,45 +77,60 @@ class SocketStream:
 
 
 class TorchStream:
-    """torch.distributed's send and receive with one rank of a group."""
+    """torch.distributed's send and receive with one rank of a group; `channel` is the same at both
+    ends, another one for each stream.
+    """
 
-    def __init__(self, group: Any, peer: int) -> None:
-        self._group, self._peer = group, peer
+    def __init__(self, group: Any, peer: int, channel: int = 0) -> None:
+        self._group, self._peer, self._tag = group, peer, _TAG + channel
 
     def put(self, data: Any, descriptor: int | None = None) -> None:
         message = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        self._group.send([message], self._peer, _TAG).wait()
+        with _ending():
+            self._group.send([message], self._peer, self._tag).wait()
 
     def get(self, count: int) -> bytearray:
         message = torch.empty(count, dtype=torch.uint8, device="cpu")
-        self._group.recv([message], self._peer, _TAG).wait()
+        with _ending():
+            self._group.recv([message], self._peer, self._tag).wait()
         return bytearray(message.numpy())
 
     def close(self) -> None:
         pass  # the group's connections are the host's
 
 
-class MpiStream:
-    """mpi4py's send and receive with one rank of a communicator."""
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """gloo says in many words, and as a RuntimeError, that there is nobody at the other end."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(words in str(error) for words in _ENDED):
+            raise EOFError("the other process has ended") from error
+        raise
 
-    def __init__(self, comm: Any, peer: int) -> None:
-        self._comm, self._peer = comm, peer
+
+class MpiStream:
+    """mpi4py's send and receive with one rank of a communicator; `channel` as above."""
+
+    def __init__(self, comm: Any, peer: int, channel: int = 0) -> None:
+        self._comm, self._peer, self._tag = comm, peer, _TAG + channel
         self._closed = False
 
     def put(self, data: Any, descriptor: int | None = None) -> None:
         from mpi4py import MPI
 
-        self._comm.Send([bytearray(data), MPI.BYTE], self._peer, _TAG)
+        self._comm.Send([bytearray(data), MPI.BYTE], self._peer, self._tag)
 
     def get(self, count: int) -> bytearray:
         from mpi4py import MPI
 
-        while not self._comm.Iprobe(self._peer, _TAG):
+        while not self._comm.Iprobe(self._peer, self._tag):
             if self._closed:
                 raise EOFError("closed")
             time.sleep(_POLL)
         data = bytearray(count)
-        self._comm.Recv([data, MPI.BYTE], self._peer, _TAG)
+        self._comm.Recv([data, MPI.BYTE], self._peer, self._tag)
         return data
 
     def close(self) -> None:

@@ -32,6 +32,8 @@ class NoiseAhead:
         step_kwargs: further arguments of `step` (`eta`, ...).
         model_dtype: of the model output handed to `step`, where it is not `dtype`: many schedulers
             draw in it, and other dtypes give other numbers.
+        beside: that of another sample which is stepped before this one in each iteration, and
+            draws from the same generators; both are to be asked in the loop's order.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class NoiseAhead:
         step_kwargs: Mapping[str, Any] | None = None,
         *,
         model_dtype: torch.dtype | None = None,
+        beside: NoiseAhead | None = None,
     ) -> None:
         self.traced: Traced = trace_rows(scheduler, timesteps, step_kwargs=step_kwargs)
         self.reason: str | None = self.traced.reason  # why there is no noise, or no more
@@ -58,9 +61,17 @@ class NoiseAhead:
             return
         own = fresh_copy(scheduler)
         loop = loop_timesteps(own, timesteps).to(own.timesteps.device)
-        self._stepper = Stepper(own, loop, step_kwargs, cloned_generator(generator))
-        self._global = {"cpu": cloned_global_generator(torch.device("cpu"))}
-        self._global[str(self._device)] = cloned_global_generator(self._device)
+        if beside is None:
+            self._clones = [(generator, cloned_generator(generator))]
+            self._global = {"cpu": cloned_global_generator(torch.device("cpu"))}
+            self._global[str(self._device)] = cloned_global_generator(self._device)
+        else:
+            self._clones, self._global = beside._clones, beside._global
+        found = [clone for host, clone in self._clones if host is generator]
+        if not found:
+            found = [cloned_generator(generator)]
+            self._clones.append((generator, found[0]))
+        self._stepper = Stepper(own, loop, step_kwargs, found[0])
 
     def noise(self, j: int) -> torch.Tensor | None:
         """c_j z_j as step j of the host will add it, of the sample's shape; owned by this object.

@@ -90,6 +90,11 @@ class Traced:
     def __len__(self) -> int:
         return len(self.a)
 
+    def is_same(self, other: Traced) -> bool:
+        """Whether both are the rows of one program."""
+        pairs = ((getattr(self, k), getattr(other, k)) for k in ("a", "b", "c", "s", "g", "alpha"))
+        return self is other or all(np.array_equal(mine, its) for mine, its in pairs)
+
     def program(self, *, noise_ahead: bool = False) -> Program:
         """The rows as a `parastep.Program`.
 
@@ -134,6 +139,7 @@ def trace_rows(
     num_inference_steps: int | None = None,
     *,
     step_kwargs: Mapping[str, Any] | None = None,
+    also_outputs: tuple[str, ...] = (),
     **set_timesteps_kwargs: Any,
 ) -> Traced:
     """Rows of a scheduler that is set up already, or that is set up here, on a copy.
@@ -149,6 +155,8 @@ def trace_rows(
         num_inference_steps, set_timesteps_kwargs: when given, `set_timesteps` is called with them.
         step_kwargs: further arguments of `step` (`eta`, `s_churn`, ...), numbers; a generator and
             what the loop itself supplies (`prev_timestep`, ...) are ignored.
+        also_outputs: arguments of `step` that the loop hands the model output to as well; where
+            `pred_original_sample` is one, that output is the model's clean sample.
 
     Returns:
         Traced, always: where nothing can be traced its `reason` says why.
@@ -164,14 +172,28 @@ def trace_rows(
                 _set_timesteps(ready, arguments)
             loop = loop_timesteps(ready, timesteps)
             count = len(loop)
-            key = _key((type(ready), vars(ready), loop, constant_arguments(step_kwargs)))
+            given = (constant_arguments(step_kwargs), also_outputs)
+            key = _key((type(ready), vars(ready), loop, given))
             traced = _cache.get(key)
             if traced is None:
-                traced = _traced(ready, loop, step_kwargs, own_loop=timesteps is None)
+                call = _Call(step_kwargs, also_outputs)
+                traced = _traced(ready, loop, call, own_loop=timesteps is None)
                 _remember(key, traced)
             return traced
         except NotTraceableError as why:
             return _reuse(count, str(why), "generator" in step_parameters(scheduler))
+
+
+@dataclass
+class _Call:
+    """How the loop calls `step`, beside what it always hands it."""
+
+    kwargs: Mapping[str, Any] | None
+    also_outputs: tuple[str, ...]
+
+    @property
+    def predicts_clean(self) -> bool:
+        return "pred_original_sample" in self.also_outputs
 
 
 @dataclass
@@ -185,18 +207,18 @@ class _Recording:
     z: Array  # (D, C)
 
 
-def _traced(
-    ready: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any] | None, own_loop: bool
-) -> Traced:
+def _traced(ready: Any, timesteps: torch.Tensor, call: _Call, own_loop: bool) -> Traced:
     levels = levels_of(ready, timesteps)
+    if call.predicts_clean:
+        levels = levels.of_clean_samples()
     try:
-        run = _record(ready, timesteps, step_kwargs, levels)
+        run = _record(ready, timesteps, call, levels)
     except NotTraceableError as why:
         # Some schedulers list the end of the last step as a timestep; their loops leave it out.
         at_end = isinstance(why.__cause__, IndexError) and why.step == len(timesteps) - 1 > 0
         if not (own_loop and at_end):
             raise
-        return _traced(ready, timesteps[:-1], step_kwargs, False)
+        return _traced(ready, timesteps[:-1], call, False)
     fine = np.isfinite(run.full).all(axis=1) & np.isfinite(run.x[1:]).all(axis=1)
     if not fine.all():
         step = int(np.argmin(fine))
@@ -224,9 +246,7 @@ def _traced(
     )
 
 
-def _record(
-    ready: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any] | None, levels: Levels
-) -> _Recording:
+def _record(ready: Any, timesteps: torch.Tensor, call: _Call, levels: Levels) -> _Recording:
     """Steps copies of `ready` through the loop, once or twice.
 
     The first run hands `step` a generator of our own and looks whether it is used. Only where it
@@ -265,7 +285,8 @@ def _record(
         scheduler = _with_own_lists(ready)
         if own_sampler:
             scheduler.noise_sampler = lambda *_: torch.randn(shape, dtype=torch.float64)
-        stepper = Stepper(scheduler, timesteps, step_kwargs, None if answered else own)
+        generator = None if answered else own
+        stepper = Stepper(scheduler, timesteps, call.kwargs, generator, call.also_outputs)
         full, x, m = np.zeros((n, width)), np.zeros((n + 1, width)), np.zeros((n, width))
         clean = 0.7 * random.standard_normal(width)
         x[0] = levels.alpha[0] * clean + levels.s[0] * random.standard_normal(width)

@@ -157,8 +157,9 @@ class Stepper:
         timesteps: torch.Tensor,
         step_kwargs: Mapping[str, Any] | None,
         generator: Any = None,
+        also_outputs: Sequence[str] = (),
     ) -> None:
-        self.name = name_of(scheduler)
+        self.name, self._also_outputs = name_of(scheduler), also_outputs
         self._step: Any = getattr(scheduler, "step", None)
         self._timesteps = timesteps
         self._batched = self.name == "DDPMWuerstchenScheduler"  # it reads timestep.size(0)
@@ -183,7 +184,7 @@ class Stepper:
                 raise NotTraceableError(f"{self.name}.step takes no {name!r}")
         if "LongTensor" in str(accepted["sample"].annotation):
             raise NotTraceableError(f"{self.name} samples discrete tokens, not a latent")
-        supplied = {*_ALWAYS, *_FROM_LOOP, *self._constant}
+        supplied = {*_ALWAYS, *_FROM_LOOP, *self._constant, *self._also_outputs}
         for name, parameter in accepted.items():
             needed = parameter.default is parameter.empty or name in _NEEDED
             if needed and name not in supplied:
@@ -206,6 +207,7 @@ class Stepper:
                 timestep=timestep,
                 sample=sample,
                 **{name: from_loop[name] for name in self._from_loop},
+                **dict.fromkeys(self._also_outputs, output),
                 **self._constant,
             )
             returned = result if isinstance(result, tuple) else result.to_tuple()
@@ -238,6 +240,10 @@ class Levels:
     p: Array
     q: Array
     kind: str
+
+    def of_clean_samples(self) -> Levels:
+        """The same, where the loop makes a clean sample of what the model predicts."""
+        return Levels(self.alpha, self.s, 0 * self.s, 1 + 0 * self.s, "sample")
 
     @property
     def slope(self) -> Array:

@@ -20,7 +20,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
+
+from _table import verdict
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 
@@ -161,31 +164,32 @@ def cost_of_one_rank(repeats: int) -> str:
     return "\n".join(lines)
 
 
-def wall_of_graphs(repeats: int) -> str:
-    """Seconds of a prompt on the real server, with the node and without, a denoiser that waits."""
+Ways = dict[str, dict[str, Any] | None]  # inputs of the node, None without one
+
+
+def timed(
+    ways: Ways, repeats: int, of: Callable[[list[float]], float] = statistics.median, **given: Any
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Seconds of a prompt on the real server, one of `repeats` figures, and its rounds; `given` are
+    of `comfy_graphs.basic`.
+    """
     import comfy_graphs as graphs
     import comfy_server
 
-    steps, wait = 30, 100.0
-    ways: dict[str, dict[str, Any] | None] = {"without": None}
-    for count in (1, 2, 4):
-        devices = {"quality": "balanced", "devices": "cpu " * count}
-        ways[f"{count} rank{'s' * (count > 1)}"] = devices
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    rounds = dict.fromkeys(ways, steps)
+    rounds = dict.fromkeys(ways, given["steps"])
     with tempfile.TemporaryDirectory() as folder:
         server = comfy_server.Server(pathlib.Path(folder))
         try:
             server.wait()
             for repeat in range(-1, repeats):  # each with a seed of its own; the first is a warm-up
                 order = list(ways)[repeat % len(ways) :] + list(ways)[: repeat % len(ways)]
-                for name in order:  # another each time: the host collects garbage every 10 s
+                # Another each time: the host collects garbage every 10 s, and a way has its
+                # replicas loaded where the one before it had them too.
+                for name in order[:: 1 - 2 * (repeat % 2)]:
                     node = ways[name]
-                    given = {"scheduler": "simple", "steps": steps, "slow_ms": wait}
-                    graph = graphs.basic("flow", seed=repeat + 2, **given)
-                    if (
-                        node is not None
-                    ):  # with a report, which draws a picture, where none is timed
+                    graph = graphs.basic("flow", seed=repeat + 2, scheduler="simple", **given)
+                    if node is not None:  # a report draws a picture: only where none is timed
                         graph = graphs.insert(graph, node, report=repeat < 0)
                     began = time.perf_counter()
                     outputs = server.run(graph).outputs
@@ -195,9 +199,51 @@ def wall_of_graphs(repeats: int) -> str:
                         rounds[name] = int(outputs["words"]["text"][0].split()[3])
         finally:
             server.stop()
-    took = {name: statistics.median(each) for name, each in seconds.items()}
-    told = [f"{n} {took[n]:.2f} s ({rounds[n]} rounds)" for n in ways]
-    return f"a graph, euler, {steps} steps of {wait:g} ms, {repeats} times: " + ", ".join(told)
+    return {name: of(each) for name, each in seconds.items()}, rounds
+
+
+def told(took: dict[str, float], rounds: dict[str, int]) -> str:
+    return ", ".join(f"{name} {took[name]:.2f} s ({rounds[name]} rounds)" for name in took)
+
+
+def wall_of_graphs(repeats: int) -> str:
+    """A denoiser that waits as long for a batch as for one item."""
+    steps, wait = 30, 100.0
+    ways: Ways = {"without": None}
+    for count in (1, 2, 4):
+        name = f"{count} rank{'s' * (count > 1)}"
+        ways[name] = {"quality": "balanced", "devices": "cpu " * count}
+    text = told(*timed(ways, repeats, steps=steps, slow_ms=wait))
+    return f"a graph, euler, {steps} steps of {wait:g} ms, {repeats} times: {text}"
+
+
+def wall_of_pairs(repeats: int) -> str:
+    """A denoiser that waits for each item of its batch: guidance makes two of them at cfg 7. Of
+    each the quickest counts, as other work on the machine only ever lengthens a run.
+    """
+    steps, wait = 20, 100.0
+    places = {
+        "1 device": "cpu",
+        "a pair": "cpu+cpu:1",
+        "2 ranks": "cpu, cpu:1",
+        "2 pairs": "cpu+cpu:1, cpu:2+cpu:3",
+    }
+    ways: Ways = {name: {"quality": "balanced", "devices": text} for name, text in places.items()}
+    lines = [f"a graph, euler, {steps} steps of {wait:g} ms an item, {repeats} times"]
+    for cfg in (7.0, 1.0):
+        took, rounds = timed(
+            {"without": None, **ways}, repeats, min, steps=steps, item_ms=wait, cfg=cfg
+        )
+        lines.append(f"cfg {cfg:g}: {told(took, rounds)}")
+        for whole, split, target in (
+            ("1 device", "a pair", 1.6 if cfg > 1 else 1.0),
+            ("2 ranks", "2 pairs", 1.0),
+            ("2 ranks", "a pair", 1.0),
+        ):
+            ratio = took[whole] / took[split]
+            words = verdict(ratio, target, least=True)
+            lines.append(f"  {split} : {whole}: {ratio:.2f}, target {target:g}: {words}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -221,6 +267,7 @@ def main() -> None:
         if given.repeats:
             print(pool.apply(cost_of_one_rank, (given.repeats,)), flush=True)
             print(wall_of_graphs(given.repeats), flush=True)
+            print(wall_of_pairs(given.repeats), flush=True)
         for text in pool.starmap(table, [(name, given) for name in given.models], chunksize=1):
             print("\n" + text, flush=True)
 

@@ -8,14 +8,20 @@ quickest counts, as other work on the machine only ever lengthens a call.
 
     python tests/bench/teams.py
     python tests/bench/teams.py --pipelines sd wan --repeats 5
+    python tests/bench/teams.py --launcher 4
+
+With `--launcher` it is as many processes of torchrun that are compared, as pairs, against half of
+them, each a rank.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import socket
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -28,8 +34,8 @@ from _waiting import ByItem, WaitingFrames, WaitingQwen, WaitingUNet, WaitingWan
 
 import parastep
 from parastep.diffusers.forwards import Inputs
-from parastep.diffusers.helpers import LocalHelper
-from parastep.diffusers.remote.helping import RemoteHelper, serve
+from parastep.diffusers.remote.helping import RemoteHelper, by_socket, serve
+from parastep.diffusers.teams.helpers import LocalHelper
 from parastep.processes.streams import SocketStream
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
@@ -192,7 +198,7 @@ def hand_over_to_process(batches: int = 20, calls: int = 200) -> float:
         serve(SocketStream(theirs), pipe, home)
         os._exit(0)
     theirs.close()
-    helper = RemoteHelper(ours.detach(), home, home, 1)
+    helper = RemoteHelper(by_socket(ours.detach(), 1), home, home, 1)
     latents, words = torch.randn(1, 4, 64, 64), torch.randn(2, 77, 768)
 
     def call() -> None:
@@ -216,10 +222,83 @@ def median(call: Any, calls: int) -> float:
     return statistics.median(times)
 
 
+# ---- under a launcher ----------------------------------------------------------------------------
+
+LAUNCHED = (  # pipeline, tolerance, how many times sooner two pairs are than two ranks
+    ("wan", "balanced", 1.5),
+    ("wan", "exact", 1.5),
+    ("sd", "balanced", 1.5),
+)
+
+
+def launched(processes: int, split: str, name: str, tolerance: str, options: Any) -> dict[str, Any]:
+    """What process 0 tells of the quickest of some calls after the first one."""
+    torchrun = "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"
+    script = __file__, "--in-group", split, "--wait", str(options.wait), "--repeats"
+    command = [sys.executable, *torchrun, *script, str(options.repeats), "--pipelines", name]
+    done = subprocess.run(
+        [*command, "--tolerance", tolerance],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    if done.returncode != 0:
+        raise SystemExit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def in_group(options: Any) -> None:
+    """One process of torchrun's."""
+    (name,) = options.pipelines
+    case, pipe = tiny.CASES[name], waiting(name, options.wait)
+    own = tiny.run(pipe, case.kwargs(steps=STEPS))
+    split = int(options.in_group) if options.in_group.isdigit() else options.in_group
+    together = parastep.parallelize(pipe, split=split, tolerance=options.tolerance)
+    took = [timed(together, case) for _ in range(options.repeats + 1)]
+    best = min(took[1:], key=lambda each: each.seconds)
+    told = best._asdict() | {"latents": None, "equal": torch.equal(best.latents, own)}
+    if torch.distributed.get_rank() == 0:
+        sys.stdout.write(json.dumps(told) + "\n")
+
+
+def compare_launched(options: Any) -> None:
+    rows, figures = [], []
+    for name, tolerance, target in LAUNCHED:
+        half = options.launcher // 2
+        two = launched(half, "none", name, tolerance, options)
+        four = launched(2 * half, "2", name, tolerance, options)
+        ratio = two["seconds"] / four["seconds"]
+        words = "met" if ratio >= target else "MISSED"
+        rows.append([name, tolerance, f"{two['rounds']}, {four['rounds']}",
+                     f"{two['seconds']:.2f}", f"{four['seconds']:.2f}",
+                     f"{four['shared']}, {four['whole']}", str(four["equal"]),
+                     f"{ratio:.2f}", f"{target}", words])  # fmt: skip
+        figures.append({"pipeline": name, "tolerance": tolerance, "two": two, "four": four})
+    columns = ["pipeline", "tolerance", "rounds", "ranks s", "pairs s", "shared, whole"]
+    columns += ["sequential's bits", "ratio", "target", ""]
+    show(f"torchrun: {STEPS} steps, {options.wait * 1e3:.0f} ms an item", columns, rows)
+    write(options.json, {"launched": figures})
+
+
 def main() -> None:
-    options = arguments("teams", pipelines=list(DENOISERS), repeats=3, wait=0.1)
+    options = arguments(
+        "teams",
+        pipelines=list(DENOISERS),
+        repeats=3,
+        wait=0.1,
+        launcher=0,
+        in_group="",
+        tolerance="balanced",
+    )
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if options.in_group:
+        in_group(options)
+        return
+    if options.launcher:
+        compare_launched(options)
+        return
     process = hand_over_to_process()  # forks: before there are threads
     seconds = hand_over()
     print(f"hand-over to a helper thread: {seconds * 1e6:.0f} us: {verdict(seconds, HAND_OVER)}")

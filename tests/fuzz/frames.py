@@ -114,7 +114,7 @@ def follow(draw: random.Random) -> None:
     calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
     with ours, theirs:
         end = Server(
-            SocketStream(ours), 1, torch.device("cpu"), calls, lambda frame: None, gone.put
+            SocketStream(ours), 1, torch.device("cpu"), calls.put, lambda frame: None, gone.put
         )
         feed(theirs, draw)
         gone.get(timeout=5.0)

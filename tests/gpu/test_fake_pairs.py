@@ -220,7 +220,7 @@ class Processes:
         self.jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.theirs = theirs
         self.follower = serving.Server(
-            SocketStream(theirs), 1, THERE, self.jobs, lambda frame: None, self.jobs.put
+            SocketStream(theirs), 1, THERE, self.jobs.put, lambda frame: None, self.jobs.put
         )
         self.link = link.Link(SocketStream(ours), "follower", True)
         self.number = 0

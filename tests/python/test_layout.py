@@ -38,7 +38,7 @@ def test_circles_are_those_that_reach_each_other() -> None:
 # Room, its files, and the rooms that they may use beside their own.  The first pattern that fits
 # says where a file is.  The method reaches backends and links through tables of functions alone.
 BELOW = ["base", "platform", "backend"]
-TENSORS = "binding|errors|lookup|place|dlpack|block|tensor|intake|convert|view|like|probe"
+TENSORS = "binding|holders|errors|lookup|place|dlpack|block|tensor|intake|convert|view|like|probe"
 ROOMS = [
     ("base", r"core/(base|status|alloc)\.", []),
     ("platform", r"platform/", ["base"]),

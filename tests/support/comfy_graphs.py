@@ -28,10 +28,11 @@ def basic(
     batch: int = 1,
     with_node: dict[str, Any] | None = None,
     slow_ms: float = 0.0,
+    item_ms: float = 0.0,
 ) -> Graph:
     """Loader, KSampler, end; `with_node`: inputs of a ParaStep node in between, None for none."""
     graph = {
-        "model": node("TinyModel", kind=kind, seed=0, slow_ms=slow_ms),
+        "model": node("TinyModel", kind=kind, seed=0, slow_ms=slow_ms, item_ms=item_ms),
         "positive": node("TinyText", kind=kind, seed=1),
         "negative": node("TinyText", kind=kind, seed=2),
         "latent": node("TinyLatent", kind=kind, batch=batch, filled=denoise < 1),

@@ -38,7 +38,7 @@ class Faulty(torch.nn.Module):
         try:
             text = path.read_text()
             order = json.loads(text)
-            if order["who"] not in (None, "helper" if is_helper() else "head"):
+            if order["who"] not in (None, rank(), "helper" if is_helper() else "head"):
                 return None
             self.calls = self.calls + 1 if text == self.seen else 1
             self.seen = text
@@ -50,10 +50,15 @@ class Faulty(torch.nn.Module):
         return order["fault"]
 
 
+def rank() -> int | None:
+    """Of a group, this process's number."""
+    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+    return next((int(os.environ[name]) for name in names if name in os.environ), None)
+
+
 def in_follower() -> bool:
-    """Whether this is a worker, or a rank of a group other than its leader."""
-    ranks = (os.environ.get(name) for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
-    if any(rank not in (None, "0") for rank in ranks):
+    """Whether this is a worker, or a process of a group other than its leader."""
+    if rank():
         return True
     return sys.argv[0] == "-c" and any(name.endswith(".worker") for name in sys.argv[2:3])
 
@@ -63,8 +68,8 @@ def is_helper() -> bool:
     return any(line.filename.endswith("helping.py") for line in traceback.extract_stack())
 
 
-def order(folder: Path, fault: str, call: int, who: str | None = None) -> None:
-    """`who`: of workers "head" or "helper" alone."""
+def order(folder: Path, fault: str, call: int, who: str | int | None = None) -> None:
+    """`who`: of workers "head" or "helper" alone, of a group this process alone."""
     Path(folder, "taken").unlink(missing_ok=True)
     draft = Path(folder, "draft")
     draft.write_text(json.dumps({"fault": fault, "call": call, "who": who, "at": time.monotonic()}))

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 @functools.cache
 def host(name: str) -> Any:
     """The pipeline of a case, one for all tests of a process: leave it as you find it."""
-    return tiny.CASES[name].build()
+    return tiny.case_of(name).build()
 
 
 @dataclass
@@ -45,12 +45,13 @@ class Own:
 @functools.cache
 def own(name: str, steps: int | None = None, decode: bool = False) -> Own:
     """The untouched run of a case that `call` is to equal."""
-    case, pipe = tiny.CASES[name], host(name)
+    case, pipe = tiny.case_of(name), host(name)
     kwargs = case.kwargs(steps=steps, decode=decode)
-    with tiny.count_forwards(*tiny.denoisers(pipe)) as count, count_steps(pipe) as stepped:
-        result = tiny.run(pipe, kwargs)
+    with tiny.count_forwards(*tiny.denoisers(pipe)) as count:
+        with count_iterations(pipe, count) as iterations:
+            result = tiny.run(pipe, kwargs)
     state = kwargs["generator"].get_state()
-    return Own(result, state, frozen(pipe.scheduler), count.own, stepped[0])
+    return Own(result, state, frozen(pipe.scheduler), count.own, iterations[0])
 
 
 def devices(ranks: int) -> list[str]:
@@ -111,6 +112,26 @@ def count_steps(pipe: Any) -> Iterator[list[int]]:
     @functools.wraps(original.__func__)
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         count[0] += self is pipe.scheduler  # and no copy of it
+        return original.__func__(self, *args, **kwargs)
+
+    vars(pipe.scheduler)["step"] = counted.__get__(pipe.scheduler)
+    try:
+        yield count
+    finally:
+        del vars(pipe.scheduler)["step"]
+
+
+@contextmanager
+def count_iterations(pipe: Any, forwards: Any) -> Iterator[list[int]]:
+    """[how often the pipe's scheduler stepped, or copies of it, after forwards]; undone at the end.
+    Calls of step without a forward between them are of one iteration.
+    """
+    count, seen, original = [0], [0], pipe.scheduler.step
+
+    @functools.wraps(original.__func__)
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        count[0] += forwards.own > seen[0]
+        seen[0] = forwards.own
         return original.__func__(self, *args, **kwargs)
 
     vars(pipe.scheduler)["step"] = counted.__get__(pipe.scheduler)

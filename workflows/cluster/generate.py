@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 4 generate.py --model stabilityai/stable-diffusion-xl-base-1.0
 
-README.md beside it has the commands for several nodes, Slurm and MPI. Nothing in the script is
-about ranks but the device: every rank loads the pipeline and calls it, rank 0 leads, and every rank
-gets the picture.
+README.md beside it has the commands for several nodes, Slurm and MPI. Every process loads the
+pipeline, calls it and gets the picture; process 0 leads. Nothing in the script is about ranks but
+the device, and which processes are to be one.
 """
 
 from __future__ import annotations
@@ -41,11 +41,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     about_tolerance = "a number, or a word: exact, high, balanced, fast"
     parser.add_argument("--tolerance", type=read, default="balanced", help=about_tolerance)
+    parser.add_argument("--split", type=int, help="processes that share each forward of a rank")
+    parser.add_argument("--context", type=int, help="processes that diffusers splits it over")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for one GPU a rank")
     parser.add_argument("--out", default="picture.png")
     args = parser.parse_args()
     device = f"cuda:{local_rank()}" if args.device == "cuda" else args.device
-    pipe = parastep.parallelize(load(args.model, device), tolerance=args.tolerance)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # where torch.distributed takes this process to be
+    pipe = load(args.model, device)
+    if args.context is not None:
+        mesh = parastep.node_mesh(args.context)
+        config = diffusers.ContextParallelConfig(ulysses_degree=args.context, mesh=mesh)
+        pipe.transformer.enable_parallelism(config=config)
+    pipe = parastep.parallelize(pipe, split=args.split, tolerance=args.tolerance)
     generator = torch.Generator().manual_seed(0)
     image = pipe(args.prompt, num_inference_steps=args.steps, generator=generator).images[0]
     if os.environ.get("RANK", os.environ.get("PMI_RANK", "0")) == "0":

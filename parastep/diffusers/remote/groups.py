@@ -1,173 +1,159 @@
-"""Ranks of a process group: the same script on every rank, started by torchrun, Slurm or MPI.
+"""The processes of a group: the same script in every one, started by torchrun, Slurm or MPI.
 
-Rank 0 leads. Its call of the pipeline is everybody's: the others follow it with their own replica
-and return, or raise, what it returned or raised. Frames travel by torch.distributed's send and
-receive (gloo) or by mpi4py's.
+Process 0 leads. Its call of the pipeline is everybody's: the others follow it with their own
+replica, or help a process that does (`members`), and return, or raise, what it returned or raised.
+Frames travel by torch.distributed's send and receive (gloo) or by mpi4py's.
 """
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import json
-import logging
 import os
-import queue
-import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ... import _core
 from ..._version import __version__
 from ...messages import describe
+from ...options import Options
 from ...processes.frames import Frame, Kind, Stream, read_frame, write_frame
-from ...processes.streams import MpiStream, TorchStream
 from ...report import Report
 from ..call import Call
+from ..context import Context, context_of, stand_ins
+from ..parts import denoisers_of
 from ..replicas import fingerprint, refresh, replicate
-from .link import Link, RemoteFollowers
+from ..teams.crew import Cuts
+from ..teams.helpers import LocalHelper
+from ..teams.together import ContextTeam, Together
+from .helping import RemoteHelper
+from .link import Link, RemoteFollowers, RemoteTeam
+from .members import CHANNEL, Head, Jobs, Member, Refusing
 from .packing import pack, unpack
-from .serving import RemoteCall, Server
+from .serving import RemoteCall, Server, team_of
 
-_log = logging.getLogger(__name__)
-_FOREVER = datetime.timedelta(days=3650)
-_LATE = 30.0  # seconds until a rank that waits for the others says so
 _PATIENCE = 5.0  # seconds for the other ranks to say goodbye
-
-# ---- meeting -------------------------------------------------------------------------------------
-
-
-def group_of(group: Any, device: torch.device) -> Group | None:
-    """The group given, or that of the launcher that started this script, open, with this rank on
-    that device; None: there is neither. All ranks have to call it, and wait for each other.
-    """
-    if hasattr(group, "Get_rank") and hasattr(group, "Dup"):
-        return _meet(_mpi_group, group, device)
-    if group is not None:
-        return _meet(_torch_group, group, device)
-    if torch.distributed.is_available() and _in_torch_group():
-        return _meet(_torch_group, None, device)
-    if "mpi4py.MPI" in sys.modules or _by_mpirun():
-        try:
-            from mpi4py import MPI
-        except ImportError:
-            return None
-        world = MPI.COMM_WORLD
-        return _meet(_mpi_group, world, device) if world.Get_size() > 1 else None
-    return None
-
-
-def _meet(make: Callable[[Any], Group], group: Any, device: torch.device) -> Group:
-    """In a thread: who waits for other ranks in C++ or in MPI does not hear Ctrl-C."""
-    outcome: queue.SimpleQueue[Group | BaseException] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            made = make(group)
-            made.open(device)
-            outcome.put(made)
-        except BaseException as error:
-            outcome.put(error)
-
-    threading.Thread(target=work, name="parastep-meet", daemon=True).start()
-    try:
-        met = outcome.get(timeout=_LATE)
-    except queue.Empty:
-        _log.warning("waiting for the other ranks: each rank of the group has to call parallelize")
-        met = outcome.get()
-    if isinstance(met, Group):
-        return met
-    if isinstance(met, _core.Error):
-        raise met
-    words = f"the other ranks of the group cannot be reached: {describe(met)}"
-    raise _core.LostError(words) from met
-
-
-def _in_torch_group() -> bool:
-    if torch.distributed.is_initialized():
-        return torch.distributed.get_world_size() > 1
-    launched = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
-    return launched and int(os.environ["WORLD_SIZE"]) > 1
-
-
-def _by_mpirun() -> bool:
-    sizes = (os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
-    return any(size.isdigit() and int(size) > 1 for size in sizes)
-
-
-def _torch_group(group: Any) -> Group:
-    dist = torch.distributed
-    if group is not None and not (dist.is_available() and dist.is_initialized()):
-        raise _core.InvalidError(f"group: {type(group).__name__} is not a process group")
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    try:
-        ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-    except Exception as error:
-        raise _core.InvalidError(f"group: not a process group: {describe(error)}") from error
-    if dist.get_rank() not in ranks:
-        raise _core.InvalidError("group: this process is not in it")
-    own = dist.new_group(ranks, _FOREVER, backend="gloo", use_local_synchronization=True)
-    rank, others = ranks.index(dist.get_rank()), _others(ranks.index(dist.get_rank()), len(ranks))
-    return Group(rank, len(ranks), {peer: TorchStream(own, peer) for peer in others})
-
-
-def _mpi_group(comm: Any) -> Group:
-    from mpi4py import MPI
-
-    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-        raise _core.UnsupportedError(
-            "group: this MPI was initialised without threads; MPI_THREAD_MULTIPLE is needed"
-        )
-    own, rank, size = comm.Dup(), comm.Get_rank(), comm.Get_size()
-    return Group(rank, size, {peer: MpiStream(own, peer) for peer in _others(rank, size)})
-
-
-def _others(rank: int, size: int) -> range:
-    """Whom a rank talks to: the leader to all, the others to the leader."""
-    return range(1, size) if rank == 0 else range(1)
-
-
-# ---- the group -----------------------------------------------------------------------------------
 
 
 class Group:
-    """This process's part in the group, for one parallel pipeline; made on all ranks at once."""
+    """This process's part in the group, for one parallel pipeline; made in all processes at once.
+    `connect` gives the stream to another one, on a channel that both have; `numbers`: those that
+    torch.distributed has for them.
 
-    def __init__(self, rank: int, size: int, streams: dict[int, Stream]) -> None:
+    `shares`: the processes of each rank, its head first, None where that is chosen call by call;
+    `context`: the denoisers whose forwards the processes of a rank enter together.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        connect: Callable[[int, int], Stream],
+        numbers: Sequence[int] = (),
+    ) -> None:
         self.rank, self.size = rank, size
-        self._streams = streams
+        self.shares: list[tuple[int, ...]] | None = None
+        self.context: Context | None = None
+        self._connect, self._numbers = connect, numbers
+        self._together: Together | None = None  # of the call that this process is in
+        self._broken: str | None = None  # why there can be no other one
         self._process = os.getpid()
         self._calls = itertools.count(1)
-        self._number = 0  # of the call that this rank is in
+        self._number = 0  # of the call that this process is in
+        self._devices: list[torch.device] = []  # of all processes
         self._links: dict[int, Link] = {}
         self._follower: Server | None = None
-        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # calls, results, and the end
+        self._members: dict[int, Member] = {}  # that help this process, by place
+        self._head: Head | None = None  # that this one helps
+        self._helping: list[int] = []  # members that do so in the call that comes
+        # Calls, sessions and their forwards, results, and the end.
+        self._jobs = Jobs()
         self._replica: Any = None
         self._made_from: int | None = None
-        self._ends: list[Link | Server] = []
+        self._made = 0  # replicas so far
+        self._cuts = Cuts()
+        self._ends: list[Link | Server | Member | Head] = []
         self._close = weakref.finalize(self, _close_all, self._ends, os.getpid())
 
-    def open(self, device: torch.device) -> None:
+    def open(
+        self, device: torch.device, split: str | int | None = None, context: Context | None = None
+    ) -> None:
         """Greets the others and begins to listen."""
-        for peer, stream in self._streams.items():
-            same_clock = _greet(stream, leads=self.rank == 0)
-            if self.rank == 0:
-                self._links[peer] = Link(stream, f"parastep-rank-{peer}", same_clock)
-                self._ends.append(self._links[peer])
-            else:
-                jobs = self._jobs
-                follower = Server(stream, self.rank, device, jobs, jobs.put, jobs.put)
-                self._follower = follower
-                self._ends.append(follower)
+        if context is None:
+            team, how = team_of_size(self.rank, self.size, split), f"split {split or 'none'}"
+        else:
+            team, how = self._team_in(context), f"context {', '.join(context.names)}"
+        self.context = context
+        own: dict[str, Any] = {"version": __version__, "boot": _boot(), "device": str(device)}
+        own |= {"team": team, "how": how}
+        every = self._greet_all(own) if self.rank == 0 else self._follow_from(device, own)
+        self._devices = [torch.device(each["device"]) for each in every]
+        shares = dict.fromkeys(tuple(each["team"]) for each in every)
+        self.shares = None if split == "auto" and context is None else list(shares)
+        if team[0] == self.rank:
+            for place in team[1:]:
+                self._members[place] = Member(
+                    self._connect(place, CHANNEL), place, self.where(place)
+                )
+                self._ends.append(self._members[place])
+        else:
+            self._head = Head(self._connect(team[0], CHANNEL), self._jobs)
+            self._ends.append(self._head)
+
+    def _team_in(self, context: Context) -> list[int]:
+        if not set(context.ranks) <= set(self._numbers):
+            raise _core.UnsupportedError(
+                f"{context.names[0]} is split over processes of torch.distributed that are not all "
+                "in this group"
+            )
+        return sorted(map(self._numbers.index, context.ranks))
+
+    def _greet_all(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+        """The others speak first: a send may wait for its receive. All of them hear the same."""
+        streams = {peer: self._connect(peer, 0) for peer in range(1, self.size)}
+        every = [own, *(_hear(stream) for stream in streams.values())]
+        refusal = _why_not(every)
+        for stream in streams.values():
+            _say(stream, {**own, "every": every, "refusal": refusal})
+        if refusal is not None:
+            raise _core.ProtocolError(refusal)
+        for peer, stream in streams.items():
+            same_clock = bool(own["boot"]) and every[peer].get("boot") == own["boot"]
+            self._links[peer] = Link(stream, f"parastep-rank-{peer}", same_clock)
+            self._ends.append(self._links[peer])
+        return every
+
+    def _follow_from(self, device: torch.device, own: dict[str, Any]) -> list[dict[str, Any]]:
+        stream, jobs = self._connect(0, 0), self._jobs
+        _say(stream, own)
+        told = _hear(stream)
+        refusal = told.get("refusal") or _why_not([told, own], all_of_them=False)
+        if refusal is not None:
+            raise _core.ProtocolError(refusal)
+        self._follower = Server(stream, self.rank, device, jobs.put, jobs.put, jobs.put)
+        self._ends.append(self._follower)
+        every: list[dict[str, Any]] = told["every"]
+        return every
+
+    def check(self, pipe: Any) -> None:
+        """Raises where denoisers are split over processes in another way than when it was made."""
+        if context_of(pipe) != self.context:
+            raise _core.UnsupportedError(
+                "its denoisers are split over processes in another way than when it was made "
+                "parallel (enable_parallelism): call parallelize after that"
+            )
 
     def close(self) -> None:
         self._close()
+
+    def where(self, place: int) -> str:
+        """A process and what it works on, for reports."""
+        return f"{self._devices[place]} (process {place})"
 
     def _next_call(self) -> int:
         if os.getpid() != self._process:
@@ -177,16 +163,64 @@ class Group:
             )
         return next(self._calls)
 
+    def helper(self, place: int, cuts: Cuts) -> RemoteHelper:
+        """One of this process's own, in the call that it is in. `cuts`: what is known of it."""
+        known = place in cuts.close | cuts.exact
+        return self._members[place].helper(self._number, self._devices[self.rank], known)
+
+    def enter_together(
+        self, pipe: Any, deadline: float | None, over: Callable[[], bool] = lambda: False
+    ) -> tuple[Together, list[str]]:
+        """A context group's forwards, for the call that this process is in, and what reports call
+        those who make them.
+        """
+        if self._broken is not None:
+            raise _core.LostError(self._broken)
+        assert self.context is not None
+        home, others = self._devices[self.rank], self._members.values()
+        helpers = [member.helper(self._number, home, quiet=True) for member in others]
+        missing = next((helper for helper in helpers if helper.gone is not None), None)
+        if missing is not None:  # before anybody has entered a forward, which would wait for it
+            for helper in helpers:
+                helper.close(0.0)
+            raise _core.LostError(
+                f"its context group cannot go on: {missing.where}: {missing.gone}"
+            )
+        own = LocalHelper(pipe, home, home, self.rank)
+        together = Together(self.context.names, own, helpers, deadline, self._break, over)
+        self._together = together
+        return together, [self.where(place) for place in (self.rank, *self._members)]
+
+    def _break(self, why: str) -> None:
+        self._broken = why
+
+    def replica(self, pipe: Any, device: torch.device, **how: Any) -> Any:
+        """As `replicate` makes one; what is split stands for the pipe's own there."""
+        names = self.context.names if self.context is not None else ()
+        return replicate(pipe, device, instead=stand_ins(pipe, names, self._enter), **how)
+
+    def _enter(self, name: str, args: Any, kwargs: Any) -> Any:
+        if self._together is None:
+            raise _core.StateError(f"{name} of a replica was called beside its pipeline")
+        return self._together.evaluate(name, args, kwargs)
+
     # The leader.
 
     def refresh(self, pipe: Any, places: Any) -> None:
         """Nothing to be made: every rank has a pipeline of its own."""
 
     def followers(
-        self, call: Call, pipe: Any, given: Any, shares: Any, options: Any
+        self, call: Call, pipe: Any, given: Any, shares: Sequence[tuple[int, ...]], options: Options
     ) -> RemoteFollowers:
-        """Each has one device."""
-        return RemoteFollowers(self._links, self._number, call, pipe, given, self.drop)
+        """Each with the helpers of its own, which it talks to by itself."""
+        links, helpers = {}, {}
+        for rank, share in enumerate(shares[1:], 1):
+            links[rank] = self._links[share[0]]
+            helpers[rank] = {place: _Elsewhere(self._devices[place]) for place in share[1:]}
+            if len(share) > 1:
+                call.teams[rank] = RemoteTeam([self.where(place) for place in share])
+        team, number = (options.exact, options.deadline), self._number
+        return RemoteFollowers(links, number, call, pipe, given, self.drop, helpers, team)
 
     def drop(self, lost: set[int], stuck: set[int]) -> None:
         """A rank that failed is there again for the next call, if it has left this one by then."""
@@ -215,7 +249,15 @@ class Group:
 
     def follow(self, pipe: Any) -> tuple[Any, Report | None]:
         """The leader's call, followed; returns its result and report, or raises what it raised."""
-        self._number = self._next_call()
+        self._number, self._helping = self._next_call(), []
+        ahead: list[Frame] = []
+        try:
+            return self._follow(pipe, ahead)
+        finally:
+            self._jobs.put_back(ahead)
+
+    def _follow(self, pipe: Any, ahead: list[Frame]) -> tuple[Any, Report | None]:
+        """`ahead`: what a head says that is in the next call already."""
         while True:
             job = self._jobs.get()
             if isinstance(job, str):
@@ -223,21 +265,75 @@ class Group:
                 raise _core.LostError(f"the leader's process cannot be reached: {job}")
             if isinstance(job, RemoteCall) and job.number == self._number:
                 self._serve(job, pipe)
-            elif isinstance(job, Frame) and (job.kind, job.call) == (Kind.RESULT, self._number):
-                return self._result(job.body)
+            elif isinstance(job, Frame) and job.kind in (Kind.SERVE, Kind.FORWARD, Kind.END):
+                if ahead or (job.kind == Kind.SERVE and job.call > self._number):
+                    ahead.append(job)
+                elif job.kind == Kind.SERVE:
+                    self._help(job, pipe)
+            elif isinstance(job, Frame) and job.call == self._number:
+                if job.kind == Kind.RESULT:
+                    return self._result(job.body)
+                if job.kind == Kind.HELPER:
+                    self._helping.append(json.loads(job.body)[0])
 
     def _serve(self, call: RemoteCall, pipe: Any) -> None:
         assert self._follower is not None
         try:
-            now = fingerprint(pipe)
-            if now != self._made_from:
-                self._replica = replicate(pipe, self._follower.device)
-                self._made_from = now
-            refresh(self._replica, pipe)
+            self._refresh_replica(pipe)
         except Exception as error:
             self._replica = None
             call.fail(self.rank, f"its replica cannot be made: {describe(error)}")
-        self._follower.serve(call, self._replica)
+        if self.context is not None:
+            self._serve_together(call, pipe)
+            return
+        helpers = [self.helper(place, self._cuts) for place in self._helping]
+        team = team_of(self._follower.device, helpers, self._cuts, self.where(self.rank))
+        self._follower.serve(call, self._replica, helpers, team)
+        for helper in helpers:
+            if helper.lost is not None:
+                self._cuts.drop(helper.place)
+
+    def _serve_together(self, call: RemoteCall, pipe: Any) -> None:
+        assert self._follower is not None
+        helpers: list[Any] = []
+
+        def make(exact: bool, deadline: float | None, over: Any, leaves: Any) -> ContextTeam:
+            together, where = self.enter_together(pipe, deadline, over)
+            helpers.extend((*together.others, together.own))
+            return ContextTeam(together, where, watches=True)
+
+        self._follower.serve(call, self._replica, helpers, make)
+        self._together = None
+
+    def _help(self, asked: Frame, pipe: Any) -> None:
+        """Serves its head through one call, unless that is over here."""
+        assert self._follower is not None and self._head is not None
+        if asked.call != self._number:
+            self._head.leave(asked, self._made)
+            return
+        if self.context is not None:
+            self._head.take_part(asked, denoisers_of(pipe), self._follower.device)
+            return
+        try:
+            self._refresh_replica(pipe)
+            modules: dict[str, Any] = denoisers_of(self._replica)
+        except Exception as error:
+            self._replica = None
+            modules = Refusing(f"its replica cannot be made: {describe(error)}")
+        self._head.serve(asked, self._made, modules, self._follower.device)
+        if self._replica is not None:
+            self._replica.as_made.restore()
+
+    def _refresh_replica(self, pipe: Any) -> None:
+        """As the pipeline is now; another one where what it was made of has changed."""
+        assert self._follower is not None
+        now = fingerprint(pipe)
+        if now != self._made_from or self._replica is None:
+            self._replica, self._made_from = None, None
+            self._cuts, self._made = Cuts(), self._made + 1
+            self._replica = self.replica(pipe, self._follower.device)
+            self._made_from = now
+        refresh(self._replica, pipe)
 
     def _result(self, body: bytes | bytearray) -> tuple[Any, Report | None]:
         assert self._follower is not None
@@ -251,7 +347,28 @@ class Group:
         return value, report
 
 
-def _close_all(ends: list[Link | Server], process: int) -> None:
+class _Elsewhere(NamedTuple):
+    """A helper of another head's, which needs no more than to be told of it."""
+
+    device: torch.device
+    made: int = 0
+
+    def serve(self, number: int) -> None:
+        """Its head says so."""
+
+
+def team_of_size(rank: int, size: int, split: str | int | None) -> list[int]:
+    """Of this process: its rank's, the head first; by "auto" those that may be one."""
+    each = split if isinstance(split, int) else 2 if split == "auto" else 1
+    if isinstance(split, int) and size % split:
+        raise _core.InvalidError(
+            f"split={split}: {size} processes are no whole number of teams of {split}"
+        )
+    first = rank - rank % each
+    return list(range(first, min(first + each, size)))
+
+
+def _close_all(ends: list[Link | Server | Member | Head], process: int) -> None:
     """Says goodbye to all at once, so that one who is busy is waited for only once."""
     if os.getpid() == process:
         closing = [threading.Thread(target=end.close, args=(_PATIENCE,)) for end in ends]
@@ -262,24 +379,31 @@ def _close_all(ends: list[Link | Server], process: int) -> None:
     ends.clear()
 
 
-def _greet(stream: Stream, leads: bool) -> bool:
-    """Whether the other process reads the same clock. The follower speaks first: a send may wait
-    for its receive.
-    """
-    own = {"version": __version__, "boot": _boot()}
-    hello = Frame(Kind.HELLO, 0, json.dumps(own).encode())
-    if not leads:
-        write_frame(stream, hello)
+def _say(stream: Stream, told: dict[str, Any]) -> None:
+    write_frame(stream, Frame(Kind.HELLO, 0, json.dumps(told).encode()))
+
+
+def _hear(stream: Stream) -> dict[str, Any]:
     frame = read_frame(stream)
-    if leads:
-        write_frame(stream, hello)
-    other = json.loads(frame.body) if frame.kind == Kind.HELLO else {}
-    if other.get("version") != __version__:
-        raise _core.ProtocolError(
-            f"this rank has parastep {__version__}, another one {other.get('version')}: "
-            "all must have the same"
-        )
-    return bool(own["boot"]) and other.get("boot") == own["boot"]
+    told = json.loads(frame.body) if frame.kind == Kind.HELLO else {}
+    return told if isinstance(told, dict) else {}
+
+
+def _why_not(every: list[dict[str, Any]], all_of_them: bool = True) -> str | None:
+    """Why processes, by what they say of themselves, cannot be one group, or None."""
+    versions = [each.get("version") for each in every]
+    if len(set(versions)) > 1:
+        found = " and ".join(sorted({str(version) for version in versions}))
+        return f"the processes of the group have parastep {found}: all must have the same"
+    if not all_of_them:
+        return None
+    hows = list(dict.fromkeys(each.get("how") for each in every))
+    if len(hows) > 1:
+        return f"the processes of the group do not agree on split: {' and '.join(map(str, hows))}"
+    for rank, each in enumerate(every):
+        if rank not in each["team"] or any(every[k]["team"] != each["team"] for k in each["team"]):
+            return f"the processes of the group do not agree on their teams: {each['team']}"
+    return None
 
 
 def _boot() -> str:

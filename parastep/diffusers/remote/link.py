@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,7 +25,7 @@ from ...threads import HostContext
 from ...tracing.draws import cloned_global_generator
 from ..call import Call, Loop, Remote
 from ..parts import is_scheduler
-from ..teams import Lost
+from ..teams.crew import Lost
 from .packing import pack
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _PATIENCE = 10.0  # seconds for followers to leave a call that is over
 class RemoteTeam:
     """Of a rank in another process, by what that tells when it leaves the call."""
 
-    def __init__(self, devices: Sequence[torch.device]) -> None:
+    def __init__(self, devices: Sequence[torch.device | str]) -> None:
         words = "its process has not told what it shared"
         self._record = TeamRecord([str(device) for device in devices], None, words, 0, 0, 0)
         self.losses: list[Lost] = []
@@ -48,7 +48,7 @@ class RemoteTeam:
 
     def told(self, record: dict[str, Any], losses: list[tuple[str, int, str]]) -> None:
         self._record = TeamRecord.from_dict(record)
-        self.losses = [Lost(torch.device(device), step, why) for device, step, why in losses]
+        self.losses = [Lost(*loss) for loss in losses]
 
 
 class Serving:
@@ -65,10 +65,19 @@ class Serving:
         self._kill()
 
 
+class Helping(Protocol):
+    """Who serves a rank in another process with forwards; `made` changes with its model."""
+
+    @property
+    def device(self) -> torch.device | None: ...
+    @property
+    def made(self) -> int: ...
+    def serve(self, number: int) -> int | None:
+        """In this call; the descriptor of a socket to it, where they have none yet."""
+
+
 class RemoteRank(Remote):
-    """A rank in another process, during one call. `helpers`: the links to those that serve it, by
-    place, with their devices.
-    """
+    """A rank in another process, during one call. `helpers`: those that serve it, by place."""
 
     def __init__(
         self,
@@ -76,7 +85,7 @@ class RemoteRank(Remote):
         rank: int,
         number: int,
         call: Call,
-        helpers: Mapping[int, Link] | None = None,
+        helpers: Mapping[int, Helping] | None = None,
     ) -> None:
         self.link, self.rank, self.number, self.call = link, rank, number, call
         self.helpers = helpers or {}
@@ -314,7 +323,7 @@ class RemoteFollowers:
 
     To be made before the pipeline runs: arguments and the states of generators are taken here.
     `given` are the call's (args, kwargs); `drop` is told who was lost, and who did not leave.
-    `helpers`: the links to those that serve a rank, by place, `team`: what of the options a rank
+    `helpers`: those that serve a rank, by place, `team`: what of the options a rank
     with helpers goes by.
     """
 
@@ -326,7 +335,7 @@ class RemoteFollowers:
         pipe: Any,
         given: tuple[tuple[Any, ...], dict[str, Any]],
         drop: Callable[[set[int], set[int]], None],
-        helpers: Mapping[int, Mapping[int, Link]] | None = None,
+        helpers: Mapping[int, Mapping[int, Helping]] | None = None,
         team: tuple[bool, float | None] = (False, None),
     ) -> None:
         _pair_all(links, call.home)

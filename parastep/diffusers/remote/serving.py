@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import queue
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,13 +25,28 @@ from ...speculation import with_room
 from ...threads import finish_work
 from ..call import Call, Loop
 from ..follower import Follower
-from ..helpers import Helper
 from ..replicas import refresh
-from ..teams import Cuts, Team
+from ..teams.crew import Cuts
+from ..teams.helpers import Helper
+from ..teams.team import Team
 from ..tensors import own_copy
 from .packing import unpack
 
 _MOMENT = 10.0  # seconds
+
+
+# A rank's team, given what of the options it goes by, and whether the run has ended and whether
+# other followers are left.
+TeamOf = Callable[[bool, float | None, Callable[[], bool], Callable[[], bool]], Any]
+
+
+def team_of(
+    device: torch.device, helpers: Sequence[Helper], cuts: Cuts, where: str | None = None
+) -> TeamOf | None:
+    """Of a head on that device; None where it has no helpers."""
+    devices = [device, *(helper.device for helper in helpers)]
+    made = functools.partial(Team, devices, helpers, cuts, where=where)
+    return made if helpers else None
 
 
 class RemoteCall(Call):
@@ -131,7 +145,7 @@ class Server:
     """A process's part as a follower: takes calls from the leader's frames and serves them.
 
     Args:
-        calls: where its `RemoteCall`s are put.
+        calls: takes its `RemoteCall`s.
         other: handles the frames that are not of a call; `gone` is told when the leader is.
     """
 
@@ -140,7 +154,7 @@ class Server:
         stream: Stream,
         rank: int,
         device: torch.device,
-        calls: queue.SimpleQueue[Any],
+        calls: Callable[[RemoteCall], None],
         other: Callable[[Frame], None],
         gone: Callable[[str], None],
     ) -> None:
@@ -163,7 +177,7 @@ class Server:
     def _handle(self, frame: Frame) -> None:
         if frame.kind == Kind.CALL:
             self._current = RemoteCall(self.rank, frame.call, frame.body, self.peer, self._joining)
-            self._calls.put(self._current)
+            self._calls(self._current)
         elif frame.kind == Kind.PAIR:
             self._let_go()  # the leader has let go of it
             answer = functools.partial(self.peer.send, Kind.PAIRED, 0)
@@ -185,20 +199,18 @@ class Server:
         call: RemoteCall,
         replica: Any,
         helpers: Sequence[Helper] = (),
-        cuts: Cuts | None = None,
+        team_of: TeamOf | None = None,
     ) -> None:
-        """Follows the leader through one call; whatever goes wrong is told to it. `cuts`: what was
-        found out in earlier ones.
+        """Follows the leader through one call; whatever goes wrong is told to it. `team_of` makes
+        the team with these helpers, if there are any.
         """
         loop = Follower(replica, self.rank, call, self.device)
-        team: Team | None = None
+        team: Any = None
         try:
             told = unpack(call.arguments, self.device)
             arguments, settings, context, (kind, state), (exact, deadline, others) = told
-            if helpers:
-                devices = [self.device, *(helper.device for helper in helpers)]
-                over, leaves = (lambda: call.over), (lambda: others)
-                team = Team(devices, helpers, cuts or Cuts(), exact, deadline, over, leaves)
+            if team_of is not None:
+                team = team_of(exact, deadline, lambda: call.over, lambda: others)
                 call.teams[self.rank] = team
             refresh(replica, types.SimpleNamespace(**settings))
             random = torch.Generator(self.device)
@@ -217,12 +229,11 @@ class Server:
             self.peer.send(Kind.LEFT, call.number, json.dumps(left).encode())
 
 
-def _worked(team: Team | None) -> Any:
+def _worked(team: Any) -> Any:
     """What a team did, as its leader's report has it, and the places of helpers that it lost."""
     if team is None:
         return None
-    losses = [(str(device), step, why) for device, step, why in team.losses]
-    return team.record().to_dict(), losses, team.lost_places
+    return team.record().to_dict(), team.losses, team.lost_places
 
 
 def _latent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:

@@ -19,10 +19,10 @@ import torch
 from ...messages import describe
 from ...processes.frames import Frame, Kind, read_frame
 from ...processes.streams import SocketStream
-from ..teams import Cuts
-from .helping import RemoteHelper, serve
+from ..teams.crew import Cuts
+from .helping import RemoteHelper, by_socket, serve
 from .packing import pipeline_from_memory
-from .serving import RemoteCall, Server
+from .serving import RemoteCall, Server, team_of
 
 
 class _Served(NamedTuple):
@@ -43,7 +43,7 @@ class _Life:
         # Calls, those to be served, and models to be loaded.
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._helpers: dict[int, list[RemoteHelper]] = {}  # by call
-        self._server = Server(stream, rank, device, self._jobs, self._other, self._gone)
+        self._server = Server(stream, rank, device, self._jobs.put, self._other, self._gone)
 
     def _gone(self, why: str) -> None:
         os._exit(0)  # the leader is, and whoever computes or hangs here does it for nobody
@@ -58,7 +58,8 @@ class _Life:
             self._jobs.put(_Served(frame.call, descriptor))
         else:
             place, device, made = json.loads(frame.body)
-            helper = RemoteHelper(descriptor, torch.device(device), self._device, place)
+            connect = by_socket(descriptor, place)
+            helper = RemoteHelper(connect, torch.device(device), self._device, place)
             self._helpers.setdefault(frame.call, []).append(helper)
             if self._makes.get(place) != made:
                 self._cuts.drop(place)
@@ -69,7 +70,8 @@ class _Life:
             job = self._jobs.get()
             if isinstance(job, RemoteCall):
                 helpers = self._helpers.pop(job.number, [])
-                self._server.serve(job, self._replica, helpers, self._cuts)
+                team = team_of(self._device, helpers, self._cuts)
+                self._server.serve(job, self._replica, helpers, team)
             elif isinstance(job, _Served):
                 self._serve(job)
             else:

@@ -26,7 +26,7 @@ from ...processes.frames import Frame, Kind, write_frame
 from ...processes.spawning import Spawned
 from ..call import Call
 from ..replicas import fingerprint
-from .helping import RemoteHelper
+from .helping import RemoteHelper, by_socket
 from .link import Link, RemoteFollowers, RemoteTeam
 from .packing import pipeline_to_memory
 from .worker import main
@@ -86,7 +86,7 @@ class Workers:
         """One of the leader's own, in one call."""
         worker, number = self._workers[place], next(self._calls)
         return RemoteHelper(
-            worker.link.serve(number) if worker.has_model else _closed(),
+            by_socket(worker.link.serve(number) if worker.has_model else _closed(), place),
             self._devices[place],
             self._devices[0],
             place,

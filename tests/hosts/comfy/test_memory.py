@@ -27,35 +27,6 @@ def by_copying(model):
     return model
 
 
-@pytest.fixture
-def room(monkeypatch):
-    """{device: bytes} that the host is made to believe free; {} asks the real functions."""
-    from comfy import model_management
-
-    free, asked = {}, []
-    real_free, real_room = model_management.get_free_memory, model_management.free_memory
-
-    def told(device=None, torch_free_too=False):
-        if device not in free:
-            return real_free(device, torch_free_too)
-        return (free[device], free[device]) if torch_free_too else free[device]
-
-    def asking(wanted, device, *more, **others):
-        asked.append((device, wanted))
-        return real_room(wanted, device, *more, **others)
-
-    devices = [torch.device("cpu"), FIRST, SECOND]
-    monkeypatch.setattr(model_management, "get_free_memory", told)
-    monkeypatch.setattr(model_management, "free_memory", asking)
-    monkeypatch.setattr(
-        model_management, "get_all_torch_devices", lambda **given: devices, raising=False
-    )
-    yield free, asked
-    free.clear()
-    for device in devices:
-        real_room(1e30, device)
-
-
 def loaded_on(device):
     from comfy import model_management
 
@@ -134,6 +105,19 @@ def test_memory_is_given_back(room, replicas):
     del ours  # as the host does with all that nodes have made, when it frees its cache
     gc.collect()
     assert not loaded_on(FIRST)
+
+
+def test_models_that_nobody_holds_any_more_are_no_replicas(room, monkeypatch):
+    """The host has None in their place until it looks for room the next time."""
+    from comfy import model_management
+
+    from parastep.comfy.node import of_model, patch
+
+    real = model_management.loaded_models
+    monkeypatch.setattr(model_management, "loaded_models", lambda *given: [None, *real(*given)])
+    ours = patch(build("eps"), ["cpu", "cpu:1"])
+    sample(ours, "eps")
+    assert of_model(ours).report.ranks == 2
 
 
 def test_a_model_too_large_for_a_device_gets_no_replica_there(monkeypatch, caplog):

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import tomllib
 from comfy_server import NO_HOST, PATH, ROOT, PromptError, Server
 
 import parastep
-from parastep.tolerance import NAMES
+from parastep.calibration import Calibration, Cost
+from parastep.tolerance import NAMES, SCALE
 
 NODES = ROOT / "nodes"
 
@@ -81,12 +83,24 @@ def test_a_host_without_v3_nodes_gets_the_older_form(older):
         assert all(options.get("tooltip") for _, options in inputs.values())
         assert callable(getattr(node(), node.FUNCTION))
     assert math.isnan(report.IS_CHANGED(model=None, latent=None))  # never cached
-    assert not hasattr(step, "IS_CHANGED")
+    assert step.IS_CHANGED(model=None, devices="cpu") == step.IS_CHANGED(model=None, order=0)
     given = {"devices": "cpu", "quality": "exact", "tolerance": 0.0, "policy": "verified"}
     with pytest.raises(parastep.InvalidError, match="not a ComfyUI MODEL"):
         step().run(model=object(), order=1, **given)
 
 
+OF_SCALE_1 = json.dumps(
+    {
+        "tolerance": 0.02,
+        "target": 45.0,
+        "reached": True,
+        "table": [],
+        "ranks": 4,
+        "steps": 20,
+        "model": "m",
+        "version": "0",
+    }
+)
 OF_ONES_OWN = ("custom", "own tolerance")  # the second in graphs that were saved earlier
 
 
@@ -101,8 +115,67 @@ def test_the_tolerance_counts_with_custom_alone(older, monkeypatch):
     told = types.SimpleNamespace(patch=lambda model, devices, **options: options["tolerance"])
     monkeypatch.setattr(sys.modules["older_pack.step"], "host", lambda: told)
     given = {"model": None, "devices": "cpu", "tolerance": 0.007, "policy": "verified", "order": 1}
-    for word in (*NAMES, *OF_ONES_OWN):
-        assert step().run(quality=word, **given) == (0.007 if word in OF_ONES_OWN else word,)
+    for word in NAMES:
+        assert step().run(quality=word, **given) == (word,)
+    assert step().run(quality="custom", **given) == (0.007,)
+    assert step().run(quality="own tolerance", **given) == (0.014,)  # what it meant then
+
+
+def test_a_saved_graph_says_what_its_tolerance_means(older, monkeypatch):
+    step = older.NODE_CLASS_MAPPINGS["ParaStep"]
+    _, options = step.INPUT_TYPES()["optional"]["scale"]
+    assert options["default"] == SCALE
+    told = types.SimpleNamespace(patch=lambda model, devices, **options: options["tolerance"])
+    monkeypatch.setattr(sys.modules["older_pack.step"], "host", lambda: told)
+    given = {"model": None, "devices": "cpu", "tolerance": 0.02, "policy": "verified", "order": 1}
+    for scale, found in ((1, 0.04), (SCALE, 0.02)):
+        assert step().run(quality="custom", scale=scale, **given) == (found,)
+    with pytest.raises(ValueError, match=r"of scale 3, which a newer parastep wrote: update"):
+        step().run(quality="custom", scale=3, **given)
+    assert step().run(quality="fast", scale=3, **given) == ("fast",)
+
+
+@pytest.fixture
+def inputs(monkeypatch, tmp_path):
+    """ComfyUI's input folder."""
+    folder = types.ModuleType("folder_paths")
+    folder.get_input_directory = lambda: str(tmp_path / "input")
+    monkeypatch.setitem(sys.modules, "folder_paths", folder)
+    (tmp_path / "input" / "mine").mkdir(parents=True)
+    return tmp_path / "input"
+
+
+def test_a_calibration_from_a_file(older, inputs, monkeypatch):
+    step = older.NODE_CLASS_MAPPINGS["ParaStep"]
+    told = types.SimpleNamespace(patch=lambda model, devices, **options: options["tolerance"])
+    monkeypatch.setattr(sys.modules["older_pack.step"], "host", lambda: told)
+    given = {"model": None, "devices": "cpu", "tolerance": 0.02, "policy": "verified", "order": 1}
+    cost = Cost(0.03, 50.0, 48.0, 9.0)
+    Calibration(0.03, 45.0, True, [cost], 4, 20, "m", "1").save(inputs / "mine" / "c.json")
+    for name in ("mine/c.json", " mine/c.json "):
+        (found,) = step().run(quality="fast", calibration=name, **given)
+        assert isinstance(found, Calibration) and float(found) == 0.03
+    assert step().run(quality="fast", calibration="  ", **given) == ("fast",)
+    before = step.IS_CHANGED(calibration="mine/c.json")
+    assert before == step.IS_CHANGED(calibration="mine/c.json")
+    (inputs / "mine" / "c.json").write_text("[1, 2]")
+    assert before != step.IS_CHANGED(calibration="mine/c.json")
+    (inputs / "bytes.json").write_bytes(b"\xff\x00")
+    (inputs / "scale.json").write_text(OF_SCALE_1)
+    (inputs.parent / "outside.json").write_text(OF_SCALE_1)
+    (inputs / "link.json").symlink_to(inputs.parent / "outside.json")
+    for name, words in (
+        ("mine/c.json", "not a calibration of parastep"),
+        ("bytes.json", "not a calibration of parastep"),
+        ("scale.json", "whose tolerances meant something else"),
+        ("nothing.json", f"there is no file 'nothing.json' in {inputs}"),
+        ("mine", "there is no file 'mine'"),
+        ("../outside.json", f"put the file into {inputs}, and write its name"),
+        ("link.json", "is not in ComfyUI's input folder"),
+        (str(inputs.parent / "outside.json"), "is not in ComfyUI's input folder"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            step().run(quality="fast", calibration=name, **given)
 
 
 def test_graphs_of_before_are_valid(older):

@@ -9,6 +9,7 @@ import comfy_graphs as graphs
 import pytest
 from comfy_server import PromptError
 
+from parastep.calibration import Calibration, Cost
 from parastep.tolerance import NAMES
 
 EXACT = {"quality": "exact"}
@@ -30,7 +31,8 @@ def test_nodes_are_declared(server):
     assert step["category"] == report["category"] == "advanced/multigpu"
     inputs = step["input"]["required"]
     assert list(inputs) == ["model", "devices", "quality", "tolerance", "policy", "order"]
-    assert list(step["input"]["optional"]) == ["max_stride"]  # graphs of before have none
+    optional = ["max_stride", "calibration", "scale"]  # graphs of before have none
+    assert list(step["input"]["optional"]) == optional
     inputs = {**inputs, **step["input"]["optional"]}
     assert all(options.get("tooltip") for _, options in inputs.values())
     kind, options = inputs["quality"]
@@ -119,6 +121,81 @@ def test_progress_and_previews_are_the_hosts_own(server):
         seen.append([data[8:] for data in run.of("preview")])
     assert seen[0] and seen[0] == seen[1]
     assert len(seen[2]) == len(seen[0])
+
+
+PAIRS = {"quality": "balanced", "devices": "cpu+cpu:1, cpu:2 + cpu:3"}
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun"])
+def test_pairs_share_each_step(server, sampler):
+    """With progress and previews as ever; at cfg 1 each device is a rank."""
+    given = {"kind": "sd15", "sampler": sampler, "steps": 20}
+    for cfg in (7.0, 1.0):
+        own = server.run(graphs.basic(**given, cfg=cfg)).outputs["end"]["latent"]
+        run = server.watch(graphs.basic(**given, cfg=cfg, with_node=PAIRS))
+        words = run.outputs["words"]["text"][0]
+        steps, rounds, ranks = (int(words.split()[k]) for k in (0, 3, 6))
+        assert rounds < steps and ranks == (2 if cfg > 1 else 4), words
+        assert ("rank 1: cpu:2 + cpu:3, split by conditions" in words) == (cfg > 1), words
+        assert ("rank 3: cpu:3, unsplit: one condition a step" in words) == (cfg == 1.0), words
+        assert "serially" not in words and "left out" not in words and "lost" not in words
+        pairs = list(zip(own, run.outputs["end"]["latent"]))
+        assert sum((a - b) ** 2 for a, b in pairs) < 1e-3 * sum(a * a for a, _ in pairs)
+        shown = [event["value"] for event in run.of("progress") if event["node"] == "sampler"]
+        assert shown == sorted(shown) and set(range(1, 21)) <= set(shown)
+        assert run.of("preview")
+
+
+def test_pairs_that_cannot_be_say_what_to_write(server):
+    for devices, words in (
+        ("cpu+cpu:1, cpu:2", "as many for each"),
+        ("cpu+cpu:1, cpu:1+cpu:2", "cpu:1 is there twice"),
+        ("cpu+", "no device on one side of +"),
+        ("cpu+cuda:63", "there is no cuda:63"),
+    ):
+        with pytest.raises(PromptError) as caught:
+            server.run(graphs.basic("eps", with_node={"devices": devices}))
+        told = dict(caught.value.told)["execution_error"]
+        assert told["node_type"] == "ParaStep" and words in told["exception_message"]
+
+
+def test_cancelling_pairs(server):
+    slow = graphs.basic("flow", scheduler="simple", steps=200, item_ms=30, with_node=PAIRS)
+    with server.listening() as events:
+        prompt = server.submit(slow)
+        until = time.monotonic() + 60
+        while time.monotonic() < until and sum(name == "progress" for name, _ in events) < 8:
+            time.sleep(0.01)
+        server.post("/interrupt", {})
+        with pytest.raises(PromptError, match="interrupted"):
+            server.result(prompt, 60)
+    words = server.run(graphs.basic("sd15", steps=20, with_node=PAIRS)).outputs["words"]["text"][0]
+    assert "rank 0: cpu + cpu:1, split by conditions" in words and "lost" not in words
+
+
+def test_a_calibration_in_the_input_folder(server):
+    """Its tolerance takes the place of quality; another file of that name is read again."""
+    folder, node = server.base / "input", {"quality": "exact", "calibration": "found.json"}
+    folder.mkdir(exist_ok=True)
+    graph = graphs.basic("flow", scheduler="simple", steps=20, with_node=node)
+    with pytest.raises(PromptError) as caught:
+        server.run(graph)
+    told = dict(caught.value.told)["execution_error"]["exception_message"]
+    assert "there is no file 'found.json' in" in told and str(folder) in told
+    rounds = []
+    for tolerance in (0.0, 0.12):
+        cost = Cost(tolerance, 50.0, 48.0, 9.0)
+        found = Calibration(tolerance, 45.0, True, [cost], 4, 20, "Tiny", "1")
+        found.save(folder / "found.json")
+        rounds.append(int(server.run(graph).outputs["words"]["text"][0].split()[3]))
+    assert rounds[1] < rounds[0] == 20
+    (folder / "found.json").write_text("{}")
+    with pytest.raises(PromptError, match="not a calibration of parastep"):
+        server.run(graph)
+    for name in ("../../outside.json", "/etc/hostname"):
+        graph["parastep"]["inputs"]["calibration"] = name
+        with pytest.raises(PromptError, match="is not in ComfyUI's input folder"):
+            server.run(graph)
 
 
 def test_cancel_and_go_on(server):

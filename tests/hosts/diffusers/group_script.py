@@ -33,8 +33,8 @@ def tell(scene: str, pipe: Any, **facts: Any) -> None:
     sys.stdout.flush()
 
 
-def join_by_file(path: str) -> None:
-    where = {"init_method": f"file://{path}", "rank": rank(), "world_size": 2}
+def join_by_file(path: str, size: int = 2) -> None:
+    where = {"init_method": f"file://{path}", "rank": rank(), "world_size": size}
     torch.distributed.init_process_group("gloo", **where)
 
 

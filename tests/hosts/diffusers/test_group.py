@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +15,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 
+from launching import environment, free_port, in_networks, need_networks, run, told  # noqa: E402
+
 pytestmark = pytest.mark.timeout(280)  # every rank imports torch and diffusers
 
 SCRIPT = str(Path(__file__).with_name("group_script.py"))
-
-
-def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join(p for p in sys.path if p)
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
-
-
-def run(command: Sequence[str]) -> str:
-    """What the command prints; on failure and at the limit it is ended with all its children."""
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
-    try:
-        out, errors = process.communicate(timeout=240)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
-    assert process.returncode == 0, errors
-    return out
-
-
-def told(out: str, ranks: int, scenes: Sequence[str]) -> dict[str, list[Any]]:
-    """{scene: [what rank 0 said, ...]}"""
-    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    lines.sort(key=lambda line: line["rank"])
-    found = {scene: [line for line in lines if line["scene"] == scene] for scene in scenes}
-    assert all(len(of_scene) == ranks for of_scene in found.values()), out
-    return found
 
 
 def check_good(lines: list[Any]) -> None:
@@ -117,23 +81,6 @@ def test_a_group_of_the_script_s_own(tmp_path: Path) -> None:
     check_good(told(out, 2, ["first"])["first"])
 
 
-# Two namespaces with a wire between them, in a user namespace, so that no privilege is needed.
-# Nothing but the wire joins them: loopback of one is not that of the other.
-NETWORKS = """
-set -e
-ip link set lo up
-unshare --net sleep 250 &
-other=$!
-until [ "$(readlink /proc/$other/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep .05; done
-ip link add near type veth peer name far netns $other
-ip address add 10.77.0.1/24 dev near
-ip link set near up
-there() { nsenter --target $other --net "$@"; }
-there ip link set lo up
-there ip address add 10.77.0.2/24 dev far
-there ip link set far up
-"""
-
 TWO_NODES = """
 export MASTER_ADDR=10.77.0.1 MASTER_PORT=29511 WORLD_SIZE=2
 GLOO_SOCKET_IFNAME=far RANK=1 there "$@" &
@@ -144,17 +91,8 @@ kill $other
 """
 
 
-def in_networks(script: str) -> list[str]:
-    return ["unshare", "--user", "--map-root-user", "--net", "bash", "-c", NETWORKS + script, "-"]
-
-
 def test_two_nodes(tmp_path: Path) -> None:
-    if not all(shutil.which(tool) for tool in ("unshare", "nsenter", "ip", "bash")):
-        pytest.skip("needs unshare, nsenter (util-linux) and ip (iproute2)")
-    tried = subprocess.run(in_networks("kill $other"), capture_output=True, text=True, timeout=60)
-    if tried.returncode != 0:
-        words = tried.stderr.strip().splitlines() or ["no reason given"]
-        pytest.skip(f"this machine allows no network namespaces: {words[-1]}")
+    need_networks()
     scenes = ["first", "raise", "after"]
     command = [sys.executable, SCRIPT, str(tmp_path), *scenes]
     found = told(run([*in_networks(TWO_NODES), *command]), 2, scenes)
@@ -163,25 +101,19 @@ def test_two_nodes(tmp_path: Path) -> None:
     assert all(line["equal"] and len(line["failures"]) == 1 for line in found["raise"])
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 # Rank 0 of a group whose other rank is late: with a process that does nothing yet, or with none.
 WAITS = """
 import os, signal, sys, threading, torch
-from parastep.diffusers.remote import groups
+from parastep.diffusers.remote import meeting
 
-groups._LATE = 0.2
+meeting._LATE = 0.2
 torch.distributed.init_process_group("gloo") if sys.argv[1] == "idle" else None
 if os.environ["RANK"] == "1":
     sys.stdin.read()
     sys.exit()
 threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
-    groups.group_of(None, torch.device("cpu"))
+    meeting.group_of(None, torch.device("cpu"))
 except KeyboardInterrupt:
     print("interrupted")
 """
@@ -207,7 +139,7 @@ def test_ctrl_c_while_a_rank_is_late(other: str) -> None:
 
 def test_a_group_of_one_is_none() -> None:
     """torchrun with one process: nothing to join."""
-    from parastep.diffusers.remote.groups import group_of
+    from parastep.diffusers.remote.meeting import group_of
 
     before = dict(os.environ)
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

@@ -61,6 +61,28 @@ def test_two_replicas_on_a_device_with_room_for_one(free: dict[str, int]) -> Non
         assert len(texts) == 1 and together.report.ranks == 2
 
 
+@pytest.mark.parametrize("mode", ["threads", "processes"])
+def test_a_forward_needs_room_too(free: dict[str, int], mode: str, monkeypatch: Any) -> None:
+    """The leader's first forward tells how much. A device that is to have a replica after that is
+    asked for both, as one that ran full in its own first forward is.
+    """
+    size = memory.weights_of(host("sd"))
+    free |= {"cpu:1": 10 * size, "cpu:2": 10 * size}
+    highest = iter([size])  # before the first forward, of its encoders
+    monkeypatch.setattr(memory, "allocated_on", lambda _: (size // 2, next(highest, 12 * size)))
+    with parastep.parallelize(host("sd"), ["cpu", "cpu:1", "cpu:2"], mode=mode) as together:
+        with no_warnings():
+            tiny.run(together, CASE.kwargs(steps=STEPS))
+            tiny.run(together, CASE.kwargs(steps=STEPS))
+        assert together._ranks._peak.bytes == 12 * size - size // 2
+        assert together.report.ranks == 3
+        together._ranks._drop(2)
+        with caught() as texts:
+            tiny.run(together, CASE.kwargs(steps=STEPS))
+        assert len(texts) == 1 and "cpu:2 has no room for a replica" in texts[0]
+        assert "with what a forward takes" in texts[0] and together.report.ranks == 2
+
+
 def test_a_team_without_room_for_its_helper(free: dict[str, int]) -> None:
     """The rank is its head alone; a head without room leaves the rank to its helper."""
     free |= {"cpu:1": 0, "cpu:2": 0, "cpu:3": 1 << 40}

@@ -34,7 +34,10 @@ from hosting import (  # noqa: E402
 )
 
 import parastep  # noqa: E402
-from parastep.diffusers import helpers, places, teams  # noqa: E402
+from parastep.diffusers import places  # noqa: E402
+from parastep.diffusers.teams import helpers  # noqa: E402
+from parastep.diffusers.teams.crew import Cuts  # noqa: E402
+from parastep.diffusers.teams.team import Team  # noqa: E402
 from parastep.diffusers.tensors import map_tensors  # noqa: E402
 
 PAIR = ("cpu", "cpu")
@@ -544,6 +547,6 @@ def test_tolerance_0_needs_devices_of_one_kind() -> None:
     """Another kind of device rounds in another way, if not in this forward, then in the next."""
     devices = [torch.device("cpu"), torch.device("meta")]
     for exact in (True, False):
-        team = teams.Team(devices, [], teams.Cuts(), exact, None)
+        team = Team(devices, [], Cuts(), exact, None)
         unsplit = team.record().unsplit or ""
         assert ("needs devices of one kind: cpu and meta" in unsplit) == exact

@@ -68,7 +68,7 @@ def test_a_copy_with_workers() -> None:
 
 
 def test_a_group_says_why_it_is_not_copied() -> None:
-    ranks = Ranks([torch.device("cpu")] * 2, Group(0, 2, {}))
+    ranks = Ranks([torch.device("cpu")] * 2, Group(0, 2, pytest.fail))
     with pytest.raises(parastep.UnsupportedError, match=r"take `\.pipe`"):
         copy.deepcopy(ranks)
 

@@ -133,3 +133,21 @@ def test_skipping() -> None:
         assert forwards == wanted
         off[wanted] = float((result - exact).norm())
     assert off[18] < off[10] < off[4]
+
+
+def test_skipping_continues_curves() -> None:
+    """Order 2 through three outputs is exact for a parabola, and the best setting is found."""
+    program, _, _, x = flow()
+
+    def f(x: Any, step: int) -> Any:
+        return torch.full_like(x, 2.0 + 0.1 * step + 0.05 * step * step)
+
+    exact, _ = rules().sequential(program, f, x)
+    off = {}
+    for order in (0, 1, 2):
+        result, forwards = rules().skipping(program, f, x, 6, warmup=3, order=order)
+        assert forwards == 6
+        off[order] = float((result - exact).norm())
+    assert off[2] < 1e-10 < off[1] < off[0]
+    best, forwards = rules().best_skipping(program, f, x, 6, exact)
+    assert forwards == 6 and float((best - exact).norm()) < 1e-10

@@ -22,7 +22,8 @@ class Case:
     """One pipeline: how to build it, and the arguments of a call.
 
     `decoded` is the `output_type` that makes the pipeline decode, None where there is no decoder;
-    `share` the part of `steps` that really runs (the strength of img2img).
+    `share` the part of `steps` that really runs (the strength of img2img); `loops` how many
+    sampling loops a call has, of `steps` each.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Case:
     steps: int = 12
     decoded: str | None = None
     share: float = 1.0
+    loops: int = 1
 
     def build(self, *, scheduler: Any = None, dtype: torch.dtype = torch.float32) -> Any:
         """Return a new pipeline, equal in every weight to the one of any other build.
@@ -78,7 +80,12 @@ class Case:
         return kwargs | overrides
 
 
-CASES: dict[str, Case] = {}
+CASES: dict[str, Case] = {}  # of one sampling loop
+SEVERAL: dict[str, Case] = {}  # of more than one in a call
+
+
+def case_of(name: str) -> Case:
+    return (CASES | SEVERAL)[name]
 
 
 def case(
@@ -91,7 +98,8 @@ def case(
 
     def register(make: Callable[[], Any]) -> Callable[[], Any]:
         if not needs or hasattr(diffusers, needs):
-            CASES[name] = Case(name, make, args, **fields)
+            made = Case(name, make, args, **fields)
+            (CASES if made.loops == 1 else SEVERAL)[name] = made
         return make
 
     return register

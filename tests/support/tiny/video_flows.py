@@ -45,7 +45,7 @@ def _wan_transformer(gain: float = 1.0, **config: Any) -> Any:
     )
 
 
-def _wan_parts() -> Kwargs:
+def wan_parts() -> Kwargs:
     return {
         "tokenizer": None,
         "text_encoder": None,
@@ -68,20 +68,20 @@ def _wan_parts() -> Kwargs:
 @case("wan", _wan_args, decoded="pt")
 def wan() -> Any:
     """Wan 2.1: two calls a step, latents in fp32."""
-    return diffusers.WanPipeline(**_wan_parts(), transformer=_wan_transformer())
+    return diffusers.WanPipeline(**wan_parts(), transformer=_wan_transformer())
 
 
 @case("wan22", _wan_args, decoded="pt")
 def wan22() -> Any:
     """Wan 2.2 A14B: a second transformer below the boundary."""
     models = {"transformer": _wan_transformer(), "transformer_2": _wan_transformer(1.2)}
-    return diffusers.WanPipeline(**_wan_parts(), **models, boundary_ratio=0.875)
+    return diffusers.WanPipeline(**wan_parts(), **models, boundary_ratio=0.875)
 
 
 @case("wan22_5b", _wan_args, decoded="pt")
 def wan22_5b() -> Any:
     """Wan 2.2 5B: a timestep for every token."""
-    parts = _wan_parts() | {"transformer": _wan_transformer()}
+    parts = wan_parts() | {"transformer": _wan_transformer()}
     return diffusers.WanPipeline(**parts, expand_timesteps=True)
 
 
@@ -92,7 +92,7 @@ def _wan_i2v_args(batch: int, cond: int) -> Kwargs:
 @case("wan_i2v", _wan_i2v_args, decoded="pt")
 def wan_i2v() -> Any:
     """Wan 2.1 from a picture: its latents as further channels, its embeddings beside the text."""
-    parts = _wan_parts() | {
+    parts = wan_parts() | {
         "image_encoder": clip_vision(transformers.CLIPVisionModel),
         "image_processor": clip_processor(),
         "transformer": _wan_transformer(in_channels=12, image_dim=32, added_kv_proj_dim=24),
@@ -107,13 +107,13 @@ def wan22_i2v() -> Any:
         "transformer": _wan_transformer(in_channels=12),
         "transformer_2": _wan_transformer(1.2, in_channels=12),
     }
-    return diffusers.WanImageToVideoPipeline(**_wan_parts(), **models, boundary_ratio=0.875)
+    return diffusers.WanImageToVideoPipeline(**wan_parts(), **models, boundary_ratio=0.875)
 
 
 @case("wan22_5b_i2v", _wan_i2v_args, decoded="pt")
 def wan22_5b_i2v() -> Any:
     """Wan 2.2 5B from a picture: the input's first frame is the picture's, the latents' is not."""
-    parts = _wan_parts() | {"transformer": _wan_transformer()}
+    parts = wan_parts() | {"transformer": _wan_transformer()}
     return diffusers.WanImageToVideoPipeline(**parts, expand_timesteps=True)
 
 

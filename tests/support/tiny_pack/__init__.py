@@ -28,11 +28,12 @@ class TinyModel:
                 "kind": (list(models.KINDS),),
                 "seed": ("INT", {"default": 0}),
                 "slow_ms": ("FLOAT", {"default": 0.0, "max": 1e5}),
-            }
+            },
+            "optional": {"item_ms": ("FLOAT", {"default": 0.0, "max": 1e5})},
         }
 
-    def load(self, kind: str, seed: int, slow_ms: float) -> tuple[Any]:
-        return (models.build(kind, seed, slow_ms),)
+    def load(self, kind: str, seed: int, slow_ms: float, item_ms: float = 0.0) -> tuple[Any]:
+        return (models.build(kind, seed, slow_ms, item_ms),)
 
 
 class TinyRehearsal:

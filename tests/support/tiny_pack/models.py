@@ -325,22 +325,30 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def build(kind: str, seed: int = 0, slow_ms: float = 0.0) -> Any:
-    """A ModelPatcher that the host can clone for other devices; a forward waits `slow_ms` first."""
+def build(kind: str, seed: int = 0, slow_ms: float = 0.0, item_ms: float = 0.0) -> Any:
+    """A ModelPatcher that the host can clone for other devices; a forward waits `slow_ms` first,
+    and `item_ms` for each item of its batch.
+    """
     model = KINDS[kind].make()
     if kind not in DEMOS:
         fill(model.diffusion_model, seed)
     model.eval()
-    if slow_ms:
-        model.diffusion_model.register_forward_pre_hook(lambda *_: time.sleep(slow_ms / 1000))
+    if slow_ms or item_ms:
+
+        def wait(module: Any, args: Any, *_: Any) -> None:
+            time.sleep((slow_ms + item_ms * len(args[0])) / 1000)
+
+        model.diffusion_model.register_forward_pre_hook(wait)
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=DEVICE, offload_device=DEVICE)
-    patcher.cached_patcher_init = (build_again, (kind, seed, slow_ms))
+    patcher.cached_patcher_init = (build_again, (kind, seed, slow_ms, item_ms))
     return patcher
 
 
-def build_again(kind: str, seed: int, slow_ms: float, disable_dynamic: bool = False) -> Any:
+def build_again(
+    kind: str, seed: int, slow_ms: float, item_ms: float, disable_dynamic: bool = False
+) -> Any:
     """What the host calls for a clone on another device."""
-    return build(kind, seed, slow_ms)
+    return build(kind, seed, slow_ms, item_ms)
 
 
 def fill(module: torch.nn.Module, seed: int) -> None:

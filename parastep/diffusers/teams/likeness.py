@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..tracing.draws import Draws
-from .changes import Changes, holders_in
+from ...tracing.draws import Draws
+from ..changes import Changes, holders_in
 
 _REGISTRY = "_diffusers_hook"
 

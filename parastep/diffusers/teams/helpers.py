@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..quiet import thread_name
-from ..threads import HostContext, Task, finish_work
-from .compiling import is_compiled
-from .draws import Drawn, OwnDraws
-from .forwards import Inputs, is_finite
-from .parts import denoisers_of
-from .tensors import map_tensors
+from ...quiet import thread_name
+from ...threads import HostContext, Task, finish_work
+from ..compiling import is_compiled
+from ..draws import Drawn, OwnDraws
+from ..forwards import Inputs, is_finite
+from ..parts import denoisers_of
+from ..tensors import map_tensors
 
 
 class Served(NamedTuple):
@@ -41,10 +41,13 @@ class CannotBeSent(Exception):
 
 
 class Helper(Protocol):
-    """`place`: which of the pipeline's devices it is on; `lost`: why it serves no more, or None."""
+    """`place`: which of the pipeline's devices it is on, `where`: what reports call that; `lost`:
+    why it serves no more, or None.
+    """
 
     device: torch.device
     place: int
+    where: str
     lost: str | None
 
     def start(self, name: str, inputs: Inputs, watched: bool = False) -> Future[Served]:
@@ -75,9 +78,16 @@ def evaluated(
             output = module(*inputs.args, **inputs.kwargs)
     except Drawn as error:
         return Served(None, str(error))
+    output = map_tensors(_settled, output)
     if inputs.state != before:
         return Served(None, "its denoiser writes to its own inputs")
     return Served(output, None if is_finite(output) else NAN, output)
+
+
+def _settled(tensor: torch.Tensor) -> torch.Tensor:
+    """A collective's result is no memory until somebody has waited for it."""
+    settle = getattr(tensor, "trigger_wait", None)  # of torch's AsyncCollectiveTensor
+    return tensor if settle is None else settle()
 
 
 class _Job(NamedTuple):
@@ -92,7 +102,7 @@ class LocalHelper:
     """A thread of this process, from its first call to the end of the pipeline's."""
 
     def __init__(self, replica: Any, device: torch.device, home: torch.device, place: int) -> None:
-        self.device, self.place = device, place
+        self.device, self.place, self.where = device, place, str(device)
         self.lost: str | None = None
         self._home = home
         self._modules = denoisers_of(replica)
