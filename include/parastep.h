@@ -105,7 +105,9 @@ typedef struct ps_layout {
  */
 typedef struct ps_program ps_program;
 
-/* a, b: (steps, history) row-major; c, s, g, alpha: (steps) or NULL for 0, 1, 0, 1.  Copied.
+/* a, b: (steps, history) row-major; c, s, g, alpha: (steps) or NULL for 0, 1, 0 and what s tells:
+ * 1 - s where s never exceeds 1 and rows only move x along m, sqrt(1 - s^2) where they do more than
+ * that, 1 where s exceeds 1 or is not given.  Copied.
  * PS_INVALID where steps or history is below 1, a coefficient is not finite, s is not above 0,
  * alpha is below 0, or a row of the first steps reaches back before step 0 with a coefficient other
  * than 0. */

@@ -71,17 +71,18 @@ class Calibration:
         """
         try:
             plain = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-            table = [Cost(**{k: float(v) for k, v in cost.items()}) for cost in plain.pop("table")]
             scale = plain.pop("scale", 1)  # which files did not name at first
+            if isinstance(scale, int) and scale > SCALE:  # it may hold anything
+                raise _core.InvalidError(_of_another_scale(path, plain.get("version"), scale))
+            table = [Cost(**{k: float(v) for k, v in cost.items()}) for cost in plain.pop("table")]
             found = cls(table=table, **plain)
             found.tolerance = number_of(float(found.tolerance))
+        except _core.Error:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _core.InvalidError(f"{path}: not a calibration of parastep: {error}") from error
         if scale != SCALE:
-            raise _core.InvalidError(
-                f"{path}: made by parastep {found.version}, whose tolerances meant something else "
-                f"(scale {scale}, now {SCALE}): calibrate again"
-            )
+            raise _core.InvalidError(_of_another_scale(path, found.version, scale))
         return found
 
     def __str__(self) -> str:
@@ -93,6 +94,15 @@ class Calibration:
         if not self.reached:
             lines.append(f"none reached {self.target:g} dB: tolerance 0, the exact mode, is left")
         return "\n".join(lines)
+
+
+def _of_another_scale(path: str | pathlib.Path, version: Any, scale: int) -> str:
+    later = scale > SCALE
+    return (
+        f"{path}: made by {'a later' if later else 'an earlier'} parastep, {version}, whose "
+        f"tolerances mean something else (scale {scale}, here {SCALE}): "
+        + ("update parastep, or calibrate again" if later else "calibrate again")
+    )
 
 
 def psnr_of(squared: Sequence[float], peak: float) -> float:

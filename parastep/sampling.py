@@ -185,9 +185,14 @@ def sample(
     is tried with a batch: where it raises, or its outputs are not those that it gives one by one,
     that is a SerialWarning, `report.unbatched` says why, and a rank evaluates one step a round.
 
-    What a drift costs is judged by the program's `s` and `alpha`, with x = alpha x0 + s eps: alpha
-    is sqrt(1 - s^2) where variance is preserved, 1 - s in flows, and 1, the default of `Program`,
-    where it explodes. Left out where it is another, the same tolerance lets far larger errors pass.
+    What a drift costs is judged by the program's `s` and `alpha`, with x = alpha x0 + s eps:
+
+        Program(a, b, s=sigma, alpha=numpy.ones(N))             variance explodes (EDM, k-diffusion)
+        Program(a, b, s=s, alpha=numpy.sqrt(1 - s**2))          variance is preserved (DDPM, DDIM)
+        Program(a, b, s=sigma, alpha=1 - sigma)                 flows (rectified flow, SD3, Flux)
+
+    Where alpha is left out it is inferred from s and the rows: 1 where s exceeds 1, else one of the
+    other two. Without s everything counts as signal, and far larger errors pass at one tolerance.
 
     `tolerance`, `policy`, `max_stride`, `warmup`, `order`, `deadline` and `on_failure` are those of
     `parastep.options.Options`; a follower that is lost is a FollowerWarning and a line in the

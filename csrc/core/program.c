@@ -114,6 +114,37 @@ static ps_status check_size(int steps, int history)
   return PS_OK;
 }
 
+/* Whether every row that is not one of the first keeps the latent as it is and moves it along m. */
+static bool only_moves(const ps_program *program)
+{
+  for (int j = program->history; j < program->steps; ++j) {
+    double kept = 0.0;
+    for (int k = 0; k < program->history; ++k) {
+      kept += program->a[j * program->history + k];
+    }
+    if (fabs(kept - 1.0) > 1e-4) {
+      return false;
+    }
+  }
+  return true;
+}
+
+/* Signal scales that nobody gave.  Noise that begins above 1 is added to samples that stay as they
+ * are, alpha = 1.  Where it never exceeds 1 the latent is a mixture: of a flow, 1 - s, where rows
+ * only move it, and else with its variance preserved. */
+static void infer_alpha(ps_program *program)
+{
+  double most = 0.0;
+  for (int j = 0; j < program->steps; ++j) {
+    most = fmax(most, program->s[j]);
+  }
+  bool mixed = most <= 1.0 + 1e-6, flows = only_moves(program);
+  for (int j = 0; mixed && j < program->steps; ++j) {
+    double s = fmin(program->s[j], 1.0);
+    program->alpha[j] = flows ? 1.0 - s : sqrt(1.0 - s * s);
+  }
+}
+
 ps_status ps_program_create(int steps, int history, const double *a, const double *b,
                             const double *c, const double *s, const double *g, const double *alpha,
                             ps_program **out)
@@ -141,6 +172,8 @@ ps_status ps_program_create(int steps, int history, const double *a, const doubl
   }
   if (alpha != NULL) {
     memcpy(program->alpha, alpha, rows);
+  } else if (s != NULL) {
+    infer_alpha(program);
   }
   return program_seal(program, out);
 }

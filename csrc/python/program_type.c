@@ -355,7 +355,9 @@ PyDoc_STRVAR(
     "A sampler written down as numbers, one row a model call:\n"
     "x_{j+1} = sum_k ( a[j, k] x_{j-k} + b[j, k] m_{j-k} ) + c[j] z_j.\n\n"
     "a, b: (N, H) float64; c noise coefficient, s > 0 noise scale, g rebase slope, alpha signal\n"
-    "scale: (N,), by default 0, 1, 0 and 1.  Raises ShapeError or InvalidError, both ValueError, "
+    "scale: (N,), by default 0, 1, 0, and for alpha what s tells: 1 where it exceeds 1 or is not\n"
+    "given, else 1 - s (a flow) where rows only move x along m, sqrt(1 - s^2) where they do more.\n"
+    "Raises ShapeError or InvalidError, both ValueError, "
     "for tables that\n"
     "do not fit, hold NaN or Inf, reach back before step 0, or have s <= 0.");
 

@@ -10,6 +10,7 @@ runs as it would without us, and the reason is kept for the report.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -100,6 +101,7 @@ class Leader(Speculation):
         self._latents: Latents | None = None  # all of them, once that is over
         self._at = self._calls = 0  # the iteration's step, and its calls of step so far
         self._returned: list[Any] = []  # by the program's last iteration
+        self._edited_before = False  # by a callback, ahead of the last iteration
         self._shown: list[torch.Tensor] = []  # inputs of the iteration's first denoiser call
         self._asked: list[torch.Tensor] | None = None  # the samples the core was asked with
         self._answer: torch.Tensor | None = None  # until all steps of the iteration had their part
@@ -286,7 +288,8 @@ class Leader(Speculation):
         x = self._latents.point(xs)
         answer = torch.empty(x.shape, dtype=self._latents.m_dtype, device=x.device)
         self._asked = [x.detach().clone() for x in xs]  # the host may edit x in place
-        answered = self._told(self.core.ask, self._at, x, answer)
+        wanted = () if self._edited_at_once() else (answer,)
+        answered = self._told(self.core.ask, self._at, x, *wanted)
         if answered:
             self._answered, self._answer = True, answer
         elif answered is False and self.call.meeting is not None and self.call.meeting.leads:
@@ -345,6 +348,16 @@ class Leader(Speculation):
         if self._latents is not None and not all(one.is_finite() for one in self._latents.all):
             return "the pipeline's own latents hold NaN or Inf"
         return "the latents cannot be seen in the denoiser's input"
+
+    def _edited_at_once(self) -> bool:
+        """Whether a callback made an edit at this step alone: it is evaluated, however small. One
+        that edits in every step is part of the loop, and what it does is drift; so is all where
+        drift has no limit, or none of it is let pass.
+        """
+        before, self._edited_before = self._edited_before, self._edited()
+        tolerance = self.options.verified_at
+        limited = tolerance is not None and 0 < tolerance < math.inf
+        return limited and self._edited_before and not before
 
     def _edited(self) -> bool:
         """Whether a callback edited the latents since the last step."""

@@ -110,8 +110,19 @@ class Run:
         report.tolerance = self._options.verified_at
         self._write_teams(report)
         team = report.teams[0] if report.teams else None
-        report.limit = self._options.idle_reason(ranks, team)
+        report.limit = self._options.idle_reason(ranks, team) or self._why_not_guessed(report)
         self.report = report
+
+    def _why_not_guessed(self, report: Report) -> str | None:
+        """A scheduler that cuts what it predicts leaves guesses behind wherever it does."""
+        config = getattr(getattr(self._pipe, "scheduler", None), "config", {})
+        cuts = [name for name in ("clip_sample", "thresholding") if config.get(name)]
+        if not cuts or report.fallback or 2 * report.rounds < report.steps:
+            return None
+        return (
+            f"the scheduler cuts the sample it predicts ({cuts[0]}=True), which guesses do not "
+            f"foresee: {report.rounds} rounds for {report.steps} steps"
+        )
 
     def _write_teams(self, report: Report) -> None:
         """What devices did together, and which of them were lost."""

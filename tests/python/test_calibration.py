@@ -92,6 +92,19 @@ def test_tolerances_that_meant_something_else_are_refused(tmp_path: Any, scale: 
         Calibration.load(path)
 
 
+def test_a_file_of_a_later_version_is_named_as_such(tmp_path: Any) -> None:
+    """Whatever else it holds by then, and however its table looks."""
+    path = tmp_path / "found.json"
+    found_for(50.0, refine=0).save(path)
+    later = json.loads(path.read_text()) | {"scale": SCALE + 1, "profile": [1], "version": "99.1"}
+    for table in (later["table"], [[0.1, 40]], {}):
+        path.write_text(json.dumps(later | {"table": table}))
+        with pytest.raises(
+            parastep.InvalidError, match=r"a later parastep, 99\.1.*update parastep"
+        ):
+            Calibration.load(path)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"table": [{"tolerance": "x"}]}'])
 def test_not_a_calibration(tmp_path: Any, text: str) -> None:
     path = tmp_path / "other.json"

@@ -94,6 +94,26 @@ def test_edited_latents(name: str, at: int | None, in_place: bool) -> None:
     assert distance(result, alone) < 0.5 and report.rounds < 8
 
 
+@pytest.mark.parametrize("name", [n for n in ("sd", "flux") if n in tiny.CASES])
+@pytest.mark.parametrize("max_stride", [1, None])
+def test_a_tiny_edit_is_evaluated(name: str, max_stride: int | None) -> None:
+    """However small it is beside the tolerance; one in every step is drift like any other."""
+    case, pipe = tiny.CASES[name], host(name)
+
+    def run(edit: Callback) -> Any:
+        edited = parallel(pipe, 3, 100.0, max_stride=max_stride)
+        tiny.run(edited, case.kwargs(steps=20, callback_on_step_end=edit))
+        return edited.report
+
+    def own(report: Any) -> set[int]:
+        """Steps that the leader evaluated at the host's own latent."""
+        begins = {sum(report.accepted[:k]) for k in range(report.rounds)}
+        return begins & {line.step for line in report.timeline if line.rank == 0 and line.accepted}
+
+    assert all(at + 1 in own(run(times(1 + 1e-5, at))) for at in (4, 7, 12, 15))
+    assert run(times(1 + 1e-5, None)).rounds < 20
+
+
 def test_edit_shows_as_drift_of_its_step() -> None:
     drifts = []
     for factor in (1.0, 0.2):

@@ -76,6 +76,17 @@ def pipe() -> Any:
     return tiny.CASES["sd"].build()
 
 
+def test_a_clip_is_named_as_what_keeps_a_run_slow(pipe: Any) -> None:
+    """The network is not trained: its clean sample is beyond the clip nearly everywhere."""
+    for clip in (False, True):
+        pipe.scheduler = make("DDIMScheduler clipped" if clip else "DDIMScheduler")
+        ours = parallel(pipe, RANKS, 1e-6)
+        tiny.run(ours, tiny.CASES["sd"].kwargs(steps=20))
+        report = ours.report
+        assert report.rounds <= 21
+        assert (report.limit is not None and "clip_sample=True" in report.limit) == clip
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_scheduler(name: str, pipe: Any) -> None:
     if "DPMSolverSDE" in name:

@@ -60,6 +60,21 @@ def test_defaults():
     assert_tables(Program(program.a, program.b, None, None, None), tables_of(program))
 
 
+def test_signal_that_nobody_gave_is_what_noise_and_rows_tell():
+    preserved, flow = cosine(12), np.linspace(1.0, 0.0, 13)
+    built = {
+        "preserved": Program.ddim(*preserved),
+        "preserved, two steps": Program.dpmpp_2m(*preserved),
+        "flow": Program.flow_euler(flow),
+        "exploding": euler(12),
+    }
+    for name, program in built.items():
+        found = Program(program.a, program.b, program.c, program.s, program.g)
+        np.testing.assert_allclose(found.alpha, program.alpha, atol=1e-9, err_msg=name)
+    given = Program(built["flow"].a, built["flow"].b, s=built["flow"].s, alpha=np.ones(12))
+    assert given.alpha.tolist() == [1.0] * 12
+
+
 def test_tables_are_copied_both_ways():
     tables = arrays()
     kept = {name: table.copy() for name, table in tables.items()}
