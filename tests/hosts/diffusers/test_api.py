@@ -297,9 +297,9 @@ def test_messages_come_once(action: Any) -> None:
 
 
 def test_warning_points_at_the_users_line() -> None:
-    together = parallel(host("ltx_condition"), 2)
-    with pytest.warns(parastep.SerialWarning, match="per_token") as seen:
-        together(**tiny.CASES["ltx_condition"].kwargs(steps=2))
+    together = parallel(host("kandinsky_ddpm"), 2)
+    with pytest.warns(parastep.SerialWarning, match="variance of the noise") as seen:
+        together(**tiny.CASES["kandinsky_ddpm"].kwargs(steps=2))
     assert [w.filename for w in seen if w.category is parastep.SerialWarning] == [__file__]
 
 
