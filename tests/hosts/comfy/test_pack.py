@@ -167,7 +167,7 @@ def test_a_calibration_from_a_file(older, inputs, monkeypatch):
     for name, words in (
         ("mine/c.json", "not a calibration of parastep"),
         ("bytes.json", "not a calibration of parastep"),
-        ("scale.json", "whose tolerances meant something else"),
+        ("scale.json", "whose tolerances mean something else"),
         ("nothing.json", f"there is no file 'nothing.json' in {inputs}"),
         ("mine", "there is no file 'mine'"),
         ("../outside.json", f"put the file into {inputs}, and write its name"),
