@@ -1,8 +1,9 @@
 """What the words of the dial promise, held against the model's own rounding to bfloat16.
 
-The trained models of the demo with their own scheduler and guidance, on seeds that nothing was
-tuned on. PSNR is that of the mean squared error over seeds, of what people see (peak to peak 2),
-the worst seed beside it; the same seeds in bfloat16, every step evaluated, are the measure.
+The trained models of the demo and the judge, with their own scheduler and guidance, on seeds that
+nothing was tuned on. PSNR is that of the mean squared error over seeds, of what people see (peak to
+peak 2), the worst seed beside it; the same seeds in bfloat16, every step evaluated, are the
+measure.
 
     python tests/bench/promise.py --models video --steps 28 50 --ranks 1 8 --seeds 16
 
@@ -18,12 +19,13 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import _models
 import torch
 from _rules import Rows
 from _table import arguments, show, write
 
 import parastep
-from parastep import _core, demo
+from parastep import _core
 from parastep.tolerance import number_of, read
 
 FIRST_SEED = 400  # those of the demo, of the tests and of tuning are not among the next 100
@@ -46,7 +48,7 @@ class Task:
     """A model at a number of steps; evaluates several seeds, each at a step of its own."""
 
     def __init__(self, name: str, scheduler: str | None, steps: int, seeds: Sequence[int]) -> None:
-        self.name, self.model, self.steps, self.seeds = name, demo.load(name), steps, seeds
+        self.name, self.model, self.steps, self.seeds = name, _models.load(name), steps, seeds
         self.program = parastep.trace(self.model.make_scheduler(scheduler), steps)
         self.pipes = {
             dtype: self.model.load(scheduler=scheduler, dtype=dtype)
@@ -197,7 +199,7 @@ def measured(task: Task, options: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     options = arguments(
-        "promise", models=list(demo.NAMES), scheduler="", steps=[28], ranks=[1, 2, 4, 8],
+        "promise", models=list(_models.NAMES), scheduler="", steps=[28], ranks=[1, 2, 4, 8],
         seeds=16, first=FIRST_SEED, tolerance=["balanced"], max_stride=0,
     )  # fmt: skip
     torch.set_num_threads(1)

@@ -1,0 +1,144 @@
+"""The caches that diffusers ships for transformers, each with its best setting for some forwards.
+
+A cache reuses blocks' outputs of the step before; forwards are counted in blocks that were really
+computed, so that what a cache always computes counts. They run as users turn them on, with
+`enable_cache` on a transformer of their own; settings are chosen for every seed by its distance to
+the sequential result, which nobody could do who does not have that already.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from _rules import sequential
+
+Found = tuple[torch.Tensor, float]  # what a run gave, and the forwards that it took
+MOST = 0.5  # forwards that a cache may take beyond those asked for
+TRIES = 12  # of a threshold
+
+
+class Caches:
+    """Of one transformer, for one start: `f` is its guided denoiser, from `x`, `exact` the result.
+
+    `ratios` are the model's own for MagCache, of another start.
+    """
+
+    def __init__(self, network: Any, program: Any, f: Any, x: torch.Tensor) -> None:
+        self._network, self._program, self._f, self._x = network, program, f, x
+        self.exact, _ = sequential(program, f, x)
+
+    def nearest(self, forwards: float, ratios: list[float]) -> dict[str, Found]:
+        """What each of them gives at most at so many forwards, nearest to the exact result."""
+        tried = {
+            "FirstBlockCache": self._with_thresholds(self._first_block, forwards),
+            "MagCache": self._mag(ratios, forwards),
+            "TaylorSeer": self._taylor(forwards),
+        }
+        found = {}
+        for name, runs in tried.items():
+            fitting = [run for run in runs if run[1] <= forwards + MOST]
+            if fitting:
+                found[name] = min(fitting, key=lambda run: float((run[0] - self.exact).norm()))
+        return found
+
+    def ratios(self) -> list[float]:
+        """How the residual's size changes from each step to the next, as MagCache is calibrated."""
+        from diffusers import MagCacheConfig
+
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            self._run(MagCacheConfig(num_inference_steps=len(self._program), calibrate=True))
+        lines = [line for line in printed.getvalue().splitlines() if line.endswith("]")]
+        return [float(ratio) for ratio in ast.literal_eval(lines[-1])]
+
+    # ---- settings --------------------------------------------------------------------------------
+
+    def _first_block(self, threshold: float) -> Any:
+        from diffusers import FirstBlockCacheConfig
+
+        return FirstBlockCacheConfig(threshold=threshold)
+
+    def _mag(self, ratios: list[float], forwards: float) -> Iterator[Found]:
+        from diffusers import MagCacheConfig
+
+        steps = len(self._program)
+        for most in (2, 3, 5, 8):
+            for retention in (0.1, 0.2):
+
+                def config(threshold: float, most: int = most, kept: float = retention) -> Any:
+                    return MagCacheConfig(
+                        threshold=threshold,
+                        max_skip_steps=most,
+                        retention_ratio=kept,
+                        num_inference_steps=steps,
+                        mag_ratios=ratios,
+                    )
+
+                yield from self._with_thresholds(config, forwards)
+
+    def _taylor(self, forwards: float) -> Iterator[Found]:
+        from diffusers import TaylorSeerCacheConfig
+
+        steps = len(self._program)
+        for interval in range(2, 9):
+            for warmup in range(2, steps):
+                computed = warmup + (steps - warmup) // interval
+                for order in (1, 2) if abs(computed - forwards) <= 1 else ():
+                    yield self._run(
+                        TaylorSeerCacheConfig(
+                            cache_interval=interval,
+                            disable_cache_before_step=warmup,
+                            max_order=order,
+                            taylor_factors_dtype=torch.float32,
+                            use_lite_mode=True,
+                        )
+                    )
+
+    def _with_thresholds(self, config: Callable[[float], Any], forwards: float) -> list[Found]:
+        """Runs with thresholds between 0 and 2 that come nearer and nearer to the forwards."""
+        low, high, found = 0.0, 2.0, []
+        for _ in range(TRIES):
+            middle = (low + high) / 2
+            found.append(self._run(config(middle)))
+            if found[-1][1] > forwards + MOST:
+                low = middle
+            else:
+                high = middle
+        return found
+
+    # ---- a run -----------------------------------------------------------------------------------
+
+    def _run(self, config: Any) -> Found:
+        network, computed = self._network, [0]
+        blocks = [
+            block
+            for _, part in network.named_children()
+            if isinstance(part, torch.nn.ModuleList)
+            for block in part
+        ]
+
+        def counted(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                computed[0] += 1
+                return forward(*args, **kwargs)
+
+            return run
+
+        for block in blocks:
+            vars(block)["forward"] = counted(block.forward)
+        try:
+            network.enable_cache(config)
+            try:
+                with network.cache_context("both"):
+                    result, _ = sequential(self._program, self._f, self._x)
+            finally:
+                network.disable_cache()
+        finally:
+            for block in blocks:
+                vars(block).pop("forward", None)
+        return result, computed[0] / len(blocks)
