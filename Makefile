@@ -199,6 +199,10 @@ test-py: $(EDITABLE_STAMP) ## Run the Python tests (PYTEST_ARGS="-k name" for so
 
 # COMFYUI_PATH names a checkout of ComfyUI, COMFYUI_PYTHON a Python with its requirements and pytest.
 COMFYUI_PYTHON ?= $(PY)
+.PHONY: test-groups
+test-groups: $(EDITABLE_STAMP) ## Run all that tests have of process groups, in minutes
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -n 0 -m "sweep or not sweep" $(PYTEST_ARGS) tests/hosts/diffusers/test_group*.py
+
 .PHONY: test-comfy test-comfy-sweep
 test-comfy: ## Run the ComfyUI tests against the checkout at COMFYUI_PATH
 	PYTHONPATH=$(CURDIR) $(COMFYUI_PYTHON) -m pytest $(PYTEST_ARGS) tests/hosts/comfy

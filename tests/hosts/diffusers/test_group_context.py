@@ -4,6 +4,7 @@ groups: Ulysses on CPUs over gloo. What is compared is the pipeline as its user 
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from launching import environment, free_port, in_networks, need_networks, run, t
 import parastep  # noqa: E402
 
 pytestmark = pytest.mark.timeout(280)  # every process imports torch and diffusers
+more = functools.partial(pytest.param, marks=pytest.mark.sweep)  # by `make test-groups` alone
 
 SCRIPT = str(Path(__file__).with_name("group_context_script.py"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -56,7 +58,7 @@ def of_whole_ranks(name: str, count: int, stride: int | None) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "calls"), [("flux", 1), ("wan", 2), ("wan22", 2), ("qwenimage", 2)]
+    ("name", "calls"), [("flux", 1), more("wan", 2), ("wan22", 2), more("qwenimage", 2)]
 )
 def test_two_groups_of_two(tmp_path: Path, name: str, calls: int) -> None:
     scenes = ["0", "rehearse", "0.02", "strided"]
@@ -103,8 +105,17 @@ def by_themselves(scenes: Sequence[str], folder: Path) -> list[str]:
             process.wait()
 
 
-@pytest.mark.parametrize("fault", ["kill", "raise", "hang"])
-@pytest.mark.parametrize(("follower", "leader"), [(1, 5), (6, 1)])
+@pytest.mark.parametrize(
+    ("fault", "follower", "leader"),
+    [
+        ("kill", 1, 5),
+        more("kill", 6, 1),
+        more("raise", 1, 5),
+        ("raise", 6, 1),
+        ("hang", 1, 5),
+        more("hang", 6, 1),
+    ],
+)
 def test_lost_members(tmp_path: Path, fault: str, follower: int, leader: int) -> None:
     """The follower's costs its group, the leader's ends the call with an error that says so."""
     scenes = ["rehearse", f"{fault}:3:{follower}", "0", f"{fault}:1:{leader}", "rehearse"]

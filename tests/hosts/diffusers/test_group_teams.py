@@ -78,7 +78,9 @@ def test_pairs_whose_calls_are_foretold(tmp_path: Path) -> None:
         check_lost(line, 3, "no output within 2 s")
 
 
-@pytest.mark.parametrize(("follower", "leader"), [(1, 4), (4, 2)])
+@pytest.mark.parametrize(
+    ("follower", "leader"), [(1, 4), pytest.param(4, 2, marks=pytest.mark.sweep)]
+)
 def test_killed_helpers(tmp_path: Path, follower: int, leader: int) -> None:
     """Of processes that no launcher looks after: first the follower's, then the leader's."""
     kills = [f"kill:3:{follower}", f"kill:1:{leader}"]
