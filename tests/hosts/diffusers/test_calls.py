@@ -67,7 +67,11 @@ def test_calls_in_a_row() -> None:
         assert torch.equal(result, alone), change
         n = change["steps"]
         assert together.report.rounds == n
-        assert together.report.evaluations == [max(n - rank, 1) for rank in range(3)]
+        if n > 1:
+            assert together.report.evaluations == [max(n - rank, 1) for rank in range(3)]
+        else:  # there is no run: a follower may be at its first evaluation, or not there yet
+            assert together.report.evaluations[0] == 1
+            assert max(together.report.evaluations) == 1
         replicas.append(together._ranks._replicas[1])
     assert all(replica is replicas[0] for replica in replicas)
 
