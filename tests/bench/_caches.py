@@ -23,17 +23,17 @@ TRIES = 12  # of a threshold
 
 
 class Caches:
-    """Of one transformer, for one start: `f` is its guided denoiser, from `x`, `exact` the result.
-
-    `ratios` are the model's own for MagCache, of another start.
-    """
+    """Of one transformer, for one start: `f` is its guided denoiser, from `x`."""
 
     def __init__(self, network: Any, program: Any, f: Any, x: torch.Tensor) -> None:
         self._network, self._program, self._f, self._x = network, program, f, x
-        self.exact, _ = sequential(program, f, x)
 
-    def nearest(self, forwards: float, ratios: list[float]) -> dict[str, Found]:
-        """What each of them gives at most at so many forwards, nearest to the exact result."""
+    def nearest(
+        self, forwards: float, ratios: list[float], exact: torch.Tensor
+    ) -> dict[str, Found]:
+        """What each of them gives at so many forwards at most, nearest to the exact result.
+        `ratios` are the model's own for MagCache, of another start.
+        """
         tried = {
             "FirstBlockCache": self._with_thresholds(self._first_block, forwards),
             "MagCache": self._mag(ratios, forwards),
@@ -43,7 +43,7 @@ class Caches:
         for name, runs in tried.items():
             fitting = [run for run in runs if run[1] <= forwards + MOST]
             if fitting:
-                found[name] = min(fitting, key=lambda run: float((run[0] - self.exact).norm()))
+                found[name] = min(fitting, key=lambda run: float((run[0] - exact).norm()))
         return found
 
     def ratios(self) -> list[float]:

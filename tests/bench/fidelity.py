@@ -140,7 +140,7 @@ class Seed:
             other = Seed(self.task, CALIBRATION_SEEDS[0], self.steps)
             cache = Caches(network, other.program, other.f, other.x)
             self.task.ratios[self.steps] = cache.ratios()
-        return found.nearest(forwards, self.task.ratios[self.steps])
+        return found.nearest(forwards, self.task.ratios[self.steps], self.exact)
 
     def others(self, ranks: int, rounds: int) -> dict[str, tuple[torch.Tensor, float]]:
         """Every other rule, at our rounds or the nearest that it can do."""
