@@ -32,6 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 FAKES = ("libcuda.so.1", "libcublas.so.13", "libnccl.so.2")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 IN_C = ("kernels", "nccl", "sanitizer")
+SKIPPED = 77  # the exit code of a program that has nothing to show here, and has said why
 PROCESSES = ("workers", "group")  # functions of processes.py; the others are those of parts.py
 
 # Seconds that one command of a part may take, in the order of what they are worth.
@@ -230,7 +231,8 @@ def ran(
     if code is None:
         return {**result, "ok": False}
     if code != 0:
-        return {**result, "ok": False, "error": (words or text)[-2000:]}
+        ok = None if code == SKIPPED else False
+        return {**result, "ok": ok, "error": (words or text)[-2000:]}
     if command.wanted not in text:
         return {**result, "ok": False, "error": f"it found no {command.wanted}"}
     del result["error"]
