@@ -76,8 +76,14 @@ build: $(EDITABLE_STAMP) ## Build the extension and install the package into .ve
 ASAN := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 TSAN := -O1 -g -fno-omit-frame-pointer -fsanitize=thread
 
-# CUDA kernels, embedded in image.o where there is an nvcc.
-NVCC ?= $(shell command -v nvcc)
+# CUDA kernels, embedded in image.o where there is an nvcc, be it on the path or where CUDA puts it.
+NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+
+# Says with what image.o was made, so that it is made anew where that changes.
+.PHONY: always
+build/nvcc: always
+	@mkdir -p $(@D)
+	@echo "$(NVCC)" | cmp -s - $@ || echo "$(NVCC)" > $@
 
 build/kernels.fatbin: $(KERNEL_SRC)
 	@mkdir -p $(@D)
@@ -86,6 +92,7 @@ build/kernels.fatbin: $(KERNEL_SRC)
 
 # $(1) is the folder of a build, $(2) its own flags.
 define c_build
+$(1)/obj/csrc/backend/image.o: build/nvcc
 ifneq ($$(NVCC),)
 $(1)/obj/csrc/backend/image.o: CFLAGS += -DPS_KERNEL_IMAGE='"$$(CURDIR)/build/kernels.fatbin"'
 $(1)/obj/csrc/backend/image.o: build/kernels.fatbin
