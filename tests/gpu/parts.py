@@ -165,6 +165,8 @@ class Graphed:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.m = net(self.x)
+        # The next one would be captured with the same workspace, and they are replayed at once.
+        torch._C._cuda_clearCublasWorkspaces()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self.x.copy_(x)
@@ -374,7 +376,7 @@ def half(count: int) -> None:
                 seen = model.decode(own.float().cpu())
                 single.setdefault(seed, seen)
                 floor.append(_decibels(single[seed], seen))
-                for ranks in (4,) if DRY else (1, 2, 4, 8):
+                for ranks in () if kind == kinds[0] else (4,) if DRY else (1, 2, 4, 8):
                     result, report = parastep.sample(program, f, x, ranks=ranks)
                     decibels = _decibels(seen, model.decode(result.float().cpu()))
                     found.setdefault(ranks, []).append((report.rounds, decibels))
