@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +21,11 @@ from hosting import no_warnings, parallel  # noqa: E402
 from parastep.diffusers import local  # noqa: E402
 from parastep.diffusers.call import Call  # noqa: E402
 from parastep.diffusers.forwards import Inputs  # noqa: E402
+from parastep.diffusers.remote import members  # noqa: E402
 from parastep.diffusers.remote.packing import pipeline_to_memory  # noqa: E402
 from parastep.diffusers.replicas import going_along, replicate  # noqa: E402
 from parastep.diffusers.teams import helpers  # noqa: E402
+from parastep.processes.frames import Frame, Kind  # noqa: E402
 
 HOME, THERE = torch.device("cuda", 0), torch.device("cuda", 1)
 META = torch.device("meta")  # a replica's tensors can be told from the leader's there
@@ -200,3 +204,21 @@ def test_a_helper_copies_beside_what_its_head_has_launched(monkeypatch: pytest.M
     assert there is not streams.default[THERE] and home is not streams.default[HOME]
     [ready] = home.waited
     assert there.waited == [ready] and ready.stream is streams.default[HOME]
+
+
+def test_a_member_of_a_context_group_keeps_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    Streams(monkeypatch)
+    seen: list[threading.Thread] = []
+
+    def answers(forwards: Any, modules: Any, device: torch.device) -> Any:
+        seen.append(threading.current_thread())
+        yield from ()
+
+    monkeypatch.setattr(members, "answers", answers)
+    head: Any = object.__new__(members.Head)
+    head._jobs, head.peer = members.Jobs(), SimpleNamespace(send=lambda *told: None)
+    for call in range(1, 4):
+        head._jobs.put(Frame(Kind.END, call, b""))
+        head.take_part(Frame(Kind.SERVE, call, b"null"), {}, THERE)
+        time.sleep(0.05)  # it is idle a moment after it was through
+    assert len(seen) == 3 and len(set(seen)) == 1
