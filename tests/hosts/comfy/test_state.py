@@ -8,6 +8,7 @@ import contextlib
 import functools
 import types
 
+import graphs
 import pytest
 import torch
 from inprocess import build, check_parallel, sample
@@ -288,28 +289,8 @@ def test_what_is_kept_in_modules():
 
 
 def test_a_part_that_replays_a_graph():
-    """A function of torch's, as make_graphed_callables leaves one, with the one output it has."""
-    space = dict(vars(torch.cuda.graphs))
-    exec(
-        """
-def graphed(own):
-    class Graphed:
-        output = None
-
-    def new_fwd(x):
-        m = own(x)
-        if Graphed.output is None:
-            Graphed.output = m.clone()
-        return Graphed.output.copy_(m)
-
-    return new_fwd
-""",
-        space,
-    )
-
     def make(model):
-        net = model.model.diffusion_model.out
-        net.forward = space["graphed"](net.forward)
+        graphs.replay(model.model.diffusion_model.out)
         return model
 
     check_serial(make, "out replays a CUDA graph")

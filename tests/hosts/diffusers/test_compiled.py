@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 
+import graphs  # noqa: E402
 import tiny  # noqa: E402
 from hosting import caught, no_warnings, parallel, threads  # noqa: E402
 
@@ -100,7 +101,7 @@ class Graphed(torch.Tensor):
         return made
 
 
-def graphs(module: Any, inputs: Any) -> Any:
+def graphed(module: Any, inputs: Any) -> Any:
     """A backend for torch.compile."""
 
     def run(*given: Any) -> Any:
@@ -113,7 +114,7 @@ def graphs(module: Any, inputs: Any) -> Any:
 
 def test_outputs_whose_memory_the_next_run_takes_back() -> None:
     case, pipe = tiny.CASES["sd3"], tiny.CASES["sd3"].build()
-    pipe.transformer.compile(backend=graphs, fullgraph=True)
+    pipe.transformer.compile(backend=graphed, fullgraph=True)
     alone = tiny.run(pipe, case.kwargs(steps=6))
     with no_warnings():
         with parallel(pipe, 2, math.inf) as together:
@@ -123,35 +124,11 @@ def test_outputs_whose_memory_the_next_run_takes_back() -> None:
             assert torch.equal(tiny.run(together, case.kwargs(steps=6)), alone)
 
 
-GRAPHED = """
-def graphed(own):
-    class Graphed:
-        output = None
-
-    def new_fwd(*args, **kwargs):
-        m, *rest = own(*args, **kwargs)
-        if Graphed.output is None:
-            Graphed.output = m.clone()
-        return (Graphed.output.copy_(m), *rest)
-
-    return new_fwd
-"""
-
-
-def graph(part: Any) -> None:
-    """As `torch.cuda.make_graphed_callables` leaves a module: a function of torch's is its forward,
-    and gives out the one output that the graph has.
-    """
-    space = dict(vars(torch.cuda.graphs))
-    exec(GRAPHED, space)
-    part.forward = space["graphed"](part.forward)
-
-
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("path", ["", "transformer_blocks.0"])
 def test_a_forward_that_replays_a_graph(ranks: int, path: str) -> None:
     case, pipe = tiny.CASES["sd3"], tiny.CASES["sd3"].build()
-    graph(pipe.transformer.get_submodule(path))
+    graphs.replay(pipe.transformer.get_submodule(path))
     alone = tiny.run(pipe, case.kwargs(steps=20))
     with parallel(pipe, ranks, math.inf, max_stride=None) as together:
         with caught() as texts:
