@@ -15,7 +15,8 @@
 /* Chosen on trained models of three modalities; docs/quality.md has the figures and what they were
  * held against.  Signal and noise are parts of the latent's own scale, signal^2 + noise^2 = 1. */
 static const double SCALE = 0.19;   /* error of the last latent a round may add, at tolerance 1 */
-static const double CARE = 0.03;    /* an error at a step has grown by 1 / (CARE + signal) */
+static const double CARE = 0.03;    /* an error at a step has grown by */
+static const double SETTLED = 2.0;  /* 1 / (CARE + signal (1 + SETTLED signal^2)) */
 static const double SLOPE = 5.0;    /* of the clean sample, that counts for a drift: */
 static const double SPREAD = 0.015; /* SLOPE / (SPREAD + signal^2) */
 static const double KEEP = 5.0;     /* tolerances that what leads a round may come to */
@@ -108,10 +109,12 @@ static double pull_of(const ps_program *program, int step)
   return taken * at.noise * SLOPE / (SPREAD + at.signal * at.signal);
 }
 
-/* How much an error grows until the end: most where a sample's content is still to be decided. */
+/* How much an error grows until the end: most where a sample's content is still to be decided; once
+ * it is, an error shrinks. */
 static double growth_of(const ps_program *program, int step)
 {
-  return 1.0 / (CARE + level_of(program, step).signal);
+  double signal = level_of(program, step).signal;
+  return 1.0 / (CARE + signal * (1.0 + SETTLED * signal * signal));
 }
 
 void ps__pace_begin(ps_leader *leader)
