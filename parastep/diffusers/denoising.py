@@ -62,7 +62,7 @@ class Denoising:
 
     def _share_out(self, first: bool, step: int, name: str, run: Run, *args: Any, **kw: Any) -> Any:
         if first:
-            self._call.team.begin(step)
+            self._call.team.begin(self._call.steps_before(len(self._call.loops)) + step)
         return self._call.team.call(name, run, args, kw)
 
     def count(self, module: torch.nn.Module) -> int:

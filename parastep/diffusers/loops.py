@@ -60,8 +60,6 @@ class Loops:
 
     def why_last(self, calls: int) -> str | None:
         """Why followers cannot go on to a second loop, or None."""
-        if self._call.meeting is not None or self._call.teams or self._call.team is not None:
-            return "and ranks that share forwards cannot follow there"
         if self.encodes:
             return "and the first calls an encoder at its steps"
         if not self.is_over(calls):
