@@ -23,7 +23,8 @@ class Case:
 
     `decoded` is the `output_type` that makes the pipeline decode, None where there is no decoder;
     `share` the part of `steps` that really runs (the strength of img2img); `loops` how many
-    sampling loops a call has, of `steps` each.
+    sampling loops a call has, of `steps` each; `more` says that its loop is of a form that other
+    cases have.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Case:
     decoded: str | None = None
     share: float = 1.0
     loops: int = 1
+    more: bool = False
 
     def build(self, *, scheduler: Any = None, dtype: torch.dtype = torch.float32) -> Any:
         """Return a new pipeline, equal in every weight to the one of any other build.
@@ -80,12 +82,13 @@ class Case:
         return kwargs | overrides
 
 
-CASES: dict[str, Case] = {}  # of one sampling loop
+CASES: dict[str, Case] = {}  # of one sampling loop, which most tests run all of
+MORE: dict[str, Case] = {}  # as well, held to the host's bits alone
 SEVERAL: dict[str, Case] = {}  # of more than one in a call
 
 
 def case_of(name: str) -> Case:
-    return (CASES | SEVERAL)[name]
+    return (CASES | MORE | SEVERAL)[name]
 
 
 def case(
@@ -99,7 +102,7 @@ def case(
     def register(make: Callable[[], Any]) -> Callable[[], Any]:
         if not needs or hasattr(diffusers, needs):
             made = Case(name, make, args, **fields)
-            (CASES if made.loops == 1 else SEVERAL)[name] = made
+            (SEVERAL if made.loops > 1 else MORE if made.more else CASES)[name] = made
         return make
 
     return register
