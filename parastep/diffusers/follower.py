@@ -161,7 +161,7 @@ class Follower:
             if self._between > 0:  # calls of it that belong to no iteration, and fill caches
                 self._between -= 1
                 with self._draws.lifted():
-                    return self._aside(name, run, args, kwargs)
+                    return run(*args, **kwargs)
             ordinal, inputs = self._ordinals[id(module)], inputs_in(args, kwargs)
             self._ordinals[id(module)] += 1
             if self._end is None and not self._walks:
@@ -171,7 +171,7 @@ class Follower:
                 if fake is not None:
                     return fake
             if self._walks:
-                return self._aside(name, run, args, kwargs)
+                return run(*args, **kwargs)
             first = self._step == self._target and self._began_ns == 0
             if first:
                 self._began_ns = _core.now_ns()
@@ -183,7 +183,7 @@ class Follower:
                         self._begin_in_team(self._team)
                     output = self._team.call(name, run, args, kwargs)
                 elif self.call.meeting is None or self._step != self._target:
-                    output = self._aside(name, run, args, kwargs)
+                    output = run(*args, **kwargs)
                 else:
                     call = self.call.meeting.call
                     output = call(self.rank, name, ordinal, first, run, args, kwargs)
@@ -192,12 +192,6 @@ class Follower:
             return output
 
         return hook
-
-    def _aside(self, name: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """What a call gives that is no part of the target's evaluation."""
-        if self._team is None:
-            return run(*args, **kwargs)
-        return self._team.aside(name, run, args, kwargs)
 
     def _begin_in_team(self, team: Team) -> None:
         if not self._opened:

@@ -107,10 +107,6 @@ class Team:
         finally:
             self._crew.longest = max(self._crew.longest, time.perf_counter() - began)
 
-    def aside(self, name: str, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        """A call that is no part of an evaluation: the head makes it."""
-        return run(*args, **kwargs)
-
     def record(self, others: Sequence[Team] = ()) -> TeamRecord:
         """For the report, by the clock of `time.perf_counter`; `others` are of the same devices."""
         teams = (self, *others)

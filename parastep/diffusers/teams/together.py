@@ -185,10 +185,6 @@ class ContextTeam:
             self._likeness.renew()
         return output
 
-    def aside(self, name: str, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        """A call that is no part of an evaluation: nobody can make it alone either."""
-        return self.call(name, run, args, kwargs)
-
     def record(self, others: Sequence[ContextTeam] = ()) -> TeamRecord:
         counts = sum((team._counts for team in (self, *others)), Counter())
         return TeamRecord(
