@@ -76,8 +76,14 @@ build: $(EDITABLE_STAMP) ## Build the extension and install the package into .ve
 ASAN := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 TSAN := -O1 -g -fno-omit-frame-pointer -fsanitize=thread
 
-# CUDA kernels, embedded in image.o where there is an nvcc.
-NVCC ?= $(shell command -v nvcc)
+# CUDA kernels, embedded in image.o where there is an nvcc, be it on the path or where CUDA puts it.
+NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+
+# Says with what image.o was made, so that it is made anew where that changes.
+.PHONY: always
+build/nvcc: always
+	@mkdir -p $(@D)
+	@echo "$(NVCC)" | cmp -s - $@ || echo "$(NVCC)" > $@
 
 build/kernels.fatbin: $(KERNEL_SRC)
 	@mkdir -p $(@D)
@@ -86,6 +92,7 @@ build/kernels.fatbin: $(KERNEL_SRC)
 
 # $(1) is the folder of a build, $(2) its own flags.
 define c_build
+$(1)/obj/csrc/backend/image.o: build/nvcc
 ifneq ($$(NVCC),)
 $(1)/obj/csrc/backend/image.o: CFLAGS += -DPS_KERNEL_IMAGE='"$$(CURDIR)/build/kernels.fatbin"'
 $(1)/obj/csrc/backend/image.o: build/kernels.fatbin
@@ -310,10 +317,13 @@ GPU_PROGRAMS := $(addprefix build/c/gpu/,kernels cases plain nccl) \
 
 .PHONY: gpu gpu-package check-abi check-ptx
 gpu: ## Run everything that needs a GPU; writes out/gpu.json and out/gpu.txt
-	@began=$$(date +%s); mkdir -p build; \
+	@began=$$(date +%s); mkdir -p build; nvcc="$(NVCC)"; \
 	$(GPU_PYTHON) tests/gpu/needs.py || exit 1; \
-	$(MAKE) --no-print-directory --output-sync -j$(GPU_JOBS) $(GPU_PROGRAMS) gpu-package > build/gpu.log 2>&1 \
-	  || { cat build/gpu.log; exit 1; }; \
+	if [ -n "$$nvcc" ] && ! $(MAKE) --no-print-directory build/kernels.fatbin > build/gpu.log 2>&1; then \
+	  cat build/gpu.log; echo "$$nvcc fails: built without kernels"; nvcc=; \
+	fi; \
+	$(MAKE) --no-print-directory --output-sync -j$(GPU_JOBS) NVCC="$$nvcc" $(GPU_PROGRAMS) gpu-package \
+	  > build/gpu.log 2>&1 || { cat build/gpu.log; exit 1; }; \
 	PYTHONPATH=$(CURDIR)/build/gpu/lib$${PYTHONPATH:+:$$PYTHONPATH} PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1 \
 	  $(GPU_PYTHON) tests/gpu/run.py --programs build/c/gpu --began $$began $(GPU_ARGS)
 

@@ -69,7 +69,8 @@ class BuildSideBySide(build_ext):
         """The file that nvcc made of them, now or, by PARASTEP_KERNELS, before."""
         if os.environ.get("PARASTEP_KERNELS"):
             return Path(os.environ["PARASTEP_KERNELS"])
-        nvcc = os.environ.get("PARASTEP_NVCC", shutil.which("nvcc"))
+        found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+        nvcc = os.environ.get("PARASTEP_NVCC", found)
         if not nvcc:
             return None
         image = Path(self.build_temp).resolve() / "kernels.fatbin"

@@ -89,6 +89,20 @@ def is_method(function: Any) -> bool:
     return bool(outer) and outer[-1] != "<locals>"
 
 
+def graphed_part(module: torch.nn.Module, own: Callable[[Any], dict[str, Any]] = vars) -> Any:
+    """The path of a part whose forward torch.cuda.make_graphed_callables has put in place of its
+    own, or None. That replays a CUDA graph in memory of its own, which copies of the part would
+    share: it is a function of torch's, of which nothing can be copied. `own` gives the attributes
+    of a part.
+    """
+    for path, part in module.named_modules():
+        forward = own(part).get("forward")
+        if isinstance(forward, types.FunctionType):
+            if forward.__globals__.get("__name__") == "torch.cuda.graphs":
+                return path
+    return None
+
+
 # ---- the walk ------------------------------------------------------------------------------------
 
 

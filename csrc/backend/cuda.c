@@ -112,8 +112,8 @@ static void destroy(ps__mortal *mortal)
   ps__device_free(rank->device, ps__address(rank->part));
   ps__device_free(rank->device, rank->scratch);
   ps__blas_free(rank->device, rank->blas);
-  ps__pinned_free(rank->device, rank->result);
-  ps__pinned_free(rank->device, rank->staged);
+  ps__pinned_free(rank->device, rank->result, sizeof *rank->result);
+  ps__pinned_free(rank->device, rank->staged, rank->staged_bytes);
   ps__event_free(rank->device, rank->done);
   ps__free(rank);
 }

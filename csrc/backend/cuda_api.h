@@ -106,7 +106,6 @@ enum {
   X(alloc, cuMemAlloc_v2, 0, (CUdeviceptr * p, size_t bytes))                                      \
   X(free, cuMemFree_v2, 0, (CUdeviceptr p))                                                        \
   X(host_alloc, cuMemHostAlloc, 0, (void **p, size_t bytes, unsigned flags))                       \
-  X(host_free, cuMemFreeHost, 0, (void *p))                                                        \
   X(host_pointer, cuMemHostGetDevicePointer_v2, 0, (CUdeviceptr * p, void *host, unsigned flags))  \
   X(copy, cuMemcpyAsync, 0, (CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream))     \
   X(copy_to_host, cuMemcpyDtoHAsync_v2, 0,                                                         \

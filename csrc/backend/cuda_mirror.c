@@ -187,9 +187,7 @@ static cuda_mirror *dead_mirror(const ps__mortal *mortal)
 static void destroy(ps__mortal *mortal)
 {
   cuda_mirror *m = dead_mirror(mortal);
-  if (m->pinned != NULL) {
-    ps__pinned_free(carrier_of(m, PS_NEAR), m->pinned);
-  }
+  ps__pinned_free(carrier_of(m, PS_NEAR), m->pinned, m->bytes);
   for (int k = 0; k < 2; ++k) {
     side *own = &m->side[k];
     if (own->block != 0) {

@@ -38,13 +38,11 @@ ps_status ps__cuda_staged(ps__cuda_rank *rank, size_t bytes)
     return PS_OK;
   }
   ps_status status = ps__device_wait(rank->device, rank->done, NULL);
-  ps__pinned_free(rank->device, rank->staged);
-  rank->staged = NULL;
-  rank->staged_bytes = 0;
   if (status == PS_OK) {
     status = ps__pinned_alloc(rank->device, bytes, &p);
   }
   if (status == PS_OK) {
+    ps__pinned_free(rank->device, rank->staged, rank->staged_bytes);
     rank->staged = p;
     rank->staged_bytes = bytes;
   }

@@ -394,30 +394,82 @@ void ps__device_free_after(const ps__device *device, CUevent event)
   }
 }
 
-ps_status ps__pinned_alloc(const ps__device *device, size_t bytes, void **p)
+/* ---- pinned memory --------------------------------------------------------------------------- */
+
+static pthread_mutex_t pinning = PTHREAD_MUTEX_INITIALIZER;
+
+/* Sizes are powers of two, so that runs of many sizes share blocks. */
+static int pinned_kind(size_t bytes)
+{
+  int kind = 8;
+  while (kind < PS__PINNED_KINDS && (size_t)1 << kind < bytes) {
+    ++kind;
+  }
+  return kind;
+}
+
+static void *take_pinned(ps__device *device, int kind)
+{
+  pthread_mutex_lock(&pinning);
+  void *found = device->pinned[kind];
+  if (found != NULL) {
+    device->pinned[kind] = *(void **)found;
+  }
+  pthread_mutex_unlock(&pinning);
+  return found;
+}
+
+static ps_status make_pinned(const ps__device *device, int kind, void **p)
 {
   ps__scope scope;
   ps_status status = ps__device_enter(device, &scope);
-  *p = NULL;
   if (status == PS_OK) {
-    status =
-        ps__cuda_check(device, ps__cuda.host_alloc(p, bytes, PS__CUDA_PORTABLE | PS__CUDA_MAPPED),
-                       "pinned host memory");
+    status = ps__cuda_check(
+        device, ps__cuda.host_alloc(p, (size_t)1 << kind, PS__CUDA_PORTABLE | PS__CUDA_MAPPED),
+        "pinned host memory");
     ps__device_leave(&scope);
   }
+  return status;
+}
+
+ps_status ps__pinned_alloc(ps__device *device, size_t bytes, void **p)
+{
+  int kind = pinned_kind(bytes);
+  *p = NULL;
+  if (kind == PS__PINNED_KINDS) {
+    return ps__fail(PS_NO_MEMORY, "%zu bytes of pinned host memory", bytes);
+  }
+  *p = take_pinned(device, kind);
+  ps_status status = *p != NULL ? PS_OK : make_pinned(device, kind, p);
   if (status == PS_OK) {
     memset(*p, 0, bytes);
   }
   return status;
 }
 
-void ps__pinned_free(const ps__device *device, void *p)
+void ps__pinned_free(ps__device *device, void *p, size_t bytes)
 {
-  ps__scope scope;
-  if (p != NULL && ps__device_enter(device, &scope) == PS_OK) {
-    ps__cuda.host_free(p);
-    ps__device_leave(&scope);
+  int kind = pinned_kind(bytes);
+  if (p != NULL) {
+    pthread_mutex_lock(&pinning);
+    *(void **)p = device->pinned[kind];
+    device->pinned[kind] = p;
+    pthread_mutex_unlock(&pinning);
   }
+}
+
+int ps__pinned_idle(void)
+{
+  int count = 0;
+  pthread_mutex_lock(&pinning);
+  for (int k = 0; k < PS__DEVICES_MAX * PS__PINNED_KINDS; ++k) {
+    void *const *at = devices[k / PS__PINNED_KINDS].pinned[k % PS__PINNED_KINDS];
+    for (; at != NULL; at = *at) {
+      ++count;
+    }
+  }
+  pthread_mutex_unlock(&pinning);
+  return count;
 }
 
 /* ---- what dies later ------------------------------------------------------------------------- */

@@ -10,7 +10,7 @@
 #include "backend/kernels.h"
 #include "core/base.h"
 
-enum { PS__DEVICES_MAX = 64 };
+enum { PS__DEVICES_MAX = 64, PS__PINNED_KINDS = 48 };
 
 typedef struct ps__device {
   bool open;
@@ -21,7 +21,8 @@ typedef struct ps__device {
   bool compiled; /* kernel is filled in; otherwise this build has none that run here */
   CUfunction kernel[PS__KERNELS];
   CUmemoryPool pool; /* NULL where the driver has none: memory is then freed at a standstill */
-  CUstream taking, giving; /* allocations are in order on the one, frees on the other */
+  CUstream taking, giving;        /* allocations are in order on the one, frees on the other */
+  void *pinned[PS__PINNED_KINDS]; /* idle blocks of 2^k bytes, each with the next one's address */
   uint64_t reaches,
       barred; /* bit of every device whose memory is known to be within reach, or not */
 } ps__device;
@@ -51,9 +52,15 @@ void ps__device_free(ps__device *device, CUdeviceptr p);
 /* The giving stream waits for the event.  event may be NULL. */
 void ps__device_free_after(const ps__device *device, CUevent event);
 
-/* Host memory that all devices reach, at one address. */
-ps_status ps__pinned_alloc(const ps__device *device, size_t bytes, void **p);
-void ps__pinned_free(const ps__device *device, void *p);
+/* Zeroed host memory that all devices reach, at one address.  What is given back is kept for
+ * whoever wants as much next, and never freed: the driver frees pinned memory at a standstill,
+ * which under a receive that waits for another process does not come for as long as that evaluates.
+ */
+ps_status ps__pinned_alloc(ps__device *device, size_t bytes, void **p);
+/* p may be NULL; no work on it is under way any more.  bytes: as it was asked for. */
+void ps__pinned_free(ps__device *device, void *p, size_t bytes);
+/* Blocks of all devices that are kept so. */
+int ps__pinned_idle(void);
 
 ps_status ps__event_new(const ps__device *device, CUevent *event);
 ps_status ps__stream_new(const ps__device *device, CUstream *stream);

@@ -1,6 +1,7 @@
 /* probe.c - private functions of the module through which tests reach views and tensors. */
 #include <string.h>
 
+#include "backend/device.h"
 #include "like.h"
 #include "tensor.h"
 #include "view.h"
@@ -85,6 +86,13 @@ out:
   return result;
 }
 
+static PyObject *probe_pinned_idle(PyObject *module, PyObject *unused)
+{
+  (void)module;
+  (void)unused;
+  return PyLong_FromLong(ps__pinned_idle());
+}
+
 PyMethodDef psb_probe_methods[] = {
     {"_roundtrip", PSB_KEYWORDS(probe_roundtrip), METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("_roundtrip($module, tensor, /, writable=False, name='x')\n--\n\n"
@@ -96,6 +104,10 @@ PyMethodDef psb_probe_methods[] = {
     {"_view", PSB_KEYWORDS(probe_view), METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("_view($module, tensor, /, writable=False)\n--\n\n"
                "(address, dtype, count, ndim, readonly, copied) of what the core would read.  For "
+               "tests.")},
+    {"_pinned_idle", probe_pinned_idle, METH_NOARGS,
+     PyDoc_STR("_pinned_idle($module)\n--\n\n"
+               "Blocks of pinned host memory that no run uses, kept for the next one.  For "
                "tests.")},
     {NULL, NULL, 0, NULL},
 };

@@ -266,9 +266,7 @@ static void destroy(ps__mortal *mortal)
     ps__device_free_after(device, own->last);
     ps__device_free(device, own->block);
   }
-  if (own->sent != NULL) {
-    ps__pinned_free(device, own->sent);
-  }
+  ps__pinned_free(device, own->sent, 2 * sizeof(ps_header));
   ps__event_free(device, own->arrived);
   ps__event_free(device, own->last);
   ps__pair_release(own->pair);

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..reach import Snapshot, difference, is_known, package_of, snapshot
+from ..reach import Snapshot, difference, graphed_part, is_known, package_of, snapshot
 from ..tracing.kdiffusion import AFTER_GUIDANCE
 from .serial import functions_in, is_hosts, kept, name_of
 
@@ -64,7 +64,11 @@ class Look:
             foreign.append(type(guider))
         self._key = tuple(map(_identity, foreign))
         self._findings = _known.setdefault(model, {})
+        graphed = graphed_part(model) if shared else None
         self.reason = kept(self._roots) or self._findings.get(self._key)
+        if graphed is not None:
+            name = graphed or "the model"
+            self.reason = f"{name} replays a CUDA graph, whose memory its copies would share"
         self.needed = bool(foreign) and self.reason is None and self._key not in self._findings
         self.base: Snapshot | None = None
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..marks import elements_of
+from ..reach import graphed_part
 from .changes import plain
 from .compiling import compile_parts, compiled_parts
 from .hooks import attributes_of
@@ -45,6 +46,12 @@ def unfit(pipe: Any, split: Sequence[str] = ()) -> str | None:
     if reason is not None:
         return reason
     for name, module in denoisers_of(pipe).items():
+        graphed = graphed_part(module, attributes_of)
+        if graphed is not None:
+            return (
+                f"{f'{name}.{graphed}'.rstrip('.')} replays a CUDA graph (make_graphed_callables), "
+                "whose memory its copies would share"
+            )
         for part in module.modules() if name not in split else ():
             hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", None)
             if hooks:  # their closures hold the module that they were made for

@@ -31,6 +31,19 @@ def finish_work(*devices: Any) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
+def start_thread(
+    body: Callable[[], None], name: str, device: Any = None
+) -> threading.Thread | kept.Task:
+    """Starts a daemon thread: one that hangs does not keep the process. On a CUDA device the one of
+    this name, if it is idle, that was there in calls before.
+    """
+    if _is_cuda(device):
+        return kept.start(device, name, body)
+    thread = threading.Thread(target=body, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
 class HostContext:
     """The calling thread's context, to be entered in the threads of the followers."""
 
@@ -102,19 +115,12 @@ class HostContext:
         stream: Any = None,
         home: Any = None,
     ) -> threading.Thread | kept.Task:
-        """Starts a daemon thread in this context: one that hangs does not keep the process.  On a
-        CUDA device the one that it was in calls before.
-        """
+        """A thread in this context, as `start_thread` has it."""
 
         def body() -> None:
             with self.entered(name, intraop, device, stream, home):
                 target()
 
         finish_work(device, home)
-
         variables = self.variables.copy()
-        if _is_cuda(device):
-            return kept.start(device, name, functools.partial(variables.run, body))
-        thread = threading.Thread(target=variables.run, args=(body,), name=name, daemon=True)
-        thread.start()
-        return thread
+        return start_thread(functools.partial(variables.run, body), name, device)

@@ -46,7 +46,10 @@ class Task:
             threading.excepthook(threading.ExceptHookArgs(given))
         finally:
             del self.body  # and what it holds
-            self._done.set()
+
+    def end(self) -> None:
+        """Its thread is there for others: whoever waited for the task finds it idle."""
+        self._done.set()
 
     def is_alive(self) -> bool:
         return not self._done.is_set()
@@ -69,9 +72,10 @@ class _Kept:
     def _work(self) -> None:
         while (task := self._next()) is not None:
             task.run()
-            del task
             with _lock:
                 _idle[self._key].append(self)
+            task.end()
+            del task
 
     def _next(self) -> Task | None:
         try:

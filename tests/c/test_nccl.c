@@ -137,6 +137,45 @@ TEST(a_last_message_that_nobody_takes)
   part_ranks(&both);
 }
 
+/* As another run in this process does, again and again. */
+static void *open_and_close(void *ctx)
+{
+  const bool *over = ctx;
+  const ps_backend *backend;
+  while (!__atomic_load_n(over, __ATOMIC_ACQUIRE)) {
+    CHECK_OK(ps_cuda_open(0, &backend));
+    backend->release(backend);
+    pairs_sleep_ms(1);
+  }
+  return NULL;
+}
+
+/* The driver would free it once the leader has heard from a follower that is at work. */
+TEST(pinned_memory_is_kept_while_a_receive_waits)
+{
+  enum { AT_MOST = 12 };
+  ps_link *link;
+  ps_leader *leader;
+  ps_report report;
+  pthread_t thread;
+  float x[PAIR_SIZE];
+  bool over = false;
+  joined both;
+  join_ranks(&both, FALLS_SILENT, 1, 1, 2000);
+  CHECK_OK(ps_nccl_open(both.pair, both.backend, &pairs_layout, 2, &link));
+  CHECK_EQ(pthread_create(&thread, NULL, open_and_close, &over), 0);
+  CHECK_OK(pairs_lead(
+      &(leading){.backend = both.backend, .link = link, .deadline_ns = 300 * INT64_C(1000000)}, x,
+      &report, &leader));
+  __atomic_store_n(&over, true, __ATOMIC_RELEASE);
+  CHECK_EQ(pthread_join(thread, NULL), 0);
+  CHECK(pairs_fake->fake_complaint() == NULL);
+  CHECK(pairs_fake->fake_count().pinned <= AT_MOST);
+  ps_leader_destroy(leader);
+  other_finish(&both.follower);
+  part_ranks(&both);
+}
+
 /* ---- connecting ------------------------------------------------------------------------------ */
 
 TEST(a_rank_that_never_arrives)

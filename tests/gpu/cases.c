@@ -282,6 +282,7 @@ int main(int argc, char **argv)
   int count = argc > 2 ? (int)strtol(argv[2], NULL, 10) : 100, sweeps = 0;
   state = argc > 3 ? strtoull(argv[3], NULL, 10) : UINT64_C(88172645463325252);
   open_device(argc > 1 ? (int)strtol(argv[1], NULL, 10) : 0);
+  need_kernels();
   for (int k = 0; k < count; ++k) {
     if (draw(2)) {
       check_combination();

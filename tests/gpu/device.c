@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backend/device.h"
 #include "device.h"
 
 const ps_backend *gpu, *cpu;
@@ -22,6 +23,18 @@ void open_device(int ordinal)
   cpu = ps_backend_find("cpu");
   need(ps_cuda_open(ordinal, &gpu), "open");
   need(gpu->mirror(gpu, cpu, DEVICE_ROOM, &way), "mirror");
+}
+
+void need_kernels(void)
+{
+  enum { SKIPPED = 77 };
+  if (ps__kernel_image() == NULL) {
+    fprintf(stderr, "built without nvcc: there are no kernels\n");
+    exit(SKIPPED);
+  }
+  need(ps__device_lacks_kernels() ? ps__fail(PS_UNSUPPORTED, "no kernels of this build run here")
+                                  : PS_OK,
+       "open");
 }
 
 void close_device(void)

@@ -13,6 +13,8 @@ extern const ps_backend *gpu, *cpu;
 void need(ps_status status, const char *what);
 
 void open_device(int ordinal);
+/* Ends the program where this build has no kernels, which is said, or none that run here. */
+void need_kernels(void);
 void close_device(void);
 
 /* Memory of the device, zeroed; gpu->free gives it back. */

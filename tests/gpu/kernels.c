@@ -289,6 +289,9 @@ int main(int argc, char **argv)
   ps_cuda_describe(found, sizeof found);
   printf("{\"found\": \"%s\"}\n", found);
   open_device(device);
+  if (!PLAIN) {
+    need_kernels();
+  }
   int wrong = check_all();
   if (argc < 3) {
     bench_all(device);

@@ -8,6 +8,8 @@ whose stride is 2 whatever the tolerance, about the share of rounds that trained
 
 from __future__ import annotations
 
+import gc
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +23,9 @@ import parastep
 
 
 class System(NamedTuple):
-    """A pipeline, its call's arguments, and its steps here."""
+    """A pipeline, its call's arguments, and its steps here. Its denoiser is made on the device; the
+    rest is small, and schedulers compute with NumPy.
+    """
 
     pipe: Any
     arguments: dict[str, Any]
@@ -51,9 +55,10 @@ def audioldm2(home: str, kind: torch.dtype, small: bool) -> System:
             "norm_num_groups": 8,
             "layers_per_block": 1,
         }
-    unet = diffusers.AudioLDM2UNet2DConditionModel(
-        in_channels=8, out_channels=8, attention_head_dim=8, **sizes
-    )
+    with torch.device(home):
+        unet = diffusers.AudioLDM2UNet2DConditionModel(
+            in_channels=8, out_channels=8, attention_head_dim=8, **sizes
+        )
     # Their sizes are all that the loop looks at: frames of 64 bands, 4 to a latent's row.
     vocoder = transformers.SpeechT5HifiGanConfig(
         model_in_dim=64, upsample_initial_channel=8, upsample_rates=[2, 2],
@@ -100,13 +105,15 @@ def cogvideox(home: str, kind: torch.dtype, small: bool) -> System:
             "sample_width": 4, "sample_height": 4, "sample_frames": 9,
         }  # fmt: skip
         size, width = {"height": 32, "width": 32, "num_frames": 9}, 32
+    with torch.device(home):
+        transformer = diffusers.CogVideoXTransformer3DModel(**sizes)
     pipe = diffusers.CogVideoXPipeline(
         tokenizer=None, text_encoder=None,
         vae=diffusers.AutoencoderKLCogVideoX(
             block_out_channels=(8, 8, 8, 8), latent_channels=16, layers_per_block=1,
             norm_num_groups=2, temporal_compression_ratio=4,
         ),
-        transformer=diffusers.CogVideoXTransformer3DModel(**sizes),
+        transformer=transformer,
         scheduler=diffusers.CogVideoXDDIMScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
             prediction_type="v_prediction", rescale_betas_zero_snr=True, set_alpha_to_one=True,
@@ -136,13 +143,15 @@ def svd_xt(home: str, kind: torch.dtype, small: bool) -> System:
         hidden_size=32, projection_dim=1024, intermediate_size=37, num_attention_heads=4,
         num_hidden_layers=1, image_size=224, patch_size=56,
     )  # fmt: skip
+    with torch.device(home):
+        unet = diffusers.UNetSpatioTemporalConditionModel(**sizes)
     pipe = diffusers.StableVideoDiffusionPipeline(
         vae=diffusers.AutoencoderKLTemporalDecoder(
             block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
             latent_channels=4, sample_size=32,
         ),
         image_encoder=transformers.CLIPVisionModelWithProjection(vision),
-        unet=diffusers.UNetSpatioTemporalConditionModel(**sizes),
+        unet=unet,
         scheduler=diffusers.EulerDiscreteScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
             prediction_type="v_prediction", interpolation_type="linear",
@@ -163,6 +172,9 @@ SYSTEMS = {
     "CogVideoX-2b": cogvideox,
     "Stable Video Diffusion XT": svd_xt,
 }
+# Seconds of the part's that each may take: a way that would not be through by then is left out.
+SHARES = {"AudioLDM2-large": 40.0, "CogVideoX-2b": 105.0, "Stable Video Diffusion XT": 75.0}
+_LONG = 4.0  # seconds of a call that is not made twice
 
 
 def ways(home: str) -> dict[str, dict[str, Any]]:
@@ -188,34 +200,49 @@ def measure(
             _measure(name, make, show, timed_call, home, dry)
         except Exception as error:  # one that does not fit leaves the others
             failed.append(f"{name}: {type(error).__name__}: {error}")
-        if not dry:
-            torch.cuda.empty_cache()
+        _reset(dry)
     if failed:
         raise SystemExit("\n".join(failed))
+
+
+def made(make: Any, home: str, dry: bool) -> System:
+    """On its device, in half precision: random weights may be too much for float16's range."""
+    for kind in (torch.float32,) if dry else (torch.float16, torch.bfloat16):
+        torch.manual_seed(0)
+        system: System = make(home, kind, dry)
+        system.pipe.to(home, kind)
+        system.pipe.set_progress_bar_config(disable=True)
+        if bool(torch.isfinite(torch.as_tensor(_call(system, system.pipe, 2)[0])).all()):
+            break
+    return system
+
+
+def _call(system: System, which: Any, steps: int) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return which(**system.arguments, num_inference_steps=steps, generator=generator,
+                 output_type="latent")  # fmt: skip
 
 
 def _measure(
     name: str, make: Any, show: Callable[..., None], timed_call: Any, home: str, dry: bool
 ) -> None:
-    kind = torch.float32 if dry else torch.float16
-    torch.manual_seed(0)
-    with torch.device("cpu" if dry else home):
-        system = make(home, kind, dry)
-    pipe = system.pipe.to(home, kind)
-    pipe.set_progress_bar_config(disable=True)
-    steps = 16 if dry else system.steps
+    until = time.monotonic() + SHARES[name]
+    system = made(make, home, dry)
+    pipe, steps = system.pipe, 16 if dry else system.steps
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    row = {"model": name, "dtype": str(denoiser.dtype), "steps": steps}
 
     def call(which: Any, steps: int = steps) -> Any:
-        generator = torch.Generator().manual_seed(0)
-        return which(**system.arguments, num_inference_steps=steps, generator=generator,
-                     output_type="latent")  # fmt: skip
+        return _call(system, which, steps)
 
-    call(pipe, 2)
     _reset(dry)
     alone = timed_call(lambda: call(pipe))
-    row = {"model": name, "steps": steps}
     show(**row, way="sequential", seconds=alone, ms_a_step=1e3 * alone / steps, **_peak(dry))
+    long = alone > _LONG
     for way, options in ways(home).items():
+        if not dry and time.monotonic() + (1.3 if long else 2.5) * alone > until:
+            show(**row, way=way, not_there="no time left")
+            continue
         _reset(dry)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -225,18 +252,22 @@ def _measure(
                 show(**row, way=way, not_there=str(error))
                 continue
             with parallel:
-                first = timed_call(lambda parallel=parallel: call(parallel))
+                before = 3 if long else steps  # replicas are made, and plans
+                first = timed_call(lambda parallel=parallel, k=before: call(parallel, k))
                 seconds = timed_call(lambda parallel=parallel: call(parallel))
         report = parallel.report
         over = 1e3 * (seconds - report.rounds * alone / steps) / steps
-        show(**row, way=way, seconds=seconds, first_seconds=first, of_sequential=seconds / alone,
-             rounds=report.rounds, forwards=report.forwards, unbatched=report.unbatched,
+        show(**row, way=way, seconds=seconds, first_seconds=first, first_steps=before,
+             of_sequential=seconds / alone, rounds=report.rounds, forwards=report.forwards,
+             unbatched=report.unbatched, shared=sum(team.shared for team in report.teams),
              ms_over_rounds_a_step=over, failures=[line.text for line in report.failures],
              fallback=report.fallback, **_peak(dry))  # fmt: skip
 
 
 def _reset(dry: bool) -> None:
     if not dry:
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 

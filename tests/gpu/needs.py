@@ -28,5 +28,5 @@ if __name__ == "__main__":
     lacking = missing()
     if lacking:
         sys.exit("make gpu needs " + ", ".join(lacking))
-    if shutil.which("nvcc") is None:
+    if not (shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")):
         print("no nvcc: built without kernels, passes are made by cuBLAS", file=sys.stderr)

@@ -32,12 +32,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 FAKES = ("libcuda.so.1", "libcublas.so.13", "libnccl.so.2")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 IN_C = ("kernels", "nccl", "sanitizer")
-PROCESSES = ("workers", "group")  # functions of processes.py; the others are those of parts.py
+SKIPPED = 77  # the exit code of a program that has nothing to show here, and has said why
+NOT_SUPPORTED = "Device not supported"  # what compute-sanitizer says where it cannot attach
+PROCESSES = ("workers", "group", "pairs")  # of processes.py; the others are those of parts.py
 
 # Seconds that one command of a part may take, in the order of what they are worth.
 PARTS = {
     "kernels": 60,
-    "nccl": 60,
+    "nccl": 90,
     "hosts": 90,
     "exact": 90,
     "one_gpu": 90,
@@ -46,6 +48,7 @@ PARTS = {
     "denoisers": 120,
     "workers": 90,
     "group": 90,
+    "pairs": 90,
     "rounds": 60,
     "half": 120,
     "sanitizer": 60,
@@ -230,7 +233,8 @@ def ran(
     if code is None:
         return {**result, "ok": False}
     if code != 0:
-        return {**result, "ok": False, "error": (words or text)[-2000:]}
+        ok = None if code == SKIPPED or NOT_SUPPORTED in text + words else False
+        return {**result, "ok": ok, "error": (words or text)[-2000:]}
     if command.wanted not in text:
         return {**result, "ok": False, "error": f"it found no {command.wanted}"}
     del result["error"]

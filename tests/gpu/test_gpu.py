@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+torch = pytest.importorskip("torch")
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PARTS = (
     "exact", "hosts", "rounds", "one_gpu", "half", "denoisers", "memory", "end_to_end",
@@ -41,8 +43,6 @@ def rows_of(text: str) -> list[dict[str, Any]]:
 def test_a_part_on_the_cpu(
     part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import torch
-
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["parts.py", part, "1", "--dry"])
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -148,6 +148,40 @@ def test_what_is_wanted_of_a_programs_words(runner: Any, tmp_path: pathlib.Path)
         command = runner.Command("plain", words, 60, wanted=wanted)
         result = runner.ran(command, 60.0, dict(os.environ), tmp_path, lambda row: None)
         assert result["ok"] is ok
+
+
+def test_a_program_that_has_nothing_to_show_is_skipped(runner: Any, tmp_path: pathlib.Path) -> None:
+    says = "import sys; print('no kernels', file=sys.stderr); sys.exit({})".format
+    refuses = "import sys; print('==== Device not supported'); sys.exit(9)"
+    for code, ok in ((says(77), None), (says(1), False), (refuses, None)):
+        command = runner.Command("kernels", [sys.executable, "-c", code], 60)
+        result = runner.ran(command, 60.0, dict(os.environ), tmp_path, lambda row: None)
+        assert result["ok"] is ok and result["error"]
+
+
+def test_programs_without_kernels_say_so(programs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Those of a build without nvcc: by cuBLAS there are other bits, which would be no faults."""
+    (tmp_path / "none.c").write_text("const unsigned char *ps__kernel_image(void) { return 0; }\n")
+    built = ROOT / "build/c"
+    objects = [built / f"obj/tests/gpu/{name}.o" for name in ("cases", "device")]
+    command = ["gcc", "-pthread", tmp_path / "none.c", *objects, built / "libparastep.a"]
+    subprocess.run([*command, "-ldl", "-lm", "-o", tmp_path / "cases"], check=True)
+    env = {**os.environ, "LD_PRELOAD": str(built / "fake/libcuda.so.1")}
+    words = [tmp_path / "cases", "0", "3"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == 77 and "built without nvcc" in done.stderr
+
+
+def test_schedulers_are_made_on_the_cpu(runner: Any) -> None:
+    """They compute with NumPy, which takes no tensor of a device; here of one without memory."""
+    import models
+
+    for name, make in models.SYSTEMS.items():
+        pipe = make("meta", torch.float16, True).pipe
+        denoiser = getattr(pipe, "unet", None) or pipe.transformer
+        assert "meta" in {weight.device.type for weight in denoiser.parameters()}, name
+        pipe.scheduler.set_timesteps(20)
+        assert pipe.scheduler.alphas_cumprod.device.type == "cpu"
 
 
 def test_libraries_in_wheels_are_found(

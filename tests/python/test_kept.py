@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -46,6 +47,31 @@ def test_calls_share_a_thread_and_a_stream(streams: Streams) -> None:
     assert there is not streams.default[THERE] and home is not streams.default[HOME]
     other = seen(streams, "parastep-2", THERE, home=HOME)
     assert not set(other) & set(calls[0])
+
+
+class Slow:
+    """A lock that all but this thread come to late."""
+
+    def __init__(self) -> None:
+        self.lock, self.own = threading.Lock(), threading.get_ident()
+
+    def __enter__(self) -> None:
+        if threading.get_ident() != self.own:
+            time.sleep(0.01)
+        self.lock.acquire()
+
+    def __exit__(self, *error: Any) -> None:
+        self.lock.release()
+
+
+def test_a_thread_is_there_again_as_soon_as_its_task_is_done(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "_lock", Slow())
+    threads: set[threading.Thread] = set()
+    for _ in range(3):
+        kept.start(THERE, "parastep-1", lambda: threads.add(threading.current_thread())).join(10)
+    assert len(threads) == 1
 
 
 def test_on_the_leaders_device_there_is_one_stream(streams: Streams) -> None:

@@ -18,9 +18,22 @@ class Stream:
         Stream.made += 1
         self.device = torch.device(device)
         self.synchronized = 0
+        self.waited: list[Event] = []
 
     def synchronize(self) -> None:
         self.synchronized += 1
+
+    def wait_event(self, event: Event) -> None:
+        self.waited.append(event)
+
+
+class Event:
+    """`stream`: where it was recorded."""
+
+    stream: Stream | None = None
+
+    def record(self, stream: Stream) -> None:
+        self.stream = stream
 
 
 class Streams:
@@ -30,6 +43,7 @@ class Streams:
         self.default = {torch.device("cuda", k): Stream(torch.device("cuda", k)) for k in range(4)}
         self._local = threading.local()
         patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "stream", self.stream)
         patch.setattr(torch.cuda, "current_stream", self.current)
 

@@ -20,6 +20,7 @@ import torch
 from ... import _core
 from ...processes.frames import Frame, Kind, Stream
 from ...processes.peer import Peer
+from ...threads import start_thread
 from .helping import RemoteHelper, answers
 
 _MOMENT = 5.0  # seconds for a forward to end when its call has
@@ -170,8 +171,7 @@ class Head:
                 self.peer.send(answer.kind, answer.call, bytes(answer.body))
             self.leave(asked, 0)
 
-        part = threading.Thread(target=work, name="parastep-member", daemon=True)
-        part.start()
+        part = start_thread(work, "parastep-member", device)
         for frame in self._forwards():
             forwards.put(frame)
         forwards.put(None)

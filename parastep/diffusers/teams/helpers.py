@@ -116,7 +116,9 @@ class LocalHelper:
             if self._thread is None:  # in the modes of who calls first, as the head's own call
                 context = HostContext()
                 named = f"{thread_name(self.place)}-helper"
-                self._thread = context.start(self._serve, named, context.threads, self.device)
+                self._thread = context.start(
+                    self._serve, named, context.threads, self.device, home=self._home
+                )
         ready = None
         if self._home.type == "cuda":
             ready = torch.cuda.Event()

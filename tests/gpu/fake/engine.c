@@ -294,6 +294,16 @@ bool fake_is_idle(int device)
   return true;
 }
 
+bool fake_is_spinning(void)
+{
+  for (int k = 0; k < stream_count; ++k) {
+    if (streams[k]->first != NULL && streams[k]->first->ready != NULL) {
+      return true;
+    }
+  }
+  return false;
+}
+
 bool fake_reached(fake_event_state *event)
 {
   fake_work_some(fake_random(4));

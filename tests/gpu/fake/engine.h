@@ -119,6 +119,7 @@ bool fake_reached(fake_event_state *event); /* does some work first, perhaps */
 void fake_work_some(uint32_t pieces);
 void fake_work_all(void);
 bool fake_is_idle(int device);
+bool fake_is_spinning(void); /* whether any stream is in work that waits for another process */
 
 int fake_current(void); /* the device of this thread's context, or -1; libcuda.c */
 

@@ -352,6 +352,9 @@ API CUresult cuMemHostAlloc(void **p, size_t bytes, unsigned flags)
 API CUresult cuMemFreeHost(void *p)
 {
   int error = fake_enter_context("cuMemFreeHost");
+  if (error == FAKE_OK && fake_is_spinning()) { /* all devices stand still */
+    error = fake_complain(FAKE_INVALID_VALUE, "cuMemFreeHost waits for another process");
+  }
   return fake_leave(error == FAKE_OK ? fake_pinned_delete(p) : error);
 }
 

@@ -338,11 +338,6 @@ API int cuMemHostAlloc(void **p, size_t bytes, unsigned flags)
   return 0;
 }
 
-API int cuMemFreeHost(void *p)
-{
-  return cuMemFree_v2((CUdeviceptr)(uintptr_t)p);
-}
-
 API int cuMemHostGetDevicePointer_v2(CUdeviceptr *p, void *host, unsigned flags)
 {
   *p = (CUdeviceptr)(uintptr_t)host;

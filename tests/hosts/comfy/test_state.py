@@ -8,6 +8,7 @@ import contextlib
 import functools
 import types
 
+import graphs
 import pytest
 import torch
 from inprocess import build, check_parallel, sample
@@ -285,6 +286,14 @@ def test_what_is_kept_in_modules():
     for make in (counting_forward, counting_hook):
         check_serial(make)
         check_serial(make, tolerance="rehearse")
+
+
+def test_a_part_that_replays_a_graph():
+    def make(model):
+        graphs.replay(model.model.diffusion_model.out)
+        return model
+
+    check_serial(make, "out replays a CUDA graph")
 
 
 def test_what_is_only_kept_during_a_call():

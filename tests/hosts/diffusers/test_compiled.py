@@ -13,8 +13,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 
+import graphs  # noqa: E402
 import tiny  # noqa: E402
-from hosting import no_warnings, parallel  # noqa: E402
+from hosting import caught, no_warnings, parallel, threads  # noqa: E402
 
 from parastep.diffusers import compiling  # noqa: E402
 from parastep.diffusers.remote.packing import (  # noqa: E402
@@ -100,7 +101,7 @@ class Graphed(torch.Tensor):
         return made
 
 
-def graphs(module: Any, inputs: Any) -> Any:
+def graphed(module: Any, inputs: Any) -> Any:
     """A backend for torch.compile."""
 
     def run(*given: Any) -> Any:
@@ -113,7 +114,7 @@ def graphs(module: Any, inputs: Any) -> Any:
 
 def test_outputs_whose_memory_the_next_run_takes_back() -> None:
     case, pipe = tiny.CASES["sd3"], tiny.CASES["sd3"].build()
-    pipe.transformer.compile(backend=graphs, fullgraph=True)
+    pipe.transformer.compile(backend=graphed, fullgraph=True)
     alone = tiny.run(pipe, case.kwargs(steps=6))
     with no_warnings():
         with parallel(pipe, 2, math.inf) as together:
@@ -121,6 +122,46 @@ def test_outputs_whose_memory_the_next_run_takes_back() -> None:
             assert together.report.rounds < 6 and together.report.fallback is None
         with parallel(pipe, 2) as together:
             assert torch.equal(tiny.run(together, case.kwargs(steps=6)), alone)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("path", ["", "transformer_blocks.0"])
+def test_a_forward_that_replays_a_graph(ranks: int, path: str) -> None:
+    case, pipe = tiny.CASES["sd3"], tiny.CASES["sd3"].build()
+    graphs.replay(pipe.transformer.get_submodule(path))
+    alone = tiny.run(pipe, case.kwargs(steps=20))
+    with parallel(pipe, ranks, math.inf, max_stride=None) as together:
+        with caught() as texts:
+            assert torch.equal(tiny.run(together, case.kwargs(steps=20)), alone)
+        assert len(texts) == 1 and f"{path} replays a CUDA graph" in together.report.fallback
+        assert not together._ranks._replicas
+
+
+class Captures:
+    """A forward that is captured when it is first called, into memory of its own."""
+
+    def __init__(self, own: Any) -> None:
+        self.own, self.output = own, None
+        self.beside: list[str] = []  # threads of followers meanwhile
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        m, *rest = self.own(*args, **kwargs)
+        if self.output is None:
+            self.beside, self.output = threads(), m.clone()
+        self.output.copy_(m)
+        return (self.output, *rest)
+
+
+def test_a_graph_that_the_first_forward_captures() -> None:
+    """Nobody else is at work by then, whose allocations would end the capture."""
+    case, pipe = tiny.CASES["sd3"], tiny.CASES["sd3"].build()
+    alone = tiny.run(pipe, case.kwargs(steps=6))
+    pipe.transformer.forward = Captures(pipe.transformer.forward)
+    with parallel(pipe, 3, math.inf) as together:
+        with caught():
+            assert torch.equal(tiny.run(together, case.kwargs(steps=6)), alone)
+        assert "keeps what it computed" in (together.report.fallback or "")
+    assert pipe.transformer.forward.beside == []
 
 
 @pytest.mark.parametrize("way", ["in place", "around"])

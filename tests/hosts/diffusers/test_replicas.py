@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +20,12 @@ from hosting import no_warnings, parallel  # noqa: E402
 
 from parastep.diffusers import local  # noqa: E402
 from parastep.diffusers.call import Call  # noqa: E402
+from parastep.diffusers.forwards import Inputs  # noqa: E402
+from parastep.diffusers.remote import members  # noqa: E402
 from parastep.diffusers.remote.packing import pipeline_to_memory  # noqa: E402
 from parastep.diffusers.replicas import going_along, replicate  # noqa: E402
+from parastep.diffusers.teams import helpers  # noqa: E402
+from parastep.processes.frames import Frame, Kind  # noqa: E402
 
 HOME, THERE = torch.device("cuda", 0), torch.device("cuda", 1)
 META = torch.device("meta")  # a replica's tensors can be told from the leader's there
@@ -142,6 +148,13 @@ def test_what_goes_along_is_told_to_other_processes() -> None:
     assert [tensor.shape for tensor in along] == [(2,)]
 
 
+class OnHost(torch.Generator):
+    """Of a device that is not there."""
+
+    def __new__(cls, device: Any = None) -> Any:
+        return super().__new__(cls)
+
+
 def test_streams_of_ranks_on_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lane works on the leader's own, for both share memory; others have one for all calls."""
     streams = Streams(monkeypatch)
@@ -153,10 +166,6 @@ def test_streams_of_ranks_on_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def run(self, arguments: Any, random: Any) -> None:
             self.look()
-
-    class OnHost(torch.Generator):
-        def __new__(cls, device: Any = None) -> Any:
-            return super().__new__(cls)
 
     monkeypatch.setattr(local, "Follower", Looks)
     monkeypatch.setattr(local, "cloned_global_generator", OnHost)
@@ -172,3 +181,44 @@ def test_streams_of_ranks_on_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         assert seen[0] is streams.default[HOME]
         assert seen[1] is not seen[0] and seen[2].device == THERE
         assert not before or before == seen
+
+
+def test_a_helper_copies_beside_what_its_head_has_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stream of its own on the head's device too: behind the head's forward there would be
+    nothing left to share. Both of its streams begin where the head asked.
+    """
+    streams = Streams(monkeypatch)
+    seen: list[Any] = []
+
+    def looks(*given: Any) -> Any:
+        seen.append([streams.current(device) for device in (THERE, HOME)])
+        return helpers.Served(None, "looked")
+
+    monkeypatch.setattr(helpers, "evaluated", looks)
+    monkeypatch.setattr(torch, "Generator", OnHost)
+    helper = helpers.LocalHelper(tiny.CASES["sd"].build(), THERE, HOME, 1)
+    helper.start("unet", Inputs((), {})).result(10)
+    assert helper.close(10)
+    [(there, home)] = seen
+    assert (there.device, home.device) == (THERE, HOME)
+    assert there is not streams.default[THERE] and home is not streams.default[HOME]
+    [ready] = home.waited
+    assert there.waited == [ready] and ready.stream is streams.default[HOME]
+
+
+def test_a_member_of_a_context_group_keeps_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    Streams(monkeypatch)
+    seen: list[threading.Thread] = []
+
+    def answers(forwards: Any, modules: Any, device: torch.device) -> Any:
+        seen.append(threading.current_thread())
+        yield from ()
+
+    monkeypatch.setattr(members, "answers", answers)
+    head: Any = object.__new__(members.Head)
+    head._jobs, head.peer = members.Jobs(), SimpleNamespace(send=lambda *told: None)
+    for call in range(1, 4):
+        head._jobs.put(Frame(Kind.END, call, b""))
+        head.take_part(Frame(Kind.SERVE, call, b"null"), {}, THERE)
+        time.sleep(0.05)  # it is idle a moment after it was through
+    assert len(seen) == 3 and len(set(seen)) == 1
