@@ -96,16 +96,27 @@ def case(
 ) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
     """Register the decorated builder as the case `name`; `args(batch, cond)` makes a call.
 
-    `needs` is a class of diffusers that older versions lack: without it there is no such case.
+    `needs` is a class of diffusers that older versions lack, or cannot import: without it there is
+    no such case.
     """
 
     def register(make: Callable[[], Any]) -> Callable[[], Any]:
-        if not needs or hasattr(diffusers, needs):
+        if not needs or _has(needs):
             made = Case(name, make, args, **fields)
             (SEVERAL if made.loops > 1 else MORE if made.more else CASES)[name] = made
         return make
 
     return register
+
+
+def _has(name: str) -> bool:
+    """Whether this diffusers has the class, and all that it imports is installed: some versions
+    import what is not among their requirements.
+    """
+    try:
+        return hasattr(diffusers, name)
+    except RuntimeError:
+        return False
 
 
 def run(pipe: Any, kwargs: Kwargs) -> torch.Tensor:
