@@ -174,7 +174,8 @@ def _wan_vace_args(batch: int, cond: int) -> Kwargs:
     return wan_args(batch, cond) | {"video": torch.stack(video)[None]}
 
 
-@case("wan_vace", _wan_vace_args, more=True, needs="WanVACEPipeline")
+# Versions that have no WanAnimate take no embeddings here.
+@case("wan_vace", _wan_vace_args, more=True, needs="WanAnimatePipeline")
 def wan_vace() -> Any:
     """A video to be edited, through blocks of their own beside the others."""
     transformer = net(
