@@ -22,7 +22,7 @@ from .arguments import guidance_of
 from .call import Followers, Given
 from .hooks import Hooks
 from .leader import Leader
-from .loops import added_up
+from .leader.loops import added_up
 from .ranks import Ranks
 from .tensors import generators_in
 from .watch import Watch

@@ -69,7 +69,7 @@ def test_each_can_fail(monkeypatch, broken, names):
 
 def test_the_pipeline_can_fail(monkeypatch):
     pytest.importorskip("diffusers")
-    from parastep.diffusers import asking
+    from parastep.diffusers.leader import asking
 
     monkeypatch.setattr(asking.Asking, "turn", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

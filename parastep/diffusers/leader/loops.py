@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _core
-from ..report import Failure, Report
-from .call import Call, Loop
-from .tensors import map_tensors, private
+from ... import _core
+from ...report import Failure, Report
+from ..call import Call, Loop
+from ..tensors import map_tensors, private
 
 
 class Ended(NamedTuple):

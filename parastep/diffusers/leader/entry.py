@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..speculation import give_room
-from .call import Call, Followers
-from .listening import Listening
-from .parts import denoisers_of
-from .replicas import denoisers_print
-from .state import State
-from .teams.team import ALTERED
+from ...speculation import give_room
+from ..call import Call, Followers
+from ..listening import Listening
+from ..parts import denoisers_of
+from ..replicas import denoisers_print
+from ..state import State
+from ..teams.team import ALTERED
 
 
 class Entry:

@@ -15,21 +15,21 @@ from typing import Any
 
 import torch
 
-from ..options import Options
-from ..speculation import CROWDED, Speculation, out_of_memory
-from .arguments import inputs_in, named_arguments
+from ...options import Options
+from ...speculation import CROWDED, Speculation, out_of_memory
+from ..arguments import inputs_in, named_arguments
+from ..call import Call, Followers
+from ..hooks import Hooks
+from ..latents import Apart
+from ..parts import denoisers_of
+from ..state import State, averages
+from ..watch import Watch
 from .asking import Asking
-from .call import Call, Followers
 from .denoising import Denoising
 from .entry import Entry
-from .hooks import Hooks
-from .latents import Apart
 from .loops import Ended, Loops
 from .opening import Opening
-from .parts import denoisers_of
-from .state import State, averages
 from .steps import Steps
-from .watch import Watch
 
 _FEWEST = 16  # steps that a lane is worth its own check at step 0 for
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from .batching import LEADER
-from .call import Call
-from .forwards import Inputs
-from .skipping import Outputs
-from .writing import Written
+from ..batching import LEADER
+from ..call import Call
+from ..forwards import Inputs
+from ..skipping import Outputs
+from ..writing import Written
 
 Run = Callable[..., Any]
 

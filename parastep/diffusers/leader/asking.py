@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from .. import _core
-from ..speculation import Speculation
-from . import tokens
-from .latents import Latents
-from .tensors import is_rounded
-from .watch import Watch
+from ... import _core
+from ...speculation import Speculation
+from .. import tokens
+from ..latents import Latents
+from ..tensors import is_rounded
+from ..watch import Watch
 
 
 class Asking:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from .. import _core
-from ..messages import describe
-from .arguments import loop_times
-from .latents import Latent, Latents, refusal
+from ... import _core
+from ...messages import describe
+from ..arguments import loop_times
+from ..latents import Latent, Latents, refusal
 
 _GRADIENTS = "the pipeline takes gradients through the denoiser"
 
