@@ -61,7 +61,7 @@ class Speculation:
             if self.core is not None:
                 self.core.stop(reason)
 
-    def _told(self, ask: Callable[..., Any], *args: Any) -> Any:
+    def told(self, ask: Callable[..., Any], *args: Any) -> Any:
         """What the core says; an error of its own ends speculation, not the host's run."""
         try:
             return ask(*args)

@@ -329,7 +329,7 @@ class Sampling(Speculation):
             self.give_up("the guider tells nobody of its unguided output")
         if self.reason is None:
             output = self._output(x, sigma, denoised, unguided)
-            self._told(self.core.submit, output, began)
+            self.told(self.core.submit, output, began)
             if self._guidance is not None:
                 self._guidance.take(step, output)
         self._check_interrupt()
@@ -412,7 +412,7 @@ class Sampling(Speculation):
         x = self._latents(x)
         answer = torch.empty_like(x, memory_format=torch.contiguous_format)
         while True:
-            answered = self._told(self.core.ask, step, x, answer)
+            answered = self.told(self.core.ask, step, x, answer)
             self._check_interrupt()
             if answered is not None or self.reason is not None:
                 return answer if answered else None
@@ -422,14 +422,14 @@ class Sampling(Speculation):
         """A round in which the model runs at guesses ahead of this call, as in a follower."""
         assert self.core is not None
         model = partial(self._evaluate, unguided=None, arguments=arguments)
-        work = self._told(self.core.work) or []
+        work = self.told(self.core.work) or []
         outputs = []
         for step, point in work:
             self._host.at(0, step)
             outputs.append(self._d(model, step, point))
         for take, given in ((self.core.fill, outputs), (self.core.submit, None)):
             if self.reason is None:
-                self._told(take, given)
+                self.told(take, given)
 
     def _give_noise(self, step: int) -> None:
         """Noise of the rows that the next guesses may pass; what q adds is told anew each time."""
@@ -438,10 +438,10 @@ class Sampling(Speculation):
         if self._guidance is not None:
             for later, z in enumerate(self._guidance.ahead(step, horizon), step):
                 drawn = 0.0 if self._noise is None else self._latents(self._noise[later])
-                self._told(self.core.noise, later, z + drawn)
+                self.told(self.core.noise, later, z + drawn)
         elif self._noise is not None:
             for later in range(max(self._noise_given, step), horizon):
-                self._told(self.core.noise, later, self._noise[later])
+                self.told(self.core.noise, later, self._noise[later])
             self._noise_given = max(self._noise_given, horizon)
 
     def _watch(

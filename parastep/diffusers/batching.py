@@ -76,6 +76,13 @@ class Meeting:
             self._begin_round(1, len(ranks))
             self._began = dict.fromkeys(ranks, 1)
 
+    def begin_loop(self) -> None:
+        """A run is over, and another one is to be opened; who waits here yet was left out."""
+        with self._changed:
+            self._begin_round(0, 0)
+            self._exact.clear()
+            self._began = {}
+
     def begin(self, who: int, company: tuple[int, int, bool]) -> None:
         """A rank takes work; `company` as `Follower.company`. Raises RuntimeError where it had
         better leave, since nothing is gained by evaluating one by one.

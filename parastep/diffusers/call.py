@@ -129,6 +129,10 @@ class Call:
         here = [rank for rank in range(1, self.ranks) if rank not in self.remote]
         return self.lane or any(self.devices[rank] == self.home for rank in here)
 
+    def steps_before(self, loop: int) -> int:
+        """Of the loops before the one of this number."""
+        return sum(each.steps for each in self.loops[:loop])
+
     @property
     def transports(self) -> list[str]:
         """What takes the latents to each rank; nothing to rank 0."""
@@ -221,6 +225,8 @@ class Call:
     def begin_next_loop(self, loop: Loop, lost: dict[int, str]) -> None:
         """A run is over, and another one begins in the same call; not for ranks that were lost."""
         map_tensors(finished, loop.returned)
+        if self.meeting is not None:
+            self.meeting.begin_loop()
         with self._changed:
             self._failed = {**lost, **self._failed}
             self._arrived.clear()

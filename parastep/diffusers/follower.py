@@ -200,7 +200,7 @@ class Follower:
             self._made_from = None  # what forwards write counts for nothing
             team.open(denoisers_of(self.replica))
         self._opened = True
-        team.begin(self._step)
+        team.begin(self.call.steps_before(self._loop) + self._step)
 
     def _step_hook(self, scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         with self._draws.lifted():

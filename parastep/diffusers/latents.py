@@ -7,7 +7,7 @@ it is told here from what the last step returned and from what the denoiser is s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from .iteration import Iteration, widest
 from .tensors import is_rounded
 
 _STEP_TENSORS = ("model_output", "sample", "timestep", "old_pred_original_sample", "timestep_back")
+
+_UNSEEN = 2  # iterations of a loop whose latents may be unknown
 
 
 class Apart(Exception):
@@ -174,11 +176,16 @@ class Latents:
             [latent.shape for latent in self.all],
         )
         self.traced = self.all[0].traced
-        self._drawn = 0  # steps whose noise is known
+        self._drawn = self._given = 0  # steps whose noise is known, and those it was given for
+        self._unseen = 0  # iterations whose latents could not be told
         self._dtype = widest(latent.dtype for latent in self.all)
         self.m_dtype = widest(latent.m_dtype for latent in self.all)
         for latent in self.all:
             latent.stepped(latent.result)
+
+    def __len__(self) -> int:
+        """Steps of the loop."""
+        return len(self.traced)
 
     def point(self, xs: Sequence[torch.Tensor]) -> torch.Tensor:
         return self.form.joined(xs, self._dtype)
@@ -196,10 +203,34 @@ class Latents:
     def coming(self, shown: Sequence[torch.Tensor], edited: bool) -> list[torch.Tensor] | None:
         """The samples that the next steps will be handed; None where one cannot be told."""
         found = [latent.coming(shown, edited) for latent in self.all]
-        return None if any(x is None for x in found) else [x for x in found if x is not None]
+        known = [x for x in found if x is not None]
+        self._unseen += len(known) < len(found)
+        return known if len(known) == len(found) else None
 
-    def noise(self, step: int) -> torch.Tensor | None:
-        """What that step will add, drawn ahead by clones of the generators, in the host's order."""
+    def why_unseen(self) -> str | None:
+        """Why the coming ones cannot be told, where that has been so too often."""
+        if self._unseen <= _UNSEEN:
+            return None
+        if not all(one.is_finite() for one in self.all):
+            return "the pipeline's own latents hold NaN or Inf"
+        return "the latents cannot be seen in the denoiser's input"
+
+    def noise_ahead(self, step: int, horizon: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """What steps before `horizon` will add, of this one or later and not given before: drawn
+        ahead by clones of the generators, in the host's order.
+        """
+        if not self._draws:
+            return
+        for latent in self.all:
+            if latent.noise is not None:
+                latent.noise.release(step)
+        for coming in range(max(self._given, step), horizon):
+            drawn = self._noise(coming)
+            if drawn is not None:
+                yield coming, drawn
+        self._given = max(self._given, horizon)
+
+    def _noise(self, step: int) -> torch.Tensor | None:
         some: list[torch.Tensor] = []
         for each in range(min(self._drawn, step), step + 1):
             drawn = [latent.noise.noise(each) for latent in self.all if latent.noise is not None]
@@ -207,13 +238,8 @@ class Latents:
         self._drawn = max(self._drawn, step + 1)
         return self.point(some) if some and len(some) == len(self.all) else None
 
-    def forget_noise(self, before: int) -> None:
-        for latent in self.all:
-            if latent.noise is not None:
-                latent.noise.release(before)
-
     @property
-    def draws(self) -> bool:
+    def _draws(self) -> bool:
         return any(latent.noise is not None for latent in self.all)
 
     def why_unlike(self, call: int, scheduler: Any, taken_back: bool, x: Any) -> str | None:

@@ -21,7 +21,8 @@ from ..report import HELPER_LOST, Failure, Report, TeamRecord
 from .arguments import guidance_of
 from .call import Followers, Given
 from .hooks import Hooks
-from .leader import Ended, Leader
+from .leader import Leader
+from .leader.loops import added_up
 from .ranks import Ranks
 from .tensors import generators_in
 from .watch import Watch
@@ -52,15 +53,15 @@ class Run:
         call, self._followers, reason = called
         generators = (named["generator"] for named in _given(bound) if "generator" in named)
         generator = next((each for each in generators if each is not None), None)
-        self._leader = Leader(pipe, call, self._followers, generator, options, ranks.state)
-        self._leader.generators = generators_in(*given)
+        drawn = (generator, generators_in(*given))
+        self._leader = Leader(pipe, call, self._followers, *drawn, options, ranks.state)
         if reason is not None:
             self._leader.give_up(reason)
 
     def go(self) -> Any:
         """What the pipe returns; what it raises is raised."""
         leader, ranks, hooks = self._leader, self._ranks, Hooks()
-        if leader.active or leader.team is not None:
+        if leader.active or leader.call.team is not None:
             self._watch_callbacks(hooks)
         with contextlib.ExitStack() as leaving:  # whatever one of these raises, the others are done
             leaving.callback(self._write_report)
@@ -93,14 +94,12 @@ class Run:
         """The core's reports, times from the call's beginning, and what ran without the core."""
         leader, ranks = self._leader, len(self._ranks.shares)
         runs = leader.runs()
-        report = Report(ranks=ranks, evaluations=[0] * ranks)
-        for ended in runs:
-            _add(report, ended)
+        report = added_up(runs, ranks)
         if runs:
             report.transports = leader.call.transports
-        alone = leader.evaluated - leader.submitted
+        alone = leader.steps.evaluated - sum(ended.submitted for ended in runs)
         report.accepted = report.accepted + [1] * alone
-        report.steps = leader.steps + sum(ended.steps for ended in leader.loops)
+        report.steps = leader.steps.count + sum(ended.steps for ended in leader.loops.ended)
         report.rounds += alone
         self._count(report)
         report.rounds -= len(runs) * self._is_lane_idle()
@@ -136,7 +135,7 @@ class Run:
                 why = "one device" if len(devices) == 1 else "it evaluated nothing"
                 report.teams.append(TeamRecord(devices, None, why, 0, 0, 0))
         for rank, teams in helped.items():
-            report.teams.insert(rank, teams[0].record(teams[1:]).since(self._leader.began))
+            report.teams.insert(rank, teams[0].record(teams[1:]).since(self._leader.loops.began))
             for lost in (line for team in teams for line in team.losses):
                 text = f"its helper on {lost.where} was lost: {lost.why}"
                 report.failures.append(Failure(rank, lost.step, HELPER_LOST, text))
@@ -162,46 +161,15 @@ class Run:
     def _count(self, report: Report) -> None:
         """Evaluations of each rank, and forwards, of which a batch is one."""
         leader, meeting = self._leader, self._leader.call.meeting
-        report.evaluations[0] = leader.evaluated
+        report.evaluations[0] = leader.steps.evaluated
         for some in self._followers:
             for rank, evaluated in some.evaluated.items():
-                own = leader.evaluated if rank == 0 else 0  # beside its lane's
+                own = leader.steps.evaluated if rank == 0 else 0  # beside its lane's
                 report.evaluations[rank] = own + evaluated
         report.forwards = sum(report.evaluations)
         if meeting is not None:
-            report.forwards = leader.evaluated - leader.shared + meeting.forwards
+            report.forwards = leader.steps.evaluated - leader.denoising.shared + meeting.forwards
             report.unbatched = meeting.unbatched
-
-
-def _add(report: Report, ended: Ended) -> None:
-    """One more loop of the call's; a rank that was lost is told of once."""
-    own, steps, rounds = Report.from_core(ended.report), report.steps, report.rounds
-    report.ranks, report.evaluations = own.ranks, [0] * own.ranks
-    report.timeline += [
-        r._replace(
-            step=r.step + steps,
-            round=r.round + rounds,
-            begin=r.begin + ended.opened,
-            end=r.end + ended.opened,
-        )
-        for r in own.timeline
-    ]
-    lost = {line.rank for line in report.failures}
-    told = (_told(line, own.not_finite) for line in own.failures if line.rank not in lost)
-    report.failures += [line._replace(step=line.step + steps) for line in told]
-    report.drift += (own.drift + [math.nan] * ended.steps)[: ended.steps]
-    report.accepted += own.accepted
-    report.cost += own.cost
-    for name in ("rounds", "interpolated", "bytes_sent", "answered", "not_finite"):
-        setattr(report, name, getattr(report, name) + getattr(own, name))
-    report.steps += ended.steps
-
-
-def _told(line: Failure, not_finite: int) -> Failure:
-    """A follower is not to blame for what the untouched model does as well."""
-    if not_finite and (line.status == "NOT_FINITE" or "distance nan" in line.text):
-        line = line._replace(text="its output holds NaN or Inf, as the untouched model's own does")
-    return line._replace(step=max(line.step, 0))
 
 
 def _given(bound: inspect.BoundArguments) -> list[dict[str, Any]]:

@@ -37,12 +37,24 @@ class Watch:
         model_changed: Callable[[str], None],
     ) -> None:
         self.latents_edited = False  # by the callback since the last step
+        self._edited_before = False  # ahead of the iteration before
         self._pipe, self._hooks = pipe, hooks
         self._changed, self._model_changed = changed, model_changed
         self._names = names_used(type(pipe)) - set(_OWN_COURSE)
         self._inputs: dict[str, weakref.ref[torch.Tensor]] = {}
         self._parts: Changes | None = None  # of what the loop steps with
         self._ended = False  # a change of the model has been told
+
+    def begin_loop(self) -> None:
+        """Another loop is to come."""
+        self._edited_before = False
+
+    def is_first_edit(self) -> bool:
+        """At the beginning of an iteration: whether the latents were edited ahead of it, and not
+        ahead of the one before.
+        """
+        before, self._edited_before = self._edited_before, self.latents_edited
+        return self.latents_edited and not before
 
     def note_inputs(self, args: Any, kwargs: dict[str, Any]) -> None:
         """Weakly: an input that lives on is the same one in the next step."""

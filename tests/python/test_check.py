@@ -69,9 +69,9 @@ def test_each_can_fail(monkeypatch, broken, names):
 
 def test_the_pipeline_can_fail(monkeypatch):
     pytest.importorskip("diffusers")
-    from parastep.diffusers import leader as adapter
+    from parastep.diffusers.leader import asking
 
-    monkeypatch.setattr(adapter.Leader, "_turn", lambda *_: 1 / 0)
+    monkeypatch.setattr(asking.Asking, "turn", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         check.TESTS["diffusers"]()
 

@@ -18,7 +18,7 @@ class Net(torch.nn.Module):
         self.first, self.last = torch.nn.Linear(9, 8), torch.nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor, t: Any) -> torch.Tensor:
-        time = torch.full((x.shape[0], 1), float(t) / 1000)
+        time = torch.as_tensor(t, dtype=x.dtype).reshape(-1, 1).expand(x.shape[0], 1) / 1000
         return self.last(torch.tanh(self.first(torch.cat([x, time], 1))))
 
 

@@ -56,7 +56,7 @@ def line_of(name: str) -> str:
 
 
 def lines() -> Iterator[str]:
-    for name in sorted(tiny.CASES | tiny.SEVERAL):
+    for name in sorted(tiny.CASES | tiny.MORE | tiny.SEVERAL):
         yield line_of(name)
 
 

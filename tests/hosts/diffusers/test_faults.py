@@ -510,7 +510,9 @@ def test_no_memory_for_the_leader_beside_its_followers(
         poke(together, rank, beside(False))
     with monkeypatch.context() as patch:
         wrap = beside(True)
-        patch.setattr(Leader, "_with_room", lambda self, run, *a: plain(self, wrap(run), *a))
+        patch.setattr(
+            Leader, "_with_room", lambda self, run, *a, **k: plain(self, wrap(run), *a, **k)
+        )
         with caught() as texts:
             result = tiny.run(together, tiny.CASES["sd"].kwargs(steps=6))
     assert torch.equal(result, own("sd", 6).result)

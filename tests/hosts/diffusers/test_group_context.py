@@ -57,6 +57,14 @@ def of_whole_ranks(name: str, count: int, stride: int | None) -> list[int]:
     return together.report.evaluations
 
 
+@pytest.mark.sweep
+def test_two_groups_in_a_second_loop(tmp_path: Path) -> None:
+    out = run([*TORCHRUN, "4", SCRIPT, str(tmp_path), "flux twice", "2", "rehearse"])
+    for line in told(out, 4, ["rehearse"])["rehearse"]:
+        check_shared(line, 1)
+        assert line["equal"] and line["evaluations"] == [2 * STEPS, 2 * (STEPS - 1)], line
+
+
 @pytest.mark.parametrize(
     ("name", "calls"), [("flux", 1), more("wan", 2), ("wan22", 2), more("qwenimage", 2)]
 )

@@ -18,6 +18,7 @@ from chunked import chunked  # noqa: E402
 from hosting import caught, distance, no_warnings  # noqa: E402
 
 import parastep  # noqa: E402
+from parastep.diffusers.follower import Follower  # noqa: E402
 from parastep.diffusers.replicas import AsMade  # noqa: E402
 
 STEPS, LOOPS = 12, 3
@@ -131,22 +132,86 @@ def test_a_worker_that_dies_between_loops(monkeypatch: Any) -> None:
         assert together.report.evaluations[1] == LOOPS * (STEPS - 1)
 
 
-@pytest.mark.parametrize(
-    ("options", "call", "why"),
-    [
-        ({"slots": "batch"}, {}, "share forwards"),
-        ({}, {"within": True}, "calls an encoder at its steps"),
-    ],
-)
-def test_later_loops_that_cannot_be_carried(options: Any, call: Any, why: str) -> None:
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_batches_in_every_loop(name: str, extra: bool) -> None:
+    """Lanes meet in each of them; forwards are as many as rounds, but for what is called beside."""
+    pipe = chunked(SCHEDULERS[name]())
+    alone = result_of(pipe, extra=extra)
+    for tolerance in ("rehearse", math.inf):
+        options = {"slots": "batch", "tolerance": tolerance, "max_stride": 1}
+        with parastep.parallelize(pipe, ["cpu"] * 3, **options) as together:
+            for _ in range(3):
+                with no_warnings():
+                    result = result_of(together, extra=extra)
+                report = together.report
+                assert report.unbatched is None and not report.failures
+                assert report.steps == sum(report.accepted) == LOOPS * STEPS
+                if tolerance == "rehearse":  # the leader's own are no part of batches
+                    assert distance(result, alone) < 1e-5 and report.rounds == LOOPS * STEPS
+                    assert report.forwards == LOOPS * (STEPS + STEPS - 1)
+                else:  # but for step 0, which is evaluated alone and once more in a batch
+                    assert report.rounds == LOOPS * (1 + math.ceil((STEPS - 1) / 3))
+                    assert report.forwards == report.rounds + LOOPS
+
+
+@pytest.mark.parametrize("at", range(LOOPS))
+def test_a_lane_that_fails_in_some_loop(at: int, monkeypatch: Any) -> None:
+    """The others meet without it from there on, in later loops too."""
     pipe = chunked(SCHEDULERS["ddim"]())
-    alone = result_of(pipe, **call)
-    together = parastep.parallelize(pipe, ["cpu"] * 3, tolerance="rehearse", **options)
+    alone = result_of(pipe)
+    together = parastep.parallelize(pipe, ["cpu"] * 3, tolerance="rehearse", slots="batch")
+    result_of(together)
+    set_timesteps = Follower._set_timesteps
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.rank == 2 and len(self.call.loops) >= at:
+            raise RuntimeError("on purpose")
+        return set_timesteps(self, *args, **kwargs)
+
+    monkeypatch.setattr(Follower, "_set_timesteps", failing)
+    with caught() as texts:
+        assert distance(result_of(together), alone) < 1e-5
+    report = together.report
+    assert [line.rank for line in report.failures] == [2] and len(texts) == 1
+    assert report.evaluations[1] == LOOPS * (STEPS - 1) and report.unbatched is None
+    assert report.evaluations[2] <= (at + 1) * (STEPS - 2)
+
+
+@pytest.mark.parametrize("mode", ["threads", "processes"])
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("skyreels_df_long", "rehearse"), ("freeinit", 1e-9)]
+)
+def test_teams_in_every_loop(name: str, tolerance: Any, mode: str) -> None:
+    """Calls and batches are shared out in each loop, at the leader and its follower."""
+    if name not in tiny.SEVERAL:
+        pytest.skip("diffusers has no such pipeline")
+    case, pipe = tiny.SEVERAL[name], hosting.host(name)
+    alone = tiny.run(pipe, case.kwargs(steps=8))
+    options = {"mode": mode, "tolerance": tolerance}
+    with parastep.parallelize(pipe, [("cpu", "cpu")] * 2, **options) as together:
+        for _ in range(2):
+            with no_warnings():
+                result = tiny.run(together, case.kwargs(steps=8))
+        report = together.report
+    assert torch.equal(result, alone) or (
+        tolerance != "rehearse" and distance(result, alone) < 1e-4
+    )
+    assert report.fallback is None
+    assert report.evaluations == [case.loops * 8, case.loops * 7]
+    for team in report.teams:
+        assert {share.step // 8 for share in team.served} == set(range(case.loops))
+
+
+def test_later_loops_that_cannot_be_carried() -> None:
+    pipe = chunked(SCHEDULERS["ddim"]())
+    alone = result_of(pipe, within=True)
+    together = parastep.parallelize(pipe, ["cpu"] * 3, tolerance="rehearse")
     for _ in range(3):
         with caught():
-            assert torch.equal(result_of(together, **call), alone)
+            assert torch.equal(result_of(together, within=True), alone)
         assert "second sampling loop" in together.report.fallback
-        assert why in together.report.fallback
+        assert "calls an encoder at its steps" in together.report.fallback
 
 
 @pytest.mark.parametrize("name", tiny.SEVERAL)

@@ -89,6 +89,10 @@ def test_guiders(name: str) -> None:
         alone = result_of(built(GUIDERS[name]))
     except (AttributeError, TypeError) as error:  # not in every version, nor with all options
         pytest.skip(f"this diffusers has no such guider: {error}")
+    except ValueError as error:  # an early modular pipeline takes only what it has loaded itself
+        if "ComponentSpec" not in str(error):
+            raise
+        pytest.skip(f"this diffusers' modular pipelines take no modules: {error}")
     for tolerance in (0.0, 0.02):
         together = parallel(built(GUIDERS[name]), RANKS, tolerance)
         for _ in range(3):

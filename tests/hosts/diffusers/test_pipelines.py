@@ -36,13 +36,15 @@ SERIAL = {
 }
 SERIAL = {name: reason for name, reason in SERIAL.items() if name in tiny.CASES}
 PARALLEL = [name for name in tiny.CASES if name not in SERIAL]
-STEPS = {name: case.steps * 3 // 4 for name, case in tiny.CASES.items()}  # 9 that really run
+STEPS = {
+    name: case.steps * 3 // 4 for name, case in (tiny.CASES | tiny.MORE).items()
+}  # 9 that really run
 VARYING = ("sd3_slg",)  # more denoiser calls in some iterations than in others
 
 
 def call(name: str, ranks: int, tolerance: float, **kwargs: Any) -> tuple[torch.Tensor, Any, Any]:
     """The result of a parallel call, its report, and the generator it drew from."""
-    case, pipe = tiny.CASES[name], parallel(host(name), ranks, tolerance)
+    case, pipe = tiny.case_of(name), parallel(host(name), ranks, tolerance)
     given = case.kwargs(**kwargs)
     result = tiny.run(pipe, given)
     pipe.close()
@@ -86,7 +88,7 @@ def check_no_limit(name: str, ranks: int, steps: int) -> None:
     assert result.isfinite().all() and distance(result, alone.result) < 0.8
 
 
-@pytest.mark.parametrize("name", PARALLEL)
+@pytest.mark.parametrize("name", [*PARALLEL, *tiny.MORE])
 def test_exact(name: str) -> None:
     check_exact(name, 4, STEPS[name])
 
@@ -163,7 +165,7 @@ def test_the_page_has_a_line_for_every_pipeline() -> None:
     """That of docs/diffusers.md, which table.py writes."""
     folder = pathlib.Path(__file__).parent
     table = runpy.run_path(str(folder / "table.py"))
-    assert table["named"](table["PAGE"].read_text()) >= set(tiny.CASES | tiny.SEVERAL)
+    assert table["named"](table["PAGE"].read_text()) >= set(tiny.CASES | tiny.MORE | tiny.SEVERAL)
 
 
 @pytest.mark.parametrize("name", ["sd", "flux"])

@@ -464,6 +464,7 @@ def test_a_lost_helper_costs_speed(name: str, count: int, fault: Any, number: in
     assert left() == []
 
 
+@pytest.mark.skipif("z_image" not in tiny.CASES, reason="not in this diffusers")
 @pytest.mark.parametrize("fault", [not_finite, another_form])
 def test_a_helper_that_gives_lists(fault: Any) -> None:
     """An entry for each item, of which a host may take any shape."""

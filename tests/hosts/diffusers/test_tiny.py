@@ -15,11 +15,13 @@ diffusers = pytest.importorskip("diffusers")
 import hosting  # noqa: E402
 import tiny  # noqa: E402
 
+MORE = [pytest.param(name, marks=pytest.mark.sweep) for name in tiny.MORE]
 
-@pytest.fixture(params=list(tiny.CASES), scope="module")
+
+@pytest.fixture(params=[*tiny.CASES, *MORE], scope="module")
 def host(request: pytest.FixtureRequest) -> tuple[tiny.Case, Any]:
     """Return a case and its pipeline."""
-    return tiny.CASES[request.param], hosting.host(request.param)
+    return tiny.case_of(request.param), hosting.host(request.param)
 
 
 def rms(x: torch.Tensor) -> float:
@@ -53,6 +55,8 @@ def test_calls_repeat_and_depend(host: tuple[tiny.Case, Any]) -> None:
 
 def test_batch_items_differ(host: tuple[tiny.Case, Any]) -> None:
     case, pipe = host
+    if case.name in ("prx", "wan_vace"):
+        pytest.skip("diffusers fails at more than one with guidance, or refuses")
     pair = tiny.run(pipe, case.kwargs(steps=2, batch=2))
     assert pair.shape[0] == 2
     assert rms(pair[0] - pair[1]) > 0.03 * rms(pair)
@@ -81,8 +85,9 @@ def test_output_depends_on_time(host: tuple[tiny.Case, Any]) -> None:
     tiny.run(pipe, case.kwargs(steps=4))
     handle.remove()
     (args, kwargs), (last_args, last_kwargs) = calls[0], calls[-1]
-    if "timestep" in kwargs:
-        late = (args, kwargs | {"timestep": last_kwargs["timestep"]})
+    time = next((name for name in ("timestep", "timesteps") if name in kwargs), None)
+    if time is not None:
+        late = (args, kwargs | {time: last_kwargs[time]})
     else:
         late = ((args[0], last_args[1], *args[2:]), kwargs)
     with torch.no_grad():

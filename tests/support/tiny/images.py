@@ -73,7 +73,7 @@ def sd3() -> Any:
 case("sd3_slg", _sd3_slg_args, decoded="pt")(sd3)
 
 
-def _flux_args(batch: int, cond: int) -> Kwargs:
+def flux_args(batch: int, cond: int) -> Kwargs:
     return {
         "prompt_embeds": tensor("flux", cond, batch, 12, 32),
         "pooled_prompt_embeds": tensor("fluxp", cond, batch, 32),
@@ -84,14 +84,14 @@ def _flux_args(batch: int, cond: int) -> Kwargs:
 
 
 def _flux_cfg_args(batch: int, cond: int) -> Kwargs:
-    return _flux_args(batch, cond) | {
+    return flux_args(batch, cond) | {
         "negative_prompt_embeds": tensor("flux-", 0, batch, 12, 32),
         "negative_pooled_prompt_embeds": tensor("fluxp-", 0, batch, 32),
         "true_cfg_scale": 3.0,
     }
 
 
-def _flux_parts() -> Kwargs:
+def flux_parts(**config: Any) -> Kwargs:
     return {
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, shift=3.0, base_image_seq_len=64, max_image_seq_len=256
@@ -104,7 +104,10 @@ def _flux_parts() -> Kwargs:
         "text_encoder_2": None,
         "tokenizer_2": None,
         "transformer": net(
-            diffusers.FluxTransformer2DModel, gains=DIT_GAINS, num_layers=1, **_FLUX_SIZES
+            diffusers.FluxTransformer2DModel,
+            gains=DIT_GAINS,
+            num_layers=1,
+            **_FLUX_SIZES | config,
         ),
     }
 
@@ -122,34 +125,34 @@ _FLUX_SIZES = {
 }
 
 
-@case("flux", _flux_args, decoded="pt")
+@case("flux", flux_args, decoded="pt")
 def flux() -> Any:
     """Packed latents (B, tokens, 16), one call a step with the guidance as an input."""
-    return diffusers.FluxPipeline(**_flux_parts())
+    return diffusers.FluxPipeline(**flux_parts())
 
 
 def _flux_controlnet_args(batch: int, cond: int) -> Kwargs:
-    return _flux_args(batch, cond) | {"control_image": picture("control", cond, batch, 3, 32, 32)}
+    return flux_args(batch, cond) | {"control_image": picture("control", cond, batch, 3, 32, 32)}
 
 
 @case("flux_controlnet", _flux_controlnet_args, decoded="pt")
 def flux_controlnet() -> Any:
     """A ControlNet on packed latents, on a picture that the VAE encodes."""
     controlnet = net(diffusers.FluxControlNetModel, gains=DIT_GAINS, num_layers=1, **_FLUX_SIZES)
-    return diffusers.FluxControlNetPipeline(**_flux_parts(), controlnet=controlnet)
+    return diffusers.FluxControlNetPipeline(**flux_parts(), controlnet=controlnet)
 
 
 # True guidance: two calls a step, one an item of conditioning.
 case("flux_cfg", _flux_cfg_args, decoded="pt")(flux)
 
 
-def _qwenimage_args(batch: int, cond: int) -> Kwargs:
+def qwenimage_args(batch: int, cond: int) -> Kwargs:
     args = text_args("qwen", batch, cond, mask=True)
     args = {key.replace("attention_mask", "embeds_mask"): args[key] for key in args}
     return args | {"height": 64, "width": 64, "true_cfg_scale": 3.0}
 
 
-def _qwenimage_parts() -> Kwargs:
+def qwenimage_parts() -> Kwargs:
     return {
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, shift_terminal=0.02, time_shift_type="exponential"
@@ -172,21 +175,25 @@ def _qwenimage_parts() -> Kwargs:
     }
 
 
-@case("qwenimage", _qwenimage_args)
+@case("qwenimage", qwenimage_args)
 def qwenimage() -> Any:
     """Two calls a step, the guided output rescaled to the norm of the conditional one."""
-    return diffusers.QwenImagePipeline(**_qwenimage_parts())
+    return diffusers.QwenImagePipeline(**qwenimage_parts())
 
 
 def _qwenimage_img2img_args(batch: int, cond: int) -> Kwargs:
     image = picture("qwen", cond, batch, 3, 64, 64)
-    return _qwenimage_args(batch, cond) | {"image": image, "strength": 0.75}
+    return qwenimage_args(batch, cond) | {"image": image, "strength": 0.75}
 
 
 @case("qwenimage_img2img", _qwenimage_img2img_args, steps=16, share=0.75, decoded="pt")
 def qwenimage_img2img() -> Any:
     """From a picture with noise, over the later part of the timesteps."""
-    vae = net(
+    return diffusers.QwenImageImg2ImgPipeline(**qwenimage_parts() | {"vae": qwenimage_vae()})
+
+
+def qwenimage_vae() -> Any:
+    return net(
         diffusers.AutoencoderKLQwenImage,
         base_dim=4,
         z_dim=4,
@@ -196,7 +203,6 @@ def qwenimage_img2img() -> Any:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
-    return diffusers.QwenImageImg2ImgPipeline(**_qwenimage_parts() | {"vae": vae})
 
 
 def _pixart_args(batch: int, cond: int) -> Kwargs:

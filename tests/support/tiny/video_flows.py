@@ -20,7 +20,7 @@ from .parts import (
 )
 
 
-def _wan_args(batch: int, cond: int) -> Kwargs:
+def wan_args(batch: int, cond: int) -> Kwargs:
     return text_args("wan", batch, cond) | {
         "height": 32,
         "width": 32,
@@ -29,7 +29,7 @@ def _wan_args(batch: int, cond: int) -> Kwargs:
     }
 
 
-def _wan_transformer(gain: float = 1.0, **config: Any) -> Any:
+def wan_transformer(gain: float = 1.0, **config: Any) -> Any:
     return net(
         diffusers.WanTransformer3DModel,
         gains=DIT_GAINS | {"proj_out": gain},
@@ -65,28 +65,28 @@ def wan_parts() -> Kwargs:
     }
 
 
-@case("wan", _wan_args, decoded="pt")
+@case("wan", wan_args, decoded="pt")
 def wan() -> Any:
     """Wan 2.1: two calls a step, latents in fp32."""
-    return diffusers.WanPipeline(**wan_parts(), transformer=_wan_transformer())
+    return diffusers.WanPipeline(**wan_parts(), transformer=wan_transformer())
 
 
-@case("wan22", _wan_args, decoded="pt")
+@case("wan22", wan_args, decoded="pt")
 def wan22() -> Any:
     """Wan 2.2 A14B: a second transformer below the boundary."""
-    models = {"transformer": _wan_transformer(), "transformer_2": _wan_transformer(1.2)}
+    models = {"transformer": wan_transformer(), "transformer_2": wan_transformer(1.2)}
     return diffusers.WanPipeline(**wan_parts(), **models, boundary_ratio=0.875)
 
 
-@case("wan22_5b", _wan_args, decoded="pt")
+@case("wan22_5b", wan_args, decoded="pt")
 def wan22_5b() -> Any:
     """Wan 2.2 5B: a timestep for every token."""
-    parts = wan_parts() | {"transformer": _wan_transformer()}
+    parts = wan_parts() | {"transformer": wan_transformer()}
     return diffusers.WanPipeline(**parts, expand_timesteps=True)
 
 
 def _wan_i2v_args(batch: int, cond: int) -> Kwargs:
-    return _wan_args(batch, cond) | {"image": picture("wan", cond, 1, 3, 32, 32)}
+    return wan_args(batch, cond) | {"image": picture("wan", cond, 1, 3, 32, 32)}
 
 
 @case("wan_i2v", _wan_i2v_args, decoded="pt")
@@ -95,7 +95,7 @@ def wan_i2v() -> Any:
     parts = wan_parts() | {
         "image_encoder": clip_vision(transformers.CLIPVisionModel),
         "image_processor": clip_processor(),
-        "transformer": _wan_transformer(in_channels=12, image_dim=32, added_kv_proj_dim=24),
+        "transformer": wan_transformer(in_channels=12, image_dim=32, added_kv_proj_dim=24),
     }
     return diffusers.WanImageToVideoPipeline(**parts)
 
@@ -104,8 +104,8 @@ def wan_i2v() -> Any:
 def wan22_i2v() -> Any:
     """Wan 2.2 A14B from a picture: two transformers."""
     models = {
-        "transformer": _wan_transformer(in_channels=12),
-        "transformer_2": _wan_transformer(1.2, in_channels=12),
+        "transformer": wan_transformer(in_channels=12),
+        "transformer_2": wan_transformer(1.2, in_channels=12),
     }
     return diffusers.WanImageToVideoPipeline(**wan_parts(), **models, boundary_ratio=0.875)
 
@@ -113,7 +113,7 @@ def wan22_i2v() -> Any:
 @case("wan22_5b_i2v", _wan_i2v_args, decoded="pt")
 def wan22_5b_i2v() -> Any:
     """Wan 2.2 5B from a picture: the input's first frame is the picture's, the latents' is not."""
-    parts = wan_parts() | {"transformer": _wan_transformer()}
+    parts = wan_parts() | {"transformer": wan_transformer()}
     return diffusers.WanImageToVideoPipeline(**parts, expand_timesteps=True)
 
 
@@ -345,7 +345,7 @@ def mochi() -> Any:
     )
 
 
-def _ltx2_args(batch: int, cond: int) -> Kwargs:
+def ltx2_args(batch: int, cond: int) -> Kwargs:
     args = text_args("ltx2", batch, cond, mask=True)
     for side in ("", "negative_"):
         args[f"{side}prompt_embeds"] = torch.cat([args[f"{side}prompt_embeds"]] * 2, dim=-1)
@@ -364,22 +364,26 @@ def _ltx2_args(batch: int, cond: int) -> Kwargs:
     }
 
 
-@case("ltx2", _ltx2_args, needs="LTX2Pipeline")
+@case("ltx2", ltx2_args, needs="LTX2Pipeline")
 def ltx2() -> Any:
     """Video and sound: two schedulers step in every iteration, one of them a deep copy."""
-    return diffusers.LTX2Pipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=net(
+    return diffusers.LTX2Pipeline(**ltx2_parts())
+
+
+def ltx2_parts(compression: int = 8) -> Kwargs:
+    return {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "vae": net(
             diffusers.AutoencoderKLLTX2Video,
             latent_channels=4,
             block_out_channels=(8, 8, 8, 8),
             decoder_block_out_channels=(8, 8, 8),
             layers_per_block=(1, 1, 1, 1, 1),
             decoder_layers_per_block=(1, 1, 1, 1),
-            spatial_compression_ratio=8,
+            spatial_compression_ratio=compression,
             temporal_compression_ratio=8,
         ),
-        audio_vae=net(
+        "audio_vae": net(
             diffusers.AutoencoderKLLTX2Audio,
             base_channels=8,
             ch_mult=(1, 1, 1),
@@ -388,10 +392,10 @@ def ltx2() -> Any:
             mel_bins=16,
             resolution=32,
         ),
-        text_encoder=None,
-        tokenizer=None,
-        vocoder=None,
-        connectors=net(
+        "text_encoder": None,
+        "tokenizer": None,
+        "vocoder": None,
+        "connectors": net(
             diffusers.pipelines.ltx2.LTX2TextConnectors,
             caption_channels=32,
             text_proj_in_factor=2,
@@ -405,7 +409,7 @@ def ltx2() -> Any:
             audio_connector_num_learnable_registers=None,
             connector_rope_base_seq_len=32,
         ),
-        transformer=net(
+        "transformer": net(
             diffusers.LTX2VideoTransformer3DModel,
             gains=DIT_GAINS,
             in_channels=4,
@@ -421,4 +425,4 @@ def ltx2() -> Any:
             num_layers=1,
             caption_channels=32,
         ),
-    )
+    }
