@@ -39,6 +39,7 @@ typedef struct ps__node {
   int record;   /* index in the timeline, -1 before the evaluation is back */
   void *point;  /* (items, size) x dtype; the rank's end of the link owns it */
   void *output; /* (items, size) m dtype; likewise */
+  bool kept;    /* of the round before, in one that the host evaluates alone */
 } ps__node;
 
 /* A node that was evaluated or accepted: (step, m_step), what later guesses and answers between

@@ -167,7 +167,7 @@ static const ps__node *next_ready(const ps_leader *leader, int step)
 static bool leads(const ps_leader *leader, int step)
 {
   const ps__node *first = next_ready(leader, 0);
-  return leader->pace.strided && first != NULL && leader->node[0].point != NULL &&
+  return leader->pace.strided && first != NULL && (leader->node[0].point != NULL || first->kept) &&
          step <= first->step;
 }
 
@@ -302,6 +302,22 @@ static ps_status write_points(ps_leader *leader, int count)
   return status;
 }
 
+/* Where the host evaluates alone nobody writes over what lies ahead: it may answer yet, by what it
+ * is off by then, so that an evaluation is not lost for one step before it that was. */
+static int keep_ahead(ps_leader *leader, int count)
+{
+  bool alone = leader->pace.strided && count == 1 && leader->fresh[0].point == NULL;
+  for (int k = 0; alone && k < leader->nodes; ++k) {
+    const ps__node *node = &leader->node[k];
+    bool there = leader->rank[node->rank].link != NULL || (node->rank == 0 && !leader->lane);
+    if (there && node->state == PS__READY && node->point != NULL && node->step > leader->step) {
+      leader->fresh[count] = *node;
+      leader->fresh[count++].kept = true;
+    }
+  }
+  return count;
+}
+
 static ps_status begin_round(ps_leader *leader, bool alone)
 {
   int count;
@@ -315,6 +331,7 @@ static ps_status begin_round(ps_leader *leader, bool alone)
   if (status != PS_OK) {
     return status;
   }
+  count = keep_ahead(leader, count);
   ps__node *carried = leader->node;
   leader->node = leader->fresh;
   leader->fresh = carried;
@@ -336,10 +353,10 @@ static bool is_exact(const ps__node *node)
   return node->point == NULL;
 }
 
-/* A guess that the host itself evaluates. */
+/* A guess that the host itself is to evaluate. */
 static bool is_hosts(const ps_leader *leader, const ps__node *node)
 {
-  return node->rank == 0 && !leader->lane && !is_exact(node);
+  return node->rank == 0 && !leader->lane && !is_exact(node) && node->state == PS__PENDING;
 }
 
 static ps_verdict verdict_of(const ps_leader *leader)

@@ -75,7 +75,7 @@ void ps__tell_company(const ps_leader *leader, ps_work *work)
   work->followers = 0;
   for (int k = 0; k < leader->nodes; ++k) {
     const ps__node *node = &leader->node[k];
-    bool sent = node->point != NULL && leader->rank[node->rank].link != NULL;
+    bool sent = is_sent(node, node->rank) && leader->rank[node->rank].link != NULL;
     work->followers += sent && node->slot == 0;
   }
 }

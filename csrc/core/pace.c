@@ -20,6 +20,7 @@ static const double SETTLED = 2.0;  /* 1 / (CARE + signal (1 + SETTLED signal^2)
 static const double SLOPE = 5.0;    /* of the clean sample, that counts for a drift: */
 static const double SPREAD = 0.015; /* SLOPE / (SPREAD + signal^2) */
 static const double KEEP = 5.0;     /* tolerances that what leads a round may come to */
+static const double KEPT = 10.0;    /* the same of what was evaluated before the host came closer */
 static const double LED = 0.25;  /* of the drift up to a round's first node, for the next stride */
 static const double GAP = 0.6;   /* of a gap, as roughness would make it */
 static const double ALIKE = 0.5; /* how far gaps between the same two nodes point the same way */
@@ -147,9 +148,11 @@ static void close_hole(ps__pace *pace)
   pace->hole = pace->hole_squares = 0.0;
 }
 
+/* In a round that the host evaluates what leads is kept from the one before: see keep_ahead. */
 static double allowance(const ps_leader *leader, bool leads)
 {
-  return leader->options.tolerance * (leads ? KEEP : 1.0);
+  bool kept = leads && leader->node[0].point == NULL;
+  return leader->options.tolerance * (kept ? KEPT : leads ? KEEP : 1.0);
 }
 
 bool ps__may_come_to(const ps_leader *leader, int step, double drift, bool leads)
