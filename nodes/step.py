@@ -43,7 +43,7 @@ class ParaStep:
             {
                 "default": "balanced",
                 "tooltip": "What guesses and estimates may add to the error of the result, as "
-                "estimated. exact: the untouched sampler, bit for bit and no faster. high: .01. "
+                "estimated. exact: the untouched sampler, bit for bit and no faster. high: .006. "
                 "balanced: .04. fast: .12. custom: the tolerance below.",
             },
         ),

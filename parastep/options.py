@@ -18,7 +18,7 @@ class Options:
     Attributes:
         tolerance: what the answers of a round may add to the error of the last latents, as
             estimated, in units of about a fifth of their scale: a number, or "exact" (0), "high"
-            (.01), "balanced" (.04), "fast" (.12). 0 is the untouched host: nobody evaluates
+            (.006), "balanced" (.04), "fast" (.12). 0 is the untouched host: nobody evaluates
             ahead; `math.inf` accepts everything.
         policy: "verified", or "paper", the published rule (arXiv 2505.14741): `warmup` steps one by
             one, then every guess is used, whatever the tolerance.

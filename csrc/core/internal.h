@@ -70,6 +70,8 @@ typedef struct ps__pace {
   double *drift_cost;                /* (steps) tolerance spent by a drift of 1, in units of s */
   double *gap_cost;                  /* (steps) tolerance spent by a gap of 1, see ps__afford */
   bool insist;                       /* the host evaluates the first step of the next round */
+  int tried;                         /* step that was guessed and not evaluated, -1 = none */
+  double tried_cost;                 /* tolerance that an answer from there would have spent */
   double stride;                     /* of the round at hand, in the clock's units */
   int newest;                        /* step of the newest anchor, -1 = none */
   int first;                         /* frontier where the round at hand began */
@@ -213,6 +215,16 @@ void ps__slope_begin(ps_leader *leader);        /* once, when slopes have their 
 ps_status ps__slope_keep(ps_leader *leader, const ps__node *fresh, int count);
 /* When its outputs are there. */
 ps_status ps__slope_learn(ps_leader *leader);
+
+/* alone.c: a device that nobody evaluates beside. */
+
+/* Where the host is to evaluate alone, adds to the round what lies ahead of it already; returns how
+ * many nodes there are then. */
+int ps__keep_ahead(ps_leader *leader, int count);
+/* Before anything was saved: guesses where the next step would be evaluated, without evaluating. */
+ps_status ps__try_ahead(ps_leader *leader, int count);
+/* At the ask of that step: what the guess was off by. */
+ps_status ps__see_tried(ps_leader *leader, const void *x);
 
 /* links.c: the leader's side of the wire. */
 

@@ -5,7 +5,7 @@
  * (accept.c; between.c makes the output of a step that nobody evaluated), answers where pace.c
  * affords it, or begins a round: pace.c sets the stride, plan.c says who evaluates what, guess.c
  * writes the points, links.c sends them; submit takes the leader's own output and gathers the
- * others'.
+ * others'.  alone.c is for a device that nobody evaluates beside.
  */
 #include <math.h>
 #include <stdio.h>
@@ -302,22 +302,6 @@ static ps_status write_points(ps_leader *leader, int count)
   return status;
 }
 
-/* Where the host evaluates alone nobody writes over what lies ahead: it may answer yet, by what it
- * is off by then, so that an evaluation is not lost for one step before it that was. */
-static int keep_ahead(ps_leader *leader, int count)
-{
-  bool alone = leader->pace.strided && count == 1 && leader->fresh[0].point == NULL;
-  for (int k = 0; alone && k < leader->nodes; ++k) {
-    const ps__node *node = &leader->node[k];
-    bool there = leader->rank[node->rank].link != NULL || (node->rank == 0 && !leader->lane);
-    if (there && node->state == PS__READY && node->point != NULL && node->step > leader->step) {
-      leader->fresh[count] = *node;
-      leader->fresh[count++].kept = true;
-    }
-  }
-  return count;
-}
-
 static ps_status begin_round(ps_leader *leader, bool alone)
 {
   int count;
@@ -331,7 +315,11 @@ static ps_status begin_round(ps_leader *leader, bool alone)
   if (status != PS_OK) {
     return status;
   }
-  count = keep_ahead(leader, count);
+  count = ps__keep_ahead(leader, count);
+  status = ps__try_ahead(leader, count);
+  if (status != PS_OK) {
+    return status;
+  }
   ps__node *carried = leader->node;
   leader->node = leader->fresh;
   leader->fresh = carried;
@@ -382,7 +370,10 @@ static ps_status gather_ahead(ps_leader *leader)
 static ps_status take_turn(ps_leader *leader, const void *x, void *m_out, ps_verdict *verdict)
 {
   bool answered = false;
-  ps_status status = try_answer(leader, x, m_out, &answered);
+  ps_status status = ps__see_tried(leader, x);
+  if (status == PS_OK) {
+    status = try_answer(leader, x, m_out, &answered);
+  }
   while (status == PS_OK && !answered) {
     /* Step 0 needs the followers in any case: it verifies them. */
     status = begin_round(leader, m_out == NULL && leader->step > 0);

@@ -21,6 +21,7 @@ static const double SLOPE = 5.0;    /* of the clean sample, that counts for a dr
 static const double SPREAD = 0.015; /* SLOPE / (SPREAD + signal^2) */
 static const double KEEP = 5.0;     /* tolerances that what leads a round may come to */
 static const double KEPT = 10.0;    /* the same of what was evaluated before the host came closer */
+static const double TRIED = 4.0;    /* that a guess would have come to before the first is made */
 static const double LED = 0.25;  /* of the drift up to a round's first node, for the next stride */
 static const double GAP = 0.6;   /* of a gap, as roughness would make it */
 static const double ALIKE = 0.5; /* how far gaps between the same two nodes point the same way */
@@ -127,7 +128,7 @@ void ps__pace_begin(ps_leader *leader)
     pace->drift_cost[j] = growth_of(program, j) * pull_of(program, j) / SCALE;
     pace->gap_cost[j] = growth_of(program, j) * reach_of(program, j) * GAP / SCALE;
   }
-  pace->newest = pace->first = -1;
+  pace->newest = pace->first = pace->tried = -1;
   pace->stride =
       pace->strided ? fmax(pace->clock[1] - pace->clock[0], FIRST_STRIDE * program->steps) : 1.0;
 }
@@ -148,7 +149,7 @@ static void close_hole(ps__pace *pace)
   pace->hole = pace->hole_squares = 0.0;
 }
 
-/* In a round that the host evaluates what leads is kept from the one before: see keep_ahead. */
+/* In a round that the host evaluates what leads is kept from the one before: see alone.c. */
 static double allowance(const ps_leader *leader, bool leads)
 {
   bool kept = leads && leader->node[0].point == NULL;
@@ -238,7 +239,10 @@ static ps_status choose_stride(ps_leader *leader)
  * than that, and is the host's own in the end where nothing can be saved. */
 static bool must_evaluate(const ps_leader *leader)
 {
-  return leader->pace.insist || leader->pace.first == leader->step || leader->round > leader->step;
+  const ps__pace *pace = &leader->pace;
+  bool tried = pace->tried == leader->step;
+  return pace->insist || pace->first == leader->step || leader->round > leader->step ||
+         (tried && !(pace->tried_cost < TRIED * leader->options.tolerance));
 }
 
 ps_status ps__pace_round(ps_leader *leader, bool *exact)

@@ -268,7 +268,8 @@ static double cost_of(const model *is, int j)
   double signal = 1.0 / sqrt(1.0 + from * from), to_signal = 1.0 / sqrt(1.0 + to * to);
   to = sqrt(fmax(to * to - added * added, 0.0));
   double moved = fabs(to_signal - to * to_signal / from) * from * signal / (next - first);
-  double left = 5.0 / (0.015 + signal * signal), grown = 1.0 / (0.03 + signal);
+  double left = 5.0 / (0.015 + signal * signal),
+         grown = 1.0 / (0.03 + signal * (1.0 + 2.0 * signal * signal));
   return moved * left * grown / 0.19;
 }
 

@@ -157,6 +157,19 @@ def test_a_rough_beginning_does_not_cost_the_rest_its_strides():
     assert distance(found, wanted) < 0.02
 
 
+@pytest.mark.parametrize("tolerance", [0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03])
+@pytest.mark.parametrize("steps", [20, 28, 40, 50])
+def test_one_device_gains_whatever_its_first_evaluation_ahead_comes_to(steps, tolerance):
+    """One that is lost before anything was saved would leave the rest of the run to the host: so
+    guesses are tried first, and what was evaluated ahead is kept while the host evaluates alone.
+    """
+    program, denoiser, x = setting(steps)
+    wanted = exact(program, denoiser, x)
+    found, report = parastep.sample(program, denoiser, x, ranks=1, tolerance=tolerance)
+    assert report.rounds < steps if steps > 20 and tolerance >= 0.01 else report.rounds <= steps
+    assert distance(found, wanted) < 0.05
+
+
 # ---- faults --------------------------------------------------------------------------------------
 
 
