@@ -284,7 +284,7 @@ class Sampling(Speculation):
         output = self._output(x, sigma, model(x, sigma, unguided), unguided)
         # The parts are guessed alike up to rounding and the core's own guesses of d + q; by the
         # slope with which it rebases, the second output is one at its own point.
-        output[len(x) :] += (other - x) * (0.5 / self._values[step])
+        output[len(x) :] += (other - x) * (0.25 / self._values[step])
         if step >= self.calls:  # and not the first round's check, at the call itself
             self._guidance.take(step, output)
         return output

@@ -60,14 +60,14 @@ class Traced:
     alpha: Array | None = None  # (N,) scales of the clean latent in those noisy ones; None: all 1
 
     def program(self, noise: bool = False) -> _core.Program:
-        """s is the noise level; g = 0.5 / s is half the slope that holds the denoised output fixed.
+        """s is the noise level; g = 0.25 / s, a quarter of the slope that holds the denoised output.
 
         With `noise` each row adds z_j as it is: `noise_ahead` gives it ready to be added; likewise
         what q adds.
         """
         s = self.levels.double().numpy()
         c = np.ones(len(s)) if noise or self.e is not None else None
-        return _core.Program(self.a, self.b, c, s, 0.5 / s, self.alpha)
+        return _core.Program(self.a, self.b, c, s, 0.25 / s, self.alpha)
 
 
 def to_d(x: torch.Tensor, sigma: torch.Tensor, denoised: torch.Tensor) -> torch.Tensor:

@@ -225,7 +225,7 @@ def _traced(ready: Any, timesteps: torch.Tensor, call: _Call, own_loop: bool) ->
         raise NotTraceableError(f"{name_of(ready)}.step gives no finite sample at step {step}")
     a, b, weights, carries = _shortened(run)
     error = _error(run, a, b, weights)
-    g = 0.5 * levels.slope
+    g = 0.25 * levels.slope
     if levels.kind == "flow_prediction" and b[:, 0].sum() > 0:
         g = -g  # a velocity that points at the data
     order = getattr(ready, "order", None) or 1

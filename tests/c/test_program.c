@@ -244,9 +244,9 @@ TEST(euler_keeps_clean_sample_and_noise)
   check_one_step(program, &flow, PS_PREDICT_FLOW);
 }
 
-/* Half of dm/dx at a clean sample held fixed, by a difference quotient; a predicted clean sample
- * has none, there it is 0.5/alpha. */
-TEST(slopes_are_half_of_what_holds_the_clean_sample)
+/* A quarter of dm/dx at a clean sample held fixed, by a difference quotient; a predicted clean sample
+ * has none, there it is 0.25/alpha. */
+TEST(slopes_are_a_quarter_of_what_holds_the_clean_sample)
 {
   levels of = preserving();
   for (int prediction = PS_PREDICT_NOISE; prediction <= PS_PREDICT_VELOCITY; ++prediction) {
@@ -256,13 +256,13 @@ TEST(slopes_are_half_of_what_holds_the_clean_sample)
       double clean = 0.3, step = 1e-3 / of.s[j]; /* x moves by 1e-3 */
       double rise = predict((ps_prediction)prediction, of.alpha[j], of.s[j], clean, 0.4 + step) -
                     predict((ps_prediction)prediction, of.alpha[j], of.s[j], clean, 0.4);
-      CHECK_NEAR(ps_program_table(program, 'g')[j], 0.5 * rise / 1e-3, 1e-9);
+      CHECK_NEAR(ps_program_table(program, 'g')[j], 0.25 * rise / 1e-3, 1e-9);
     }
     ps_program_release(program);
   }
   ps_program *program;
   CHECK_OK(ps_program_ddim(STEPS, of.alpha, of.s, PS_PREDICT_SAMPLE, &program));
-  CHECK_NEAR(ps_program_table(program, 'g')[5], 0.5 / of.alpha[5], 1e-12);
+  CHECK_NEAR(ps_program_table(program, 'g')[5], 0.25 / of.alpha[5], 1e-12);
   ps_program_release(program);
 }
 

@@ -130,7 +130,7 @@ def test_euler_is_known_by_heart():
     assert np.allclose(rows.a, 1) and np.allclose(rows.b[:, 0], np.diff(SIGMAS.numpy()), atol=1e-6)
     program = rows.program()
     assert np.array_equal(program.s, SIGMAS[:-1].double().numpy())
-    assert np.allclose(program.g * program.s, 0.5) and not program.c.any()
+    assert np.allclose(program.g * program.s, 0.25) and not program.c.any()
 
 
 def test_rows_of_a_sampler_that_uses_the_unguided_output():

@@ -215,9 +215,9 @@ def test_levels_and_slopes() -> None:
     squared = scheduler.alphas_cumprod[scheduler.timesteps].double().numpy()
     alpha, s = np.sqrt(squared), np.sqrt(1 - squared)
     expected = {
-        "epsilon": 0.5 / s,
-        "v_prediction": 0.5 * alpha / (s * np.hypot(alpha, s)),
-        "sample": 0.5 / alpha,
+        "epsilon": 0.25 / s,
+        "v_prediction": 0.25 * alpha / (s * np.hypot(alpha, s)),
+        "sample": 0.25 / alpha,
     }
     for kind, slope in expected.items():
         traced = case("DDIM", clip_sample=False, prediction_type=kind).trace()
@@ -227,16 +227,16 @@ def test_levels_and_slopes() -> None:
     sigma = euler.sigmas[:-1].double().numpy()
     traced = tracing.trace_rows(euler)
     np.testing.assert_allclose(traced.s, sigma, rtol=1e-6)
-    np.testing.assert_allclose(traced.g, 0.5 / (sigma * np.hypot(1, sigma)), rtol=1e-6)
+    np.testing.assert_allclose(traced.g, 0.25 / (sigma * np.hypot(1, sigma)), rtol=1e-6)
     ipndm = case("IPNDM").make()
     np.testing.assert_allclose(tracing.trace_rows(ipndm).s, ipndm.betas[:-1], rtol=1e-6)
     scm = case("SCM", steps=2).make()
     angle = scm.timesteps[:-1].numpy()
     np.testing.assert_allclose(tracing.trace_rows(scm).s, 0.5 * np.sin(angle), rtol=1e-6)
-    np.testing.assert_allclose(tracing.trace_rows(scm).g, 0.5 / np.tan(angle), atol=1e-6)
+    np.testing.assert_allclose(tracing.trace_rows(scm).g, 0.25 / np.tan(angle), atol=1e-6)
     flow = case("FlowMatchEulerDiscrete", shift=3.0).make()
     traced = tracing.trace_rows(flow)
-    np.testing.assert_allclose(traced.g, 0.5 / flow.sigmas[:-1].numpy(), rtol=1e-6)
+    np.testing.assert_allclose(traced.g, 0.25 / flow.sigmas[:-1].numpy(), rtol=1e-6)
 
 
 def test_clipping_leaves_the_rows_without_it() -> None:
@@ -255,12 +255,12 @@ def test_slope_of_velocities_towards_the_data() -> None:
         traced = velocity.trace()
         assert (traced.g < 0).all() and traced.s[0] == pytest.approx(1, abs=0.01)
         assert (np.diff(traced.s) < 0).all()
-        np.testing.assert_allclose(traced.g, -0.5 / traced.s, rtol=1e-5)
+        np.testing.assert_allclose(traced.g, -0.25 / traced.s, rtol=1e-5)
 
 
 def test_slope_of_edm_follows_its_preconditioning() -> None:
     traced = case("EDMEuler").trace()
-    expected = -0.5 * 0.5 / (traced.s * np.hypot(0.5, traced.s))
+    expected = -0.25 * 0.5 / (traced.s * np.hypot(0.5, traced.s))
     np.testing.assert_allclose(traced.g, expected, rtol=1e-6)
 
 

@@ -287,7 +287,7 @@ def test_ddim(prediction):
 def test_ddim_predicts_noise_unless_told():
     alpha, s = cosine(5)
     np.testing.assert_array_equal(Program.ddim(alpha, s).b, Program.ddim(alpha, s, "noise").b)
-    np.testing.assert_allclose(Program.ddim(alpha, s).g, 0.5 / s[:-1])
+    np.testing.assert_allclose(Program.ddim(alpha, s).g, 0.25 / s[:-1])
 
 
 @pytest.mark.parametrize("prediction", ["noise", "velocity", "sample"])
@@ -330,7 +330,7 @@ def test_euler(build):
     wanted = follow(lambda j, x, m: x + (sigma[j + 1] - sigma[j]) * m, 4, x, smooth)
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
     np.testing.assert_array_equal(program.s, sigma[:-1])
-    np.testing.assert_allclose(program.g, 0.5 / sigma[:-1])
+    np.testing.assert_allclose(program.g, 0.25 / sigma[:-1])
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
