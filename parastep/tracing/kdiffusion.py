@@ -60,7 +60,7 @@ class Traced:
     alpha: Array | None = None  # (N,) scales of the clean latent in those noisy ones; None: all 1
 
     def program(self, noise: bool = False) -> _core.Program:
-        """s is the noise level; g = 0.25 / s, a quarter of the slope that holds the denoised output.
+        """s is the noise level; g = 0.25 / s: a quarter of what holds the denoised output.
 
         With `noise` each row adds z_j as it is: `noise_ahead` gives it ready to be added; likewise
         what q adds.
