@@ -178,6 +178,8 @@ ps_status ps__pace_round(ps_leader *leader, bool *exact);
 bool ps__afford(ps_leader *leader, double drift, const double *gap, bool leads);
 /* Whether a drift that lies ahead may be come to; leads as above, of the node where it lies. */
 bool ps__may_come_to(const ps_leader *leader, int step, double drift, bool leads);
+/* Whether a drift is more than what leads a round may come to, whatever the round has spent. */
+bool ps__is_far(const ps_leader *leader, int step, double drift);
 
 /* plan.c: writes the nodes of a round that begins at the present step, and returns how many there
  * are: at most what the ranks alive can hold.  exact: the host evaluates the present step. */

@@ -171,9 +171,9 @@ static bool leads(const ps_leader *leader, int step)
          step <= first->step;
 }
 
-/* Whether the host has moved x since its last step: then what the guess missed is no matter of
- * outputs.  Where the program's rows are not quite the host's, that shows as an edit too. */
-static ps_status find_edit(ps_leader *leader, const void *x, double drift, bool *edited)
+/* How far the host has moved x since its last step.  Where the program's rows are not quite the
+ * host's, that shows as an edit too. */
+static ps_status measure_edit(ps_leader *leader, const void *x, double *drift)
 {
   ps__measured found = {.drift = NAN};
   ps_status status = roll_step(leader, leader->step - 1, NULL, leader->between_x);
@@ -181,7 +181,16 @@ static ps_status find_edit(ps_leader *leader, const void *x, double drift, bool 
     status =
         ps__measure(leader, leader->step, leader->between_x, NULL, x, NULL, NULL, NULL, &found);
   }
-  *edited = !(found.drift < 0.5 * drift);
+  *drift = found.drift;
+  return status;
+}
+
+/* Whether an edit is what the guess missed: then that is no matter of outputs. */
+static ps_status find_edit(ps_leader *leader, const void *x, double drift, bool *edited)
+{
+  double moved;
+  ps_status status = measure_edit(leader, x, &moved);
+  *edited = !(moved < 0.5 * drift);
   return status;
 }
 
@@ -281,6 +290,12 @@ static ps_status plan_round(ps_leader *leader, bool alone, int *count)
   bool warm = leader->options.policy == PS_PAPER && step < leader->options.warmup;
   bool exact;
   ps_status status = ps__pace_round(leader, &exact);
+  if (status == PS_OK && leader->pace.strided && !exact && step > 0 && step < steps) {
+    /* Guesses begin at x itself and would not show an edit, but outputs before it answer too. */
+    double moved;
+    status = measure_edit(leader, x_at(leader, step), &moved);
+    exact = ps__is_far(leader, step, moved);
+  }
   if (alone || leader->fallback[0] != '\0' || step >= steps || steps == 1 || (warm && step > 0)) {
     *count = plan_alone(leader);
   } else {

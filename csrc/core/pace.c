@@ -162,6 +162,11 @@ bool ps__may_come_to(const ps_leader *leader, int step, double drift, bool leads
   return pace->drifted + pace->drift_cost[step] * drift < allowance(leader, leads);
 }
 
+bool ps__is_far(const ps_leader *leader, int step, double drift)
+{
+  return leader->pace.drift_cost[step] * drift >= KEEP * leader->options.tolerance;
+}
+
 bool ps__afford(ps_leader *leader, double drift, const double *gap, bool leads)
 {
   ps__pace *pace = &leader->pace;

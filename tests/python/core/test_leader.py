@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 from cases import drawing, euler, exact, latents, noise_of, same, settle, smooth
+from mixture import setting
 from turns import Leader, one_step, serving
 
 import parastep
@@ -266,3 +267,28 @@ def test_where_answers_cannot_be_written(m_out, error, words):
 def test_threads_by_hand_have_left():
     settle()
     assert [t.name for t in threading.enumerate() if t.name.startswith("by hand")] == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_edit_where_a_round_begins_is_evaluated(ranks):
+    """No guess is there to show it, and one made from the edited latent would not."""
+    steps, begun = 40, 0
+    for at in range(8, steps - 2):
+        program, denoiser, x = setting(steps)
+        leader = _core.Leader(program, x, ranks=ranks, tolerance=0.04)
+        with serving(leader, ranks, denoiser):
+            for step in range(steps):
+                before = leader.report()
+                if step == at:
+                    x = x + 5.0
+                while (answered := leader.ask(step, x, leader.output())) is None:
+                    assert step != at
+                    leader.fill([denoiser(point, later, 0) for later, point in leader.work()])
+                    leader.submit(None)
+                if step == at:
+                    assert not answered
+                    begun += sum(before["accepted"]) == step
+                if not answered:
+                    leader.submit(denoiser(x, step, 0))
+                x = leader.advance()
+    assert begun > 0
