@@ -32,8 +32,9 @@ ps_status ps__try_ahead(ps_leader *leader, int count)
   int next = leader->step + 1;
   ps__node node = {.step = next, .point = leader->between_x};
   leader->pace.tried = -1;
-  if (!leader->pace.strided || count > 1 || leader->fresh[0].point != NULL ||
-      leader->round != leader->step || leader->step == 0 || next >= leader->program->steps) {
+  if (!leader->pace.strided || leader->fallback[0] != '\0' || count > 1 ||
+      leader->fresh[0].point != NULL || leader->round != leader->step || leader->step == 0 ||
+      next >= leader->program->steps) {
     return PS_OK;
   }
   leader->pace.tried = next;

@@ -138,6 +138,9 @@ static void hand_on(ps_leader *leader)
   const ps__node *from = NULL;
   for (int k = 0; leader->pace.strided && k < leader->nodes; ++k) {
     int step = leader->node[k].step;
+    if (step >= leader->program->steps) {
+      return; /* a host that asks beyond the program's end */
+    }
     if (leader->seen[step]) {
       from = &leader->node[k];
     } else if (from != NULL) {
