@@ -244,8 +244,8 @@ TEST(euler_keeps_clean_sample_and_noise)
   check_one_step(program, &flow, PS_PREDICT_FLOW);
 }
 
-/* A quarter of dm/dx at a clean sample held fixed, by a difference quotient; a predicted clean sample
- * has none, there it is 0.25/alpha. */
+/* A quarter of dm/dx at a clean sample held fixed, by a difference quotient; a predicted clean
+ * sample has none, there it is 0.25/alpha. */
 TEST(slopes_are_a_quarter_of_what_holds_the_clean_sample)
 {
   levels of = preserving();
