@@ -275,7 +275,7 @@ def test_edit_between_denoiser_and_step(loop: Loop) -> None:
             replica.kick[0] = 0.0
         run(together)
     assert together.report.drift[5] > 3.5
-    together = parallel(pipe, 3, 40.0)
+    together = parallel(pipe, 3, 20.0)
     run(together)
     for replica in together._ranks._replicas.values():
         replica.kick[0] = 0.0
