@@ -50,8 +50,9 @@ typedef struct ps_link_ops {
   void *(*point)(ps_link *link, int slot);
   void *(*output)(ps_link *link, int slot);
 
-  /* Leader.  post never waits for the follower; PS_LOST where it is known to be gone.  collect
-   * waits for the reply: PS_DEADLINE, PS_LOST or PS_INTERRUPTED where none came. */
+  /* Leader.  post never waits for the follower.  collect waits for the reply: PS_DEADLINE or
+   * PS_INTERRUPTED where none came.  Both: PS_LOST where the follower is known to be gone,
+   * PS_FAILED where it has said why. */
   ps_status (*post)(ps_link *link, const ps_header *message);
   ps_status (*collect)(ps_link *link, const ps_wait *wait, ps_header *reply);
 
@@ -118,6 +119,9 @@ PS_API ps_status ps_inbox_deliver(ps_inbox *inbox, const void *message, size_t b
 
 /* Nothing more will come: the other process is gone. */
 PS_API void ps_inbox_lost(ps_inbox *inbox, const char *why);
+/* The same, where the follower has said so itself and not by a message of the run: its failure is
+ * PS_FAILED in the report, not PS_LOST. */
+PS_API void ps_inbox_failed(ps_inbox *inbox, const char *why);
 PS_API void ps_inbox_release(ps_inbox *inbox); /* NULL is fine */
 
 /* ---- NCCL ------------------------------------------------------------------------------------ */
@@ -145,6 +149,8 @@ PS_API ps_status ps_nccl_open(ps_pair *pair, const ps_backend *backend, const ps
 
 /* The other process is gone, which NCCL itself may never notice; from any thread. */
 PS_API void ps_nccl_lost(ps_pair *pair, const char *why);
+/* The same, where the follower has said so itself: as `ps_inbox_failed`. */
+PS_API void ps_nccl_failed(ps_pair *pair, const char *why);
 /* Whether the pair can carry another run; from any thread. */
 PS_API int ps_nccl_alive(const ps_pair *pair);
 /* The communicator ends with the last of the pair and its links, from any thread; NULL is fine. */

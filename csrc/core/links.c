@@ -107,8 +107,9 @@ ps_status ps__post_round(ps_leader *leader)
     if (to->link == NULL || work.count == 0) {
       continue;
     }
-    if (to->link->ops->post(to->link, &work) != PS_OK) {
-      status = ps__leave_out(leader, rank, PS_LOST, ps_last_error());
+    ps_status sent = to->link->ops->post(to->link, &work);
+    if (sent != PS_OK) {
+      status = ps__leave_out(leader, rank, sent, ps_last_error());
       continue;
     }
     to->posted_ns = ps_now_ns();

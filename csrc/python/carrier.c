@@ -102,16 +102,26 @@ static PyObject *inbox_deliver(PyObject *obj, PyObject *arg)
   return psb__judge(psb_state_of(Py_TYPE(obj)), status) == 0 ? Py_NewRef(Py_None) : NULL;
 }
 
-static PyObject *inbox_lost(PyObject *obj, PyObject *reason)
+static PyObject *end_inbox(PyObject *obj, PyObject *reason, void (*end)(ps_inbox *, const char *))
 {
   const char *why = PyUnicode_AsUTF8(reason);
   if (why == NULL) {
     return NULL;
   }
   Py_BEGIN_ALLOW_THREADS;
-  ps_inbox_lost(((inbox_object *)obj)->inbox, why);
+  end(((inbox_object *)obj)->inbox, why);
   Py_END_ALLOW_THREADS;
   return Py_NewRef(Py_None);
+}
+
+static PyObject *inbox_lost(PyObject *obj, PyObject *reason)
+{
+  return end_inbox(obj, reason, ps_inbox_lost);
+}
+
+static PyObject *inbox_failed(PyObject *obj, PyObject *reason)
+{
+  return end_inbox(obj, reason, ps_inbox_failed);
 }
 
 static PyMethodDef inbox_methods[] = {
@@ -120,6 +130,8 @@ static PyMethodDef inbox_methods[] = {
      "Hands in a message of the other end.  ProtocolError: it does not fit, and the rank is lost."},
     {"lost", inbox_lost, METH_O,
      "lost($self, reason, /)\n--\n\nNothing more will come: the other process is gone."},
+    {"failed", inbox_failed, METH_O,
+     "failed($self, reason, /)\n--\n\nNothing more will come: the other process has said why."},
     {NULL, NULL, 0, NULL},
 };
 

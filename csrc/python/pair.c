@@ -127,7 +127,7 @@ ps_pair *psb__pair_of(psb_state *st, PyObject *obj)
   return pair;
 }
 
-static PyObject *pair_lost(PyObject *obj, PyObject *reason)
+static PyObject *end_pair(PyObject *obj, PyObject *reason, void (*end)(ps_pair *, const char *))
 {
   const char *why = PyUnicode_AsUTF8(reason);
   const pair_object *self = (pair_object *)obj;
@@ -135,9 +135,19 @@ static PyObject *pair_lost(PyObject *obj, PyObject *reason)
     return NULL;
   }
   if (self->pair != NULL) {
-    ps_nccl_lost(self->pair, why);
+    end(self->pair, why);
   }
   return Py_NewRef(Py_None);
+}
+
+static PyObject *pair_lost(PyObject *obj, PyObject *reason)
+{
+  return end_pair(obj, reason, ps_nccl_lost);
+}
+
+static PyObject *pair_failed(PyObject *obj, PyObject *reason)
+{
+  return end_pair(obj, reason, ps_nccl_failed);
 }
 
 /* Not left to the last reference: what a lost run has put into its stream occupies the device. */
@@ -161,6 +171,9 @@ static PyMethodDef methods[] = {
     {"lost", pair_lost, METH_O,
      "lost($self, reason, /)\n--\n\n"
      "The other process is gone, or the pair has no use any more; any thread may say so."},
+    {"failed", pair_failed, METH_O,
+     "failed($self, reason, /)\n--\n\n"
+     "The other process has said, beside the run, why it cannot go on; any thread may say so."},
     {"close", pair_close, METH_NOARGS,
      "close($self)\n--\n\nGives the communicator back, with the last run that uses it; twice is "
      "fine."},

@@ -25,8 +25,8 @@ struct ps_inbox {
   ps_layout layout;
   bool end_gone, inbox_gone; /* released on this side */
   bool other_gone;           /* the other end has let go; what arrived before it still counts */
-  bool lost;
-  char why[160]; /* of lost */
+  ps_status lost;            /* PS_OK where it is not, else what became of the other end */
+  char why[160];             /* of lost */
   ps_header message;
   ps__tray tray; /* near is the core's side, far the carrier's */
 };
@@ -142,8 +142,8 @@ static ps_status send_message(const end *from, const ps_header *header)
 
 static ps_status gone(const desk *own)
 {
-  if (own->lost) {
-    return ps__fail(PS_LOST, "%s", own->why);
+  if (own->lost != PS_OK) {
+    return ps__fail(own->lost, "%s", own->why);
   }
   return ps__fail(PS_LOST, "the %s has left", own->role == PS_LEADS ? "follower" : "leader");
 }
@@ -153,7 +153,7 @@ static ps_status shift(desk *own, desk_state from, desk_state to, const char *ot
 {
   ps_status status = PS_OK;
   ps__monitor_enter(&own->monitor);
-  if (own->lost || own->other_gone) {
+  if (own->lost != PS_OK || own->other_gone) {
     status = gone(own);
   } else if (own->state != from) {
     status = ps__fail(PS_STATE, "%s", otherwise);
@@ -185,7 +185,7 @@ static ps_status leader_post(ps_link *link, const ps_header *message)
 
 static bool waits(const desk *own)
 {
-  return own->state != ARRIVED && !own->lost && !own->other_gone;
+  return own->state != ARRIVED && own->lost == PS_OK && !own->other_gone;
 }
 
 static ps_status leader_collect(ps_link *link, const ps_wait *wait, ps_header *reply)
@@ -201,7 +201,7 @@ static ps_status leader_collect(ps_link *link, const ps_wait *wait, ps_header *r
     *reply = own->message;
     own->state = IDLE;
     status = PS_OK;
-  } else if (own->lost || own->other_gone) {
+  } else if (own->lost != PS_OK || own->other_gone) {
     status = gone(own);
   }
   ps__monitor_leave(&own->monitor);
@@ -219,7 +219,7 @@ static ps_status follower_take(ps_link *link, const ps_wait *wait, ps_header *me
   while (status == PS_OK && waits(own)) {
     status = ps__monitor_wait(&own->monitor, wait, &slice);
   }
-  if (own->lost) {
+  if (own->lost != PS_OK) {
     status = gone(own);
   } else if (own->state == ARRIVED && !own->other_gone) {
     *message = own->message;
@@ -306,10 +306,10 @@ static void take_in(desk *own, const ps_header *header, const unsigned char *pay
   }
 }
 
-static void lose(desk *own, const char *why)
+static void lose(desk *own, ps_status how, const char *why)
 {
-  if (!own->lost) {
-    own->lost = true;
+  if (own->lost == PS_OK) {
+    own->lost = how;
     snprintf(own->why, sizeof own->why, "%s", why);
   }
 }
@@ -318,7 +318,7 @@ static void lose(desk *own, const char *why)
 static ps_status deliver(desk *own, const unsigned char *message, size_t bytes)
 {
   ps_header header;
-  if (own->end_gone || own->lost || own->other_gone) {
+  if (own->end_gone || own->lost != PS_OK || own->other_gone) {
     return PS_OK;
   }
   if (bytes == 0) {
@@ -341,19 +341,29 @@ ps_status ps_inbox_deliver(ps_inbox *inbox, const void *message, size_t bytes)
   ps__monitor_enter(&inbox->monitor);
   ps_status status = deliver(inbox, message, bytes);
   if (status != PS_OK) {
-    lose(inbox, ps_last_error());
+    lose(inbox, PS_LOST, ps_last_error());
   }
   ps__monitor_notify(&inbox->monitor);
   ps__monitor_leave(&inbox->monitor);
   return status;
 }
 
-void ps_inbox_lost(ps_inbox *inbox, const char *why)
+static void tell(ps_inbox *inbox, ps_status how, const char *why)
 {
   ps__monitor_enter(&inbox->monitor);
-  lose(inbox, why);
+  lose(inbox, how, why);
   ps__monitor_notify(&inbox->monitor);
   ps__monitor_leave(&inbox->monitor);
+}
+
+void ps_inbox_lost(ps_inbox *inbox, const char *why)
+{
+  tell(inbox, PS_LOST, why);
+}
+
+void ps_inbox_failed(ps_inbox *inbox, const char *why)
+{
+  tell(inbox, PS_FAILED, why);
 }
 
 void ps_inbox_release(ps_inbox *inbox)
@@ -370,9 +380,9 @@ static void link_close(ps_link *link)
 {
   end *own = (end *)link;
   ps__monitor_enter(&own->desk->monitor);
-  bool tell = !own->desk->lost && !own->desk->other_gone;
+  bool listens = own->desk->lost == PS_OK && !own->desk->other_gone;
   ps__monitor_leave(&own->desk->monitor);
-  if (tell) {
+  if (listens) {
     send_parts(own, NULL, 0);
   }
   if (own->carrier.release != NULL) {

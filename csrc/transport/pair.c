@@ -60,14 +60,25 @@ bool ps__pair_is_lost(const ps_pair *pair)
   return __atomic_load_n(&pair->lost, __ATOMIC_ACQUIRE) == 2;
 }
 
-void ps_nccl_lost(ps_pair *pair, const char *why)
+static void lose(ps_pair *pair, ps_status how, const char *why)
 {
   int none = 0;
   if (__atomic_compare_exchange_n(&pair->lost, &none, 1, false, __ATOMIC_ACQ_REL,
                                   __ATOMIC_ACQUIRE)) {
+    pair->how = how;
     snprintf(pair->why, sizeof pair->why, "%s", why);
     __atomic_store_n(&pair->lost, 2, __ATOMIC_RELEASE);
   }
+}
+
+void ps_nccl_lost(ps_pair *pair, const char *why)
+{
+  lose(pair, PS_LOST, why);
+}
+
+void ps_nccl_failed(ps_pair *pair, const char *why)
+{
+  lose(pair, PS_FAILED, why);
 }
 
 /* How many communicators are being aborted by threads that nobody joins. */
@@ -152,7 +163,8 @@ ps_status ps__pair_lose(ps_pair *pair, const char *why)
 {
   ps_nccl_lost(pair, why);
   abort_apart(pair);
-  return ps__fail(PS_LOST, "%s", ps__pair_is_lost(pair) ? pair->why : why);
+  return ps__pair_is_lost(pair) ? ps__fail(pair->how, "%s", pair->why)
+                                : ps__fail(PS_LOST, "%s", why);
 }
 
 void ps__pair_release(ps_pair *pair)

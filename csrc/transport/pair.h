@@ -17,7 +17,8 @@ struct ps_pair {
   bool pending;      /* a send is on its way into the stream, where nothing else may go meanwhile */
   bool linked;       /* changed atomically */
   int64_t closed_ns; /* when its owner let go of it, or 0; changed atomically */
-  int lost;          /* changed atomically; why is written before it */
+  int lost;          /* changed atomically; how and why are written before it */
+  ps_status how;     /* PS_LOST, or PS_FAILED where the other end said so itself */
   char why[160];
 };
 
@@ -28,7 +29,7 @@ void ps__pair_release(ps_pair *pair);
 void ps__pair_expire(ps_pair *pair);
 
 bool ps__pair_is_lost(const ps_pair *pair);
-/* Gives the communicator up; PS_LOST, with the first reason there was. */
+/* Gives the communicator up; PS_LOST or PS_FAILED, with the first reason there was. */
 ps_status ps__pair_lose(ps_pair *pair, const char *why);
 
 /* Before anything else goes into the pair's stream: its last send has. */

@@ -185,6 +185,23 @@ TEST(a_process_that_is_gone)
   end->ops->close(end);
 }
 
+/* One that said why it cannot go on, and not by a message of the run. */
+TEST(a_process_that_has_failed)
+{
+  ps_link *end;
+  ps_inbox *inbox;
+  ps_header reply;
+  CHECK_OK(open_end(1, PS_LEADS, &sink, &end, &inbox));
+  CHECK_OK(end->ops->post(end, &stage_hello));
+  ps_inbox_failed(inbox, "out of cheese");
+  ps_inbox_lost(inbox, "killed by signal 9"); /* as every process that failed is in the end */
+  CHECK_STATUS(end->ops->collect(end, &at_once, &reply), PS_FAILED);
+  CHECK_STR(ps_last_error(), "out of cheese");
+  CHECK_STATUS(end->ops->post(end, &stage_hello), PS_FAILED);
+  ps_inbox_release(inbox);
+  end->ops->close(end);
+}
+
 /* ---- runs ------------------------------------------------------------------------------------ */
 
 enum { STEPS = 12, RANKS = 4, ELEMENTS = 33 };

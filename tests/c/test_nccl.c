@@ -202,8 +202,15 @@ static void *lose_soon(void *pair)
   return NULL;
 }
 
+static void *fail_soon(void *pair)
+{
+  pairs_sleep_ms(50);
+  ps_nccl_failed(pair, "out of cheese");
+  return NULL;
+}
+
 /* NCCL itself would wait for ever; whoever started the process knows. */
-TEST(a_process_that_is_gone)
+static void end_a_run(void *(*end)(void *pair), ps_status status, const char *text)
 {
   ps_link *link;
   ps_leader *leader;
@@ -213,15 +220,25 @@ TEST(a_process_that_is_gone)
   joined both;
   join_ranks(&both, FALLS_SILENT, 1, 1, 2000);
   CHECK_OK(ps_nccl_open(both.pair, both.backend, &pairs_layout, 2, &link));
-  CHECK_EQ(pthread_create(&thread, NULL, lose_soon, both.pair), 0);
+  CHECK_EQ(pthread_create(&thread, NULL, end, both.pair), 0);
   CHECK_OK(pairs_lead(&(leading){.backend = both.backend, .link = link}, x, &report, &leader));
   CHECK_EQ(report.failed, 1);
-  CHECK_EQ(report.failures[0].status, PS_LOST);
-  CHECK_STR(report.failures[0].text, "killed by signal 9");
+  CHECK_EQ(report.failures[0].status, status);
+  CHECK_STR(report.failures[0].text, text);
   ps_leader_destroy(leader);
   CHECK_EQ(pthread_join(thread, NULL), 0);
   other_finish(&both.follower);
   part_ranks(&both);
+}
+
+TEST(a_process_that_is_gone)
+{
+  end_a_run(lose_soon, PS_LOST, "killed by signal 9");
+}
+
+TEST(a_process_that_has_failed)
+{
+  end_a_run(fail_soon, PS_FAILED, "out of cheese");
 }
 
 /* ---- every call fails once ------------------------------------------------------------------- */

@@ -319,6 +319,23 @@ def test_a_follower_raises(processes: Processes, expected: Any) -> None:
     assert processes.link.pair is pair
 
 
+def test_a_follower_says_so_beside_the_run(processes: Processes, expected: Any) -> None:
+    """As one does that has failed before it is in the run, which the leader has opened by then."""
+    check(processes, expected)
+
+    def tell(processes: Processes, call: Any, step: int) -> None:
+        processes.follower.peer.send(Kind.FAILED, call.number, b"out of cheese")
+        with call._changed:
+            assert call._changed.wait_for(lambda: call.over, 20)
+
+    processes.conduct = tell
+    result, failed, _ = processes.run()
+    np.testing.assert_array_equal(result, expected)
+    assert failed == [(1, "FAILED")]
+    processes.conduct = None
+    check(processes, expected)
+
+
 def test_a_follower_is_late(processes: Processes, expected: Any) -> None:
     """Past the deadline, with its reply still on the way: the pair ends, the next call has one."""
     check(processes, expected)

@@ -148,6 +148,12 @@ class RemoteRank(Remote):
         if self._told is not None:
             self._told.lost(why)
 
+    def _failed(self, why: str) -> None:
+        """It said so beside the run: it was not in that yet, or its end could not carry the words."""
+        self.call.fail(self.rank, why)
+        if self._told is not None:
+            self._told.failed(why)
+
     def handle(self, frame: Frame) -> None:
         if frame.kind == Kind.RUN:
             if isinstance(self._told, _core.Inbox):
@@ -158,7 +164,7 @@ class RemoteRank(Remote):
         elif frame.kind == Kind.ARRIVED:
             self.call.arrive(self.rank)
         elif frame.kind == Kind.FAILED:
-            self.fail(frame.words)
+            self._failed(frame.words)
         elif frame.kind == Kind.LEFT:
             self.evaluated, fine, worked = json.loads(frame.body)
             team = self.call.teams.get(self.rank)
