@@ -149,7 +149,7 @@ class RemoteRank(Remote):
             self._told.lost(why)
 
     def _failed(self, why: str) -> None:
-        """It said so beside the run, which it was not in yet, or which could not carry the words."""
+        """It said so beside the run, in which it was not yet, or which could not carry it."""
         self.call.fail(self.rank, why)
         if self._told is not None:
             self._told.failed(why)
