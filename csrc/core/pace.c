@@ -119,6 +119,14 @@ static double growth_of(const ps_program *program, int step)
   return 1.0 / (CARE + signal * (1.0 + SETTLED * signal * signal));
 }
 
+/* From the first step on nothing is known of how guesses fare: a device alone, which may lose one
+ * evaluation in a run, takes a single step, and leaps as soon as it has tried.  See alone.c. */
+static double first_stride(const ps_leader *leader)
+{
+  double step = leader->pace.clock[1] - leader->pace.clock[0];
+  return leader->window_max > 1 ? fmax(step, FIRST_STRIDE * leader->program->steps) : step;
+}
+
 void ps__pace_begin(ps_leader *leader)
 {
   const ps_program *program = leader->program;
@@ -129,8 +137,7 @@ void ps__pace_begin(ps_leader *leader)
     pace->gap_cost[j] = growth_of(program, j) * reach_of(program, j) * GAP / SCALE;
   }
   pace->newest = pace->first = pace->tried = -1;
-  pace->stride =
-      pace->strided ? fmax(pace->clock[1] - pace->clock[0], FIRST_STRIDE * program->steps) : 1.0;
+  pace->stride = pace->strided ? first_stride(leader) : 1.0;
 }
 
 /* ---- budget ---------------------------------------------------------------------------------- */
@@ -215,6 +222,24 @@ static ps_status estimate_gaps(ps_leader *leader, double *gaps, double *stride)
   return status;
 }
 
+static bool has_tried(const ps_leader *leader)
+{
+  return leader->pace.tried == leader->step;
+}
+
+/* After the first guess that was tried, a step ahead, has done: drifts grow with the square of the
+ * distance.  Later ones tell too little: a longer stride's slope reaches back to outputs before
+ * theirs, of which some did not do. */
+enum { FIRST_TRIED = 2 };
+
+static double first_leap(const ps_leader *leader)
+{
+  const ps__pace *pace = &leader->pace;
+  double step = pace->clock[leader->step] - pace->clock[leader->step - 1];
+  double far = step * sqrt(leader->options.tolerance / fmax(pace->tried_cost, 1e-9));
+  return fmin(far, FIRST_STRIDE * leader->program->steps);
+}
+
 /* The gaps of rough outputs grow with the square root of the stride, those of smooth ones with a
  * high power of it.  The square lies between the two. */
 static ps_status choose_stride(ps_leader *leader)
@@ -232,6 +257,9 @@ static ps_status choose_stride(ps_leader *leader)
     double taken = pace->clock[leader->step] - pace->clock[pace->first];
     stride = fmin(stride, REACH * taken / leader->nodes);
   }
+  if (has_tried(leader) && leader->step == FIRST_TRIED) {
+    stride = fmax(stride, first_leap(leader));
+  }
   if (pace->newest >= 0) {
     least = pace->clock[pace->newest + 1] - pace->clock[pace->newest];
   }
@@ -245,9 +273,8 @@ static ps_status choose_stride(ps_leader *leader)
 static bool must_evaluate(const ps_leader *leader)
 {
   const ps__pace *pace = &leader->pace;
-  bool tried = pace->tried == leader->step;
   return pace->insist || pace->first == leader->step || leader->round > leader->step ||
-         (tried && !(pace->tried_cost < TRIED * leader->options.tolerance));
+         (has_tried(leader) && !(pace->tried_cost < TRIED * leader->options.tolerance));
 }
 
 ps_status ps__pace_round(ps_leader *leader, bool *exact)

@@ -170,6 +170,22 @@ def test_one_device_gains_whatever_its_first_evaluation_ahead_comes_to(steps, to
     assert distance(found, wanted) < 0.05
 
 
+@pytest.mark.parametrize("rough", [1, 2, 15])
+@pytest.mark.parametrize("tolerance", [0.002, 0.01, 0.04])
+@pytest.mark.parametrize("steps", [100, 150, 200])
+def test_one_device_gains_in_many_steps_however_they_begin(steps, tolerance, rough):
+    """Its first stride could be of several steps: one that no guess was tried for might be lost."""
+    program, smooth, x = setting(steps)
+
+    def denoiser(x, step, rank):
+        return smooth(x, step, rank) + (0.1 * Rough()(x, step, rank) if step < rough else 0)
+
+    wanted = exact(program, denoiser, x)
+    found, report = parastep.sample(program, denoiser, x, ranks=1, tolerance=tolerance)
+    assert report.rounds < steps * 0.6
+    assert distance(found, wanted) < 0.05
+
+
 # ---- faults --------------------------------------------------------------------------------------
 
 
