@@ -16,6 +16,7 @@ are chosen for each seed by its distance; `--max-stride 0` is the library's own 
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable
@@ -130,17 +131,16 @@ class Seed:
         f = model.denoiser(classes, steps, scheduler=name, pipe=self.task.pipe)
         return sequential(program, f, self.x)
 
-    def caches(self, forwards: int) -> dict[str, tuple[torch.Tensor, float]]:
-        """What diffusers has for models of this kind."""
-        network = getattr(self.task.pipe, "transformer", None)
-        if not hasattr(network, "enable_cache"):
-            return {}
-        found = Caches(network, self.program, self.f, self.x)
-        if self.steps not in self.task.ratios:
+    @functools.cached_property
+    def caches(self) -> Caches:
+        """What there is for transformers like this one."""
+        network = self.task.pipe.transformer
+        if hasattr(network, "enable_cache") and self.steps not in self.task.ratios:
             other = Seed(self.task, CALIBRATION_SEEDS[0], self.steps)
             cache = Caches(network, other.program, other.f, other.x)
             self.task.ratios[self.steps] = cache.ratios()
-        return found.nearest(forwards, self.task.ratios[self.steps], self.exact)
+        ratios = self.task.ratios.get(self.steps)
+        return Caches(network, self.program, self.f, self.x, ratios)
 
     def others(self, ranks: int, rounds: int) -> dict[str, tuple[torch.Tensor, float]]:
         """Every other rule, at our rounds or the nearest that it can do."""
@@ -149,7 +149,8 @@ class Seed:
         if ranks == 1:
             found["fewer steps, DPM++ 2M"] = self.fewer(rounds, "dpmpp2m")
             found["a fixed grid, extrapolated"] = best_skipping(*given, rounds, self.exact)
-            found |= self.caches(rounds)
+            if hasattr(self.task.pipe, "transformer"):
+                found |= self.caches.nearest(rounds, self.exact)
             coarse = self.task.denoiser(self.number, self.steps, self.task.coarse)
             found["all steps, the model in bfloat16"] = sequential(self.program, coarse, self.x)
             return found
