@@ -6,10 +6,15 @@ a picture: PSNR over rounds, a panel for each model, the dial's words marked.
 
     python tests/bench/dial.py --steps 28 --seeds 8 --picture tests/bench/dial.png
     python tests/bench/dial.py --ranks 8 --steps 50 --rounds 9 11 14
+
+Models can be measured one by one: those of an earlier run's JSON are drawn with `--beside`.
 """
 
 from __future__ import annotations
 
+import json
+import pathlib
+import statistics
 from typing import Any
 
 import _models
@@ -21,19 +26,21 @@ from fidelity import FIRST_SEED, Line, Seed, Task
 from parastep.tolerance import NAMES
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import patheffects, pyplot
 
 BFLOAT16 = "all steps, the model in bfloat16"
+MARKERS = "osD^vP*X<>"
+COLOURS = ("", "blue", "orange", "green", "red", "purple", "brown", "pink", "cyan", "olive")
 WORDS = {tolerance: word for word, tolerance in NAMES.items() if tolerance > 0}
-Curves = dict[str, list[Line]]  # of a rule, at one setting after another
+Figures = dict[str, list[dict[str, Any]]]  # of a rule, at one setting after another
 
 
-def curves(name: str, options: Any) -> Curves:
+def curves(name: str, options: Any) -> dict[str, list[Line]]:
     """Ours at one tolerance after another, the others at so many rounds."""
     task = Task(name, None)
     numbers = range(FIRST_SEED, FIRST_SEED + options.seeds)
     seeds = [Seed(task, number, options.steps) for number in numbers]
-    found: Curves = {"parastep": []}
+    found: dict[str, list[Line]] = {"parastep": []}
     for tolerance in options.tolerance:
         line = Line(f"parastep, tolerance {tolerance:g} {WORDS.get(tolerance, '')}".rstrip())
         for seed in seeds:
@@ -45,50 +52,69 @@ def curves(name: str, options: Any) -> Curves:
             for rule, run in seed.others(options.ranks, rounds).items():
                 lines.setdefault(rule, Line(rule)).add(*run, seed)
         for rule, line in lines.items():
-            found.setdefault(rule, []).append(line)
+            if rule != BFLOAT16 or rule not in found:  # which is the same at any rounds
+                found.setdefault(rule, []).append(line)
     return found
 
 
-def draw(found: dict[str, Curves], options: Any) -> Any:
-    shape = {"figsize": (3.6 * len(found), 3.8), "layout": "constrained", "sharey": True}
-    figure, panels = pyplot.subplots(1, len(found), squeeze=False, **shape)
+def draw(found: dict[str, Figures], options: Any) -> Any:
+    """A panel for each model; what is near the upper left corner is better."""
+    columns = min(len(found), 2)
+    rows = -(-len(found) // columns)
+    shape: dict[str, Any] = {"figsize": (4.8 * columns, 3.4 * rows + 1), "layout": "constrained"}
+    shape |= {"squeeze": False, "sharex": True, "sharey": True}
+    figure, panels = pyplot.subplots(rows, columns, **shape)
     rules = list(dict.fromkeys(rule for lines in found.values() for rule in lines))
-    for axes, (name, lines) in zip(panels[0], found.items()):
-        for rule in rules:
-            points = [(line.mean_rounds, line.psnr) for line in lines.get(rule, [])]
-            if rule == BFLOAT16 and points:
-                axes.axhline(points[0][1], color="grey", linewidth=0.7, label=rule)
-            elif rule != BFLOAT16:
-                own = {"color": "black", "linewidth": 2} if rule == "parastep" else {}
-                axes.plot(*zip(*points) if points else ([], []), "o-", ms=3, label=rule, **own)
-        for tolerance, line in zip(options.tolerance, lines["parastep"]):
-            where = line.mean_rounds, line.psnr
-            axes.annotate(WORDS.get(tolerance, ""), where, (-4, 4), ha="right", size=8,
-                          textcoords="offset points")  # fmt: skip
-        axes.set_title(name)
-        axes.set_xlabel("forwards" if options.ranks == 1 else "rounds")
-    panels[0][0].set_ylabel("PSNR to the sequential result, dB")
-    handles, labels = panels[0][-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
-    devices = "one device" if options.ranks == 1 else f"{options.ranks} ranks"
-    figure.suptitle(f"{options.steps} steps on {devices}, mean of {options.seeds} seeds")
+    rules.sort(key=lambda rule: (rule == BFLOAT16) - (rule == "parastep"))  # first and last
+    around = [patheffects.withStroke(linewidth=2, foreground="white")]
+    handles: dict[str, Any] = {}
+    for axes, (name, lines) in zip(panels.flat, found.items()):
+        for k, rule in enumerate(rules):
+            if rule not in lines:
+                continue
+            rounds = [statistics.mean(line["rounds"]) for line in lines[rule]]
+            heights = [line["psnr"] for line in lines[rule]]
+            if rule == BFLOAT16:
+                handles[rule] = axes.axhline(heights[0], color="grey", linestyle=":")
+                continue
+            look = {"color": f"tab:{COLOURS[k]}" if k else "black", "linewidth": 1.2 if k else 2.2}
+            look |= {"marker": MARKERS[k], "markersize": 4.5, "zorder": 2 if k else 3}
+            (handles[rule],) = axes.plot(rounds, heights, **look)
+        for line in lines["parastep"]:
+            where, word = (statistics.mean(line["rounds"]), line["psnr"]), line["rule"].split()[-1]
+            if word in NAMES:
+                axes.annotate(word, where, (-5, 4), ha="right", size=9, zorder=4,
+                              textcoords="offset points", path_effects=around)  # fmt: skip
+        axes.set_title(f"{name}, {len(lines['parastep'][0]['rounds'])} seeds")
+        axes.grid(alpha=0.25)
+        axes.margins(y=0.09)
+    unit = "forwards on one device" if options.ranks == 1 else f"rounds on {options.ranks} ranks"
+    for axes in panels[-1]:
+        axes.set_xlabel(f"{unit}, of {options.steps} steps")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("PSNR to the sequential result, dB")
+    ordered = {rule: handles[rule] for rule in rules}
+    below = {"loc": "outside lower center", "ncols": 3, "frameon": False}
+    figure.legend(ordered.values(), ordered.keys(), **below)
     return figure
 
 
 def main() -> None:
     options = arguments(
         "dial", models=list(_models.NAMES), steps=28, ranks=1, seeds=8, picture="out/dial.png",
-        tolerance=[0.004, 0.01, 0.02, 0.04, 0.12, 0.3], rounds=[10, 12, 14, 17, 20, 24],
+        tolerance=[0.006, 0.015, 0.04, 0.12, 0.3], rounds=[12, 15, 18, 22], beside="",
     )  # fmt: skip
     torch.set_num_threads(1)
-    found = {name: curves(name, options) for name in options.models}
-    for name, lines in found.items():
+    found = json.loads(pathlib.Path(options.beside).read_text())["dial"] if options.beside else {}
+    for name in options.models:
+        lines = curves(name, options)
         rows = [line.row() for group in lines.values() for line in group]
         columns = ["rule", "rounds", "most", "distance", "PSNR dB", "worst seed"]
         show(f"{name}, {options.steps} steps, {options.ranks} ranks", columns, rows)
-    draw(found, options).savefig(options.picture, dpi=110)
-    write(options.json, {name: [line.figures() for group in lines.values() for line in group]
-                         for name, lines in found.items()})  # fmt: skip
+        found[name] = {rule: [line.figures() for line in group] for rule, group in lines.items()}
+    write(options.json, {"dial": found})
+    drawn = {name: found[name] for name in _models.NAMES if name in found}
+    draw(drawn, options).savefig(options.picture, dpi=100)
 
 
 if __name__ == "__main__":
