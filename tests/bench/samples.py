@@ -79,7 +79,7 @@ def main() -> None:
     columns = ["rule", "rounds", "most", "distance", "PSNR dB", "worst seed"]
     show(f"{options.model}, {options.steps} steps", columns, [line.row() for line in lines])
     write(options.json, {"samples": [line.figures() for line in lines]})
-    draw(lines, found, options).savefig(options.picture, dpi=100)
+    draw(lines, found, options).savefig(options.picture, dpi=90, pil_kwargs={"optimize": True})
 
 
 if __name__ == "__main__":
