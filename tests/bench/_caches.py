@@ -3,8 +3,8 @@ each with its best setting for some forwards.
 
 A cache reuses blocks' outputs of the step before; forwards are counted in blocks that were really
 computed, so that what a cache always computes counts. They run as users turn them on, with
-`enable_cache` on a transformer; settings are chosen for every seed by its distance to
-the sequential result, which nobody could do who does not have that already.
+`enable_cache`; settings are chosen for every seed by its distance to the sequential result, which
+nobody could do who does not have that already.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from _rules import sequential
 Found = tuple[torch.Tensor, float]  # what a run gave, and the forwards that it took
 Cached = contextlib.AbstractContextManager[None]  # the transformer with a cache
 MOST = 0.5  # forwards that a cache may take beyond those asked for
-THRESHOLDS, TRIES = (0.005, 2.0), 10
+THRESHOLDS, TRIES = (0.005, 2.0), 10  # where they are looked for, and how often at most
 
 
 class Caches:
