@@ -1,7 +1,7 @@
 """ComfyUI's samplers on the trained demo models: rounds and distance; what the node costs.
 
     COMFYUI_PATH=... python tests/bench/comfyui.py [--models image video sound] [--seeds 1]
-        [--steps 20 30 50] [--ranks 1 2 4 8] [--tolerance 0.02] [--max-stride 1] [--jobs 2]
+        [--steps 20 30 50] [--ranks 1 2 4 8] [--tolerance 0.04] [--max-stride 1] [--jobs 2]
 
 One table a model, a line for each sampler and number of steps, with the untouched sampler's model
 calls. A cell has the rounds, and the relative L2 distance of the final latents to those of the
@@ -24,6 +24,8 @@ from collections.abc import Callable
 from typing import Any
 
 from _table import verdict
+
+from parastep.tolerance import NAMES
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 
@@ -252,7 +254,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 30, 50])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--tolerance", type=float, default=NAMES["balanced"])
     parser.add_argument("--max-stride", type=int, help="1: every step is evaluated by some rank")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time")
     parser.add_argument("--repeats", type=int, default=9, help="of the times; 0: none")

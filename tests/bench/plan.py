@@ -29,6 +29,7 @@ from parastep.planning.rounds import Pace, Profile, rounds_of
 GOAL = 0.10
 SEEDS = (100, 101, 102)
 WAIT, SIZE = 0.05, 2.2e6  # seconds of a forward, bytes of a latent
+TOLERANCES, STRIDED = (0.002, 0.01, 0.04), (0.04, 0.12)
 LINKS = {"2.5GB/s": 2.5e9, "25GbE": 3.125e9, "500MB/s": 0.5e9}
 
 
@@ -41,7 +42,7 @@ def image_runs(scheduler: str, steps: int) -> dict[tuple[int, float, int], Any]:
         f = image.MODEL.denoiser([seed % 10], steps, scheduler=scheduler, pipe=pipe)
         x = image.MODEL.noise(1, seed) * pipe.scheduler.init_noise_sigma
         for ranks in (2, 4, 8):
-            for tolerance in (0.002, 0.01, 0.04):
+            for tolerance in TOLERANCES:
                 found[ranks, tolerance, seed] = parastep.sample(
                     program, f, x, ranks=ranks, tolerance=tolerance, max_stride=1
                 )[1]
@@ -56,7 +57,7 @@ def rounds(scheduler: str) -> tuple[list[list[Any]], list[float]]:
     for steps, reports in runs.items():
         for ranks in (2, 4, 8):
             cells = []
-            for tolerance in (0.002, 0.01, 0.04):
+            for tolerance in TOLERANCES:
                 own = [reports[ranks, tolerance, seed].rounds for seed in SEEDS]
                 told = len(rounds_of(profile.at(steps), ranks, tolerance))
                 measured = statistics.mean(own)
@@ -73,7 +74,7 @@ def strided_runs(name: str) -> dict[tuple[int, float, int], list[Any]]:
     for steps in (28, 50):
         program = parastep.trace(model.make_scheduler(), steps)
         for ranks in (1, 2, 4, 8):
-            for tolerance in (0.04, 0.12):
+            for tolerance in STRIDED:
                 reports = found[ranks, tolerance, steps] = []
                 for seed in SEEDS:
                     f = model.denoiser([seed % 4], steps, pipe=pipe)
@@ -91,7 +92,7 @@ def strided_rounds(name: str, count: int, runs: Any) -> tuple[list[list[Any]], l
     rows, off = [], []
     paces = [Pace.of(*(runs[key][k] for key in TOLD[:count])) for k in range(len(SEEDS))]
     for steps in (28, 50):
-        for tolerance in (0.04, 0.12):
+        for tolerance in STRIDED:
             cells = []
             for ranks in (1, 2, 4, 8):
                 own = [report.rounds for report in runs[ranks, tolerance, steps]]
@@ -182,7 +183,7 @@ def main() -> None:
     figures = {}
     for scheduler in ("ddim", "dpmpp2m"):
         rows, off = rounds(scheduler)
-        columns = ["model", "steps", "ranks", *(f"tolerance {t}" for t in (0.002, 0.01, 0.04))]
+        columns = ["model", "steps", "ranks", *(f"tolerance {t}" for t in TOLERANCES)]
         title = f"rounds: predicted from one run / measured, mean of {len(SEEDS)} seeds"
         show(title, columns, rows)
         figures[scheduler] = off

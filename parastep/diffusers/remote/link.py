@@ -143,16 +143,13 @@ class RemoteRank(Remote):
     def has_left(self) -> bool:
         return self.link.current is not self
 
-    def fail(self, why: str) -> None:
+    def fail(self, why: str, said: bool = False) -> None:
+        """`said`: it says so itself, beside the run, in which it was not yet, or which could not
+        carry it.
+        """
         self.call.fail(self.rank, why)
         if self._told is not None:
-            self._told.lost(why)
-
-    def _failed(self, why: str) -> None:
-        """It said so beside the run, in which it was not yet, or which could not carry it."""
-        self.call.fail(self.rank, why)
-        if self._told is not None:
-            self._told.failed(why)
+            (self._told.failed if said else self._told.lost)(why)
 
     def handle(self, frame: Frame) -> None:
         if frame.kind == Kind.RUN:
@@ -164,7 +161,7 @@ class RemoteRank(Remote):
         elif frame.kind == Kind.ARRIVED:
             self.call.arrive(self.rank)
         elif frame.kind == Kind.FAILED:
-            self._failed(frame.words)
+            self.fail(frame.words, said=True)
         elif frame.kind == Kind.LEFT:
             self.evaluated, fine, worked = json.loads(frame.body)
             team = self.call.teams.get(self.rank)
