@@ -21,7 +21,7 @@ import _models
 import matplotlib
 import torch
 from _table import arguments, show, write
-from fidelity import FIRST_SEED, Line, Seed, Task
+from fidelity import FIRST_SEED, GRID, Line, Seed, Task, one_grid
 
 from parastep.tolerance import NAMES
 
@@ -51,8 +51,10 @@ def curves(name: str, options: Any) -> dict[str, list[Line]]:
         for seed in seeds:
             for rule, run in seed.others(options.ranks, rounds).items():
                 lines.setdefault(rule, Line(rule)).add(*run, seed)
-        for rule, line in lines.items():
-            if rule != BFLOAT16 or rule not in found:  # which is the same at any rounds
+        for rule, line in one_grid(lines).items():
+            if rule.startswith(f"{GRID}: "):
+                print(f"{name}, {rounds} forwards, {rule}: {line.psnr:.1f}/{line.worst:.1f} dB")
+            elif rule != BFLOAT16 or rule not in found:  # which is the same at any rounds
                 found.setdefault(rule, []).append(line)
     return found
 
