@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _rules import sequential
+from _rules import nearest, sequential
 
 Found = tuple[torch.Tensor, float]  # what a run gave, and the forwards that it took
 Cached = contextlib.AbstractContextManager[None]  # the transformer with a cache
@@ -55,7 +55,7 @@ class Caches:
         for name, runs in tried.items():
             fitting = [run for run in runs if run[1] <= forwards + MOST]
             if fitting:
-                found[name] = min(fitting, key=lambda run: float((run[0] - exact).norm()))
+                found[name] = nearest(fitting, exact)
         return found
 
     def ratios(self) -> list[float]:

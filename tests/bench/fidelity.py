@@ -30,6 +30,7 @@ from _rules import (
     best_warmup,
     chords,
     chords_starts,
+    nearest,
     paradigms,
     sequential,
     skipping,
@@ -141,18 +142,13 @@ class Seed:
         return sequential(program, f, self.x)
 
     def grids(self, forwards: int) -> dict[str, tuple[torch.Tensor, int]]:
-        """A fixed grid with each of its settings, and with the one that is nearest for this seed,
-        which nobody could choose who does not have the exact result already.
-        """
+        """A fixed grid with each of its settings, and with the one nearest for this seed."""
         found = {
             f"{GRID}: {warmup} first, order {order}":
                 skipping(self.program, self.f, self.x, forwards, warmup, order)
             for warmup, order in skipping_settings(forwards)
         }  # fmt: skip
-        return found | {GRID: min(found.values(), key=lambda run: self.off(run[0]))}
-
-    def off(self, result: torch.Tensor) -> float:
-        return float((result - self.exact).norm())
+        return found | {GRID: nearest(found.values(), self.exact)}
 
     @functools.cached_property
     def caches(self) -> Caches:
